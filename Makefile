@@ -1,0 +1,38 @@
+# Each target makes its own environment: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Python must not put this folder on its path: `kernels` here is not Hugging Face's package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test check lint types mutations clean
+
+demo: $(INSTALLED)
+	$(BIN)/svg2 demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+check: lint types test
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+mutations: $(INSTALLED)
+	$(BIN)/python tests/mutation/run_mutations.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

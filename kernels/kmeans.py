@@ -1,0 +1,130 @@
+"""``svg2::kmeans_``: clusters the tokens of every head, warm-started from the previous call's centroids."""
+
+import torch
+from torch import Tensor
+
+from svg2_compile.kernels.checks import FLOATING, accumulation_dtype, check_dtype, check_rank, check_shape, check_value
+
+# Scores in flight at a time, so that a long sequence never holds its whole N x C matrix.
+MAX_TILE_SCORES = 2**24
+
+torch.library.define(
+    "svg2::kmeans_",
+    "(Tensor x, Tensor(a!) centroids, Tensor(b!) calls, int iters_init, int iters_step, int seed) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _check(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int) -> None:
+    """Check the arguments of ``svg2::kmeans_``."""
+    check_rank("x", x, 4)
+    check_rank("centroids", centroids, 4)
+    check_dtype("x", x, *FLOATING)
+    check_dtype("centroids", centroids, accumulation_dtype(x))
+    check_dtype("calls", calls, torch.int32)
+    batch, heads, tokens, dim = x.shape
+    clusters = centroids.shape[2]
+    check_shape("centroids", centroids, (batch, heads, clusters, dim))
+    check_shape("calls", calls, (1,))
+    check_value(clusters >= 1, lambda: f"centroids must hold at least 1 cluster, got {clusters}")
+    check_value(clusters <= tokens, lambda: f"there must be no more clusters than tokens, got {clusters} and {tokens}")
+    check_value(
+        iters_init >= 1 and iters_step >= 1,
+        lambda: f"iters_init and iters_step must be at least 1, got {iters_init} and {iters_step}",
+    )
+
+
+def kmeans_reference(
+    x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int
+) -> Tensor:
+    """Run a fixed number of Lloyd iterations on the tokens of every head and return the labels.
+
+    Sections 1.1 and 1.2. Each iteration assigns a_i = argmax_j (x_i . c_j - ||c_j||^2 / 2), the nearest centroid, and
+    then moves c_j to the mean of the tokens with a_i = j. The first call (``calls`` is 0) starts from tokens of ``x``,
+    one from each of C equal stretches of the sequence; later calls start from ``centroids``.
+
+    Args:
+        x: fp16, bf16 or fp32 (fp64 for judging) [B, H, N, D], any strides.
+        centroids: fp32 (fp64 for fp64 tokens) [B, H, C, D], 1 <= C <= N; overwritten.
+        calls: int32 [1], calls so far; incremented.
+        iters_init: iterations of the first call, at least 1.
+        iters_step: iterations of every later call, at least 1.
+        seed: chooses the starting tokens; any integer.
+
+    Returns:
+        int32 [B, H, N], contiguous, values in 0 ... C - 1: the last assignment. ``centroids`` are its means.
+
+    Raises:
+        TypeError: a dtype other than the above.
+        ValueError: shapes disagree, C is 0 or above N, or an iteration count is below 1.
+
+    Promises:
+        Deterministic: a function of the arguments only, global generators untouched. Ties go to the lowest label, an
+        empty cluster keeps its centroid. Heads and batch elements do not influence each other. This reference reads
+        ``calls`` on the host, a device synchronisation on CUDA.
+    """
+    _check(x, centroids, calls, iters_init, iters_step)
+    batch, heads, tokens, _ = x.shape
+    labels = torch.empty((batch, heads, tokens), dtype=torch.int32, device=x.device)
+    is_first_call = int(calls) == 0
+    starts = initial_tokens(heads, tokens, centroids.shape[2], seed, x.device) if is_first_call else None
+    for b in range(batch):
+        for h in range(heads):
+            head_tokens = x[b, h].to(centroids.dtype)
+            means = centroids[b, h] if starts is None else head_tokens[starts[h]]
+            for _ in range(iters_step if starts is None else iters_init):
+                means = _lloyd_iteration(head_tokens, means, labels[b, h])
+            centroids[b, h] = means
+    calls.add_(1)
+    return labels
+
+
+def initial_tokens(heads: int, tokens: int, clusters: int, seed: int, device: torch.device) -> Tensor:
+    """Return the starting tokens, int64 [H, C]: for every cluster one, drawn from its own stretch of N / C tokens.
+
+    The draw is a hash of (seed, head, cluster), so any device computes the same one without a generator.
+    """
+    head = torch.arange(heads, device=device)[:, None]
+    cluster = torch.arange(clusters, device=device)
+    start = cluster * tokens // clusters
+    length = (cluster + 1) * tokens // clusters - start
+    draw = _mix32(_mix32(seed * 0x9E3779B9 % 2**32 + head) + cluster)
+    return start + (draw * length >> 32)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """Return MurmurHash3's 32-bit finaliser of ``x``, held in int64."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _lloyd_iteration(tokens: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+    """Write the nearest of ``centroids`` for every token to ``labels`` and return the means of that assignment."""
+    clusters = centroids.shape[0]
+    cluster = torch.arange(clusters, device=tokens.device)[:, None]
+    half_norms = centroids.square().sum(-1) / 2
+    sums = torch.zeros_like(centroids)
+    sizes = centroids.new_zeros(clusters, 1)
+    rows = max(1, MAX_TILE_SCORES // clusters)
+    for start in range(0, tokens.shape[0], rows):
+        tile = tokens[start : start + rows]
+        nearest = torch.addmm(half_norms, tile, centroids.T, beta=-1).argmax(-1)
+        labels[start : start + rows] = nearest
+        # A product with the one-hot matrix: unlike scattered additions, the same bits every time on every device.
+        members = (nearest == cluster).to(tile.dtype)  # [C, rows]
+        sums.addmm_(members, tile)
+        sizes += members.sum(-1, keepdim=True)
+    return torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
+
+
+torch.library.impl("svg2::kmeans_", ("cpu", "cuda"), kmeans_reference)
+
+
+def _kmeans_fake(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
+    _check(x, centroids, calls, iters_init, iters_step)
+    return x.new_empty(x.shape[:3], dtype=torch.int32)
+
+
+torch.library.register_fake("svg2::kmeans_", _kmeans_fake)

@@ -1,0 +1,12 @@
+"""Importing this module registers every ``torch.ops.svg2`` operator."""
+
+from svg2_compile.kernels import (
+    block_sparse_attention,
+    context_attention,
+    kmeans,
+    permute,
+    select_blocks,
+    sort_labels,
+)
+
+__all__ = ["block_sparse_attention", "context_attention", "kmeans", "permute", "select_blocks", "sort_labels"]

@@ -1,0 +1,147 @@
+"""``svg2::select_blocks``: which key clusters each query cluster attends to."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from svg2_compile.kernels.checks import (
+    FLOATING,
+    accumulation_dtype,
+    check_dtype,
+    check_head_groups,
+    check_rank,
+    check_shape,
+    check_value,
+)
+
+# The last axis of ``statistics``: how often it was added to, and the sums over these calls of the density, of the kept
+# probability mass (mean over query tokens), and of the kept mass of the worst query cluster.
+STATISTICS = ("calls", "density_sum", "kept_mass_sum", "kept_mass_min_sum")
+
+torch.library.define(
+    "svg2::select_blocks",
+    "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, float top_p, "
+    "float min_keep_ratio, Tensor(a!) statistics) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _check(
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    top_p: float,
+    min_keep_ratio: float,
+    statistics: Tensor,
+) -> None:
+    """Check the arguments of ``svg2::select_blocks``."""
+    check_rank("q_centroids", q_centroids, 4)
+    check_rank("k_centroids", k_centroids, 4)
+    batch, heads, q_clusters, dim = q_centroids.shape
+    groups, k_clusters = k_centroids.shape[1:3]
+    check_head_groups(heads, groups)
+    check_shape("k_centroids", k_centroids, (batch, groups, k_clusters, dim))
+    check_shape("q_sizes", q_sizes, (batch, heads, q_clusters))
+    check_shape("k_sizes", k_sizes, (batch, groups, k_clusters))
+    check_shape("statistics", statistics, (batch, heads, len(STATISTICS)))
+    check_dtype("q_centroids", q_centroids, *FLOATING)
+    check_dtype("k_centroids", k_centroids, q_centroids.dtype)
+    check_dtype("q_sizes", q_sizes, torch.int32)
+    check_dtype("k_sizes", k_sizes, torch.int32)
+    check_dtype("statistics", statistics, accumulation_dtype(q_centroids))
+    check_value(
+        q_clusters >= 1 and k_clusters >= 1,
+        lambda: f"there must be at least 1 cluster on either side, got {q_clusters} and {k_clusters}",
+    )
+    check_value(top_p > 0, lambda: f"top_p must be above 0, got {top_p}")
+    check_value(0 <= min_keep_ratio <= 1, lambda: f"min_keep_ratio must be in [0, 1], got {min_keep_ratio}")
+
+
+def select_blocks_reference(
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_keep_ratio: float,
+    statistics: Tensor,
+) -> Tensor:
+    """Keep, for each query cluster, the likeliest key clusters until they carry ``top_p`` of the attention mass.
+
+    Section 1.3, equations 1 and 2. With s_ij = scale * <q_i, k_j> and key cluster sizes n_j,
+    P_ij = n_j exp(s_ij) / sum_l n_l exp(s_il). In descending order of P_ij, rank r is kept if r = 1, or the ranks
+    before it sum to at most ``top_p``, or r <= floor(min_keep_ratio * C_k).
+
+    Args:
+        q_centroids: fp32 (fp64 for judging) [B, H, C_q, D].
+        k_centroids: fp32 (fp64 for judging) [B, G, C_k, D]; query head h uses key head h // (H / G).
+        q_sizes: int32 [B, H, C_q], tokens per query cluster.
+        k_sizes: int32 [B, G, C_k], tokens per key cluster, not all 0.
+        scale: factor of the attention scores.
+        top_p: share of the mass to keep, above 0; 1 and more keep every block.
+        min_keep_ratio: share of the key clusters, by count, to keep in any case, in [0, 1].
+        statistics: fp32 (fp64 for judging) [B, H, 4], columns named by ``STATISTICS``; added to.
+
+    Returns:
+        bool [B, H, C_q, C_k], contiguous, True where the block is kept.
+
+    Raises:
+        TypeError: a dtype other than the above.
+        ValueError: shapes disagree, H is no multiple of G, or a number is out of range.
+
+    Promises:
+        Deterministic, no device synchronisation. Ties go to the lowest index. An empty key cluster has probability 0
+        and the last rank, so every row keeps a non-empty one. A larger ``top_p`` keeps a superset.
+    """
+    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
+    dtype = statistics.dtype
+    repeats = q_centroids.shape[1] // k_centroids.shape[1]
+    k_centroids = k_centroids.repeat_interleave(repeats, dim=1).to(dtype)
+    k_sizes = k_sizes.repeat_interleave(repeats, dim=1).to(dtype)
+    k_clusters = k_sizes.shape[2]
+
+    # log n_j is -inf for an empty cluster. Its centroid may hold anything, so it is overwritten, not added to.
+    scores = q_centroids.to(dtype) @ k_centroids.transpose(-1, -2) * scale  # [B, H, C_q, C_k]
+    logits = (scores + k_sizes.log().unsqueeze(2)).masked_fill(k_sizes.unsqueeze(2) == 0, -math.inf)
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    probability = ranked.softmax(-1)
+    if top_p >= 1:
+        kept = torch.ones_like(ranked, dtype=torch.bool)
+    else:
+        before = torch.nn.functional.pad(probability.cumsum(-1)[..., :-1], (1, 0))
+        # `before` is 0 at rank 1, which therefore is always kept.
+        kept = before <= top_p
+        kept[..., : math.floor(min_keep_ratio * k_clusters)] = True
+    keep = torch.empty_like(kept).scatter_(-1, order, kept)
+
+    q_sizes = q_sizes.to(dtype)
+    q_share = q_sizes / q_sizes.sum(-1, keepdim=True)
+    k_share = k_sizes / k_sizes.sum(-1, keepdim=True)
+    density = (q_share * (keep.to(dtype) @ k_share.unsqueeze(-1)).squeeze(-1)).sum(-1)
+    mass = (probability * kept).sum(-1)  # [B, H, C_q]
+    worst_mass = mass.masked_fill(q_sizes == 0, math.inf).amin(-1)
+    statistics += torch.stack((torch.ones_like(density), density, (q_share * mass).sum(-1), worst_mass), dim=-1)
+    return keep
+
+
+torch.library.impl("svg2::select_blocks", ("cpu", "cuda"), select_blocks_reference)
+
+
+def _select_blocks_fake(
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_keep_ratio: float,
+    statistics: Tensor,
+) -> Tensor:
+    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
+    return q_centroids.new_empty((*q_centroids.shape[:3], k_centroids.shape[2]), dtype=torch.bool)
+
+
+torch.library.register_fake("svg2::select_blocks", _select_blocks_fake)

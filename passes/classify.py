@@ -1,0 +1,123 @@
+"""Tell video rows from context rows, and decide which candidates become sparse.
+
+    value ◄── ... ◄── cat([text, video], dim=1)   →   AttentionSite(segments=(77 context, 8192 video))
+    query ◄── ... ◄── video, value ◄── ... ◄── audio   →   Rejection("cross-attention ...")
+
+The rows are told apart by following the sequence axis of ``value`` back to the nearest ``cat`` (``trace_axis``): the
+longest operand is the video, the rest is context. The graph is only read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.match import Candidate
+from svg2_compile.passes.nodes import same_size, tensor_of
+from svg2_compile.passes.records import AttentionSite, Rejection, Segment, size_hint
+from svg2_compile.passes.trace_axis import AxisOrigin, trace_axis
+
+TRUSTED_ORIGINS = ("placeholder", "split axis", "conv")
+POSITIONS = re.compile(r"rot|rope|freq|pos|cos|sin", re.IGNORECASE)
+
+
+def classify(found: Iterable[Candidate | Rejection], config: SparseConfig) -> list[AttentionSite | Rejection]:
+    """Turn each candidate into a site or a rejection; rejections pass through."""
+    decided: list[AttentionSite | Rejection] = []
+    layers: list[str] = []
+    for each in found:
+        result = _classify_one(each, config) if isinstance(each, Candidate) else each
+        if isinstance(result, AttentionSite) and result.layer:
+            if result.layer not in layers:
+                layers.append(result.layer)
+            if layers.index(result.layer) < config.dense_layers:
+                reason = f"among the first dense_layers={config.dense_layers} layers"
+                result = Rejection(result.node, result.path, reason, "set dense_layers=0 to include it", True)
+        decided.append(result)
+    return decided
+
+
+def _classify_one(candidate: Candidate, config: SparseConfig) -> AttentionSite | Rejection:
+    def decline(reason: str, hint: str = "", by_design: bool = False) -> Rejection:
+        return Rejection(candidate.node.name, candidate.path, reason, hint, by_design)
+
+    origin = trace_axis(candidate.value, 2)
+    queries = trace_axis(candidate.query, 2)
+    if _different_streams(queries, origin):
+        sources = f"{queries.pieces[0].node.name} and {origin.pieces[0].node.name}"
+        return decline(f"cross-attention: queries and values come from {sources}", by_design=True)
+    if not origin.joined and queries.joined:
+        origin = queries
+    segments = _segments(candidate, origin, config)
+    video = next(segment for segment in segments if segment.is_video)
+    hint = size_hint(video.length)
+    if hint is None:
+        return decline("its length is known only at run time", "compile with fullgraph=True and static lengths")
+    if hint < config.min_tokens:
+        return decline(f"short: {hint} video tokens", f"lower min_tokens={config.min_tokens} to include it", True)
+    if candidate.key_mask is not None and len(segments) == 1:
+        return decline("a key mask over a sequence with no context rows", "drop the mask if it is all true")
+    return _site(candidate, segments, video, hint, config)
+
+
+def _different_streams(queries: AxisOrigin, values: AxisOrigin) -> bool:
+    """True when queries and values are rows of different inputs, although their lengths agree."""
+    if queries.joined or values.joined:
+        return queries.joined and values.joined and not _same_lengths(queries, values)
+    first, second = queries.pieces[0], values.pieces[0]
+    if first.node is second.node and first.axis == second.axis:
+        return False
+    return all(
+        each.kind.startswith(TRUSTED_ORIGINS) and not POSITIONS.search(each.node.name) for each in (first, second)
+    )
+
+
+def _same_lengths(a: AxisOrigin, b: AxisOrigin) -> bool:
+    return len(a.pieces) == len(b.pieces) and all(same_size(x.length, y.length) for x, y in zip(a.pieces, b.pieces))
+
+
+def _segments(candidate: Candidate, origin: AxisOrigin, config: SparseConfig) -> tuple[Segment, ...]:
+    whole = (Segment(candidate.sequence, True, "", 0),)
+    if not origin.joined:
+        return whole
+    hints = [size_hint(piece.length) for piece in origin.pieces]
+    video = max(range(len(hints)), key=lambda position: hints[position] or 0)
+    total = sum(hint or 0 for hint in hints)
+    if total - (hints[video] or 0) > config.max_context_ratio * total:
+        return whole
+    return tuple(
+        Segment(piece.length, position == video, piece.node.name, piece.axis)
+        for position, piece in enumerate(origin.pieces)
+    )
+
+
+def _site(
+    candidate: Candidate, segments: tuple[Segment, ...], video: Segment, tokens: int, config: SparseConfig
+) -> AttentionSite | Rejection:
+    q_clusters, k_clusters = config.clusters_for(tokens)
+    if max(q_clusters, k_clusters) > tokens:
+        reason = f"{max(q_clusters, k_clusters)} clusters for {tokens} video tokens"
+        return Rejection(candidate.node.name, candidate.path, reason, 'use q_clusters="auto" and k_clusters="auto"')
+    query, key = tensor_of(candidate.query), tensor_of(candidate.key)
+    assert isinstance(query, torch.Tensor) and isinstance(key, torch.Tensor)
+    return AttentionSite(
+        index=candidate.index,
+        node=candidate.node.name,
+        path=candidate.path,
+        batch=int(query.shape[0]),  # specialises a symbolic batch on purpose: state has a row per batch element
+        q_heads=int(query.shape[1]),
+        k_heads=int(key.shape[1]),
+        head_dim=int(query.shape[3]),
+        tokens=video.length,
+        token_hint=tokens,
+        dtype=query.dtype,
+        device=query.device,
+        segments=segments,
+        scale=candidate.scale,
+        q_clusters=q_clusters,
+        k_clusters=k_clusters,
+        has_mask=candidate.key_mask is not None,
+    )

@@ -1,0 +1,117 @@
+"""The options that can change the picture."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from svg2_compile.passes.errors import ConfigError
+
+TOKENS_PER_Q_CLUSTER = 600
+TOKENS_PER_K_CLUSTER = 150
+MIN_AUTO_CLUSTERS = 16
+MAX_CLUSTERS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SparseConfig:
+    """What is sparse, when, and how much is kept. Every field can change the picture."""
+
+    top_p: float = 0.9
+    """Share of the estimated attention mass that each query cluster keeps, in (0, 1]; 1 keeps everything (eq. 2)."""
+
+    min_keep_ratio: float = 0.1
+    """Least share of the key clusters (not tokens) that each query cluster keeps, in [0, 1]."""
+
+    q_clusters: int | Literal["auto"] = "auto"
+    """Query clusters per head, 1 to 1024; ``auto`` takes one per 600 tokens, 16 at least."""
+
+    k_clusters: int | Literal["auto"] = "auto"
+    """Key clusters per head, 1 to 1024; ``auto`` takes one per 150 tokens, 16 at least."""
+
+    kmeans_iters_init: int = 10
+    """Lloyd iterations when a site clusters for the first time in a generation."""
+
+    kmeans_iters_step: int = 2
+    """Lloyd iterations afterwards, starting from the centroids of the previous denoising step."""
+
+    dense_steps: int | float = 0.2
+    """First denoising steps that stay dense: a count (int) or a share of all steps (float in [0, 1])."""
+
+    dense_layers: int = 1
+    """First layers that stay dense, in the order in which the model runs them."""
+
+    min_tokens: int = 4096
+    """Shortest video sequence that is made sparse; below it clustering costs more than attention saves."""
+
+    max_context_ratio: float = 0.5
+    """Largest share of the sequence that context (text) rows may hold; above it all rows are clustered as one piece."""
+
+    seed: int = 0
+    """Chooses the tokens that start the first clustering; nothing else is random."""
+
+    lowering: Literal["inductor", "eager", "tensorrt"] = "inductor"
+    """What compiles the rewritten graph; ``eager`` runs it node by node, for debugging."""
+
+    on_unsupported: Literal["dense", "error"] = "dense"
+    """What happens to a long self-attention that cannot be made sparse: it stays dense, or compilation fails."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+            ConfigError: naming the option, its range, and the value given.
+        """
+        self._number("top_p", 0, 1, "0.9 is a good start for Wan 2.1", exclusive_low=True)
+        self._number("min_keep_ratio", 0, 1, "0.1 is the paper's setting")
+        self._number("max_context_ratio", 0, 1, "0.5 is the default")
+        for name in ("q_clusters", "k_clusters"):
+            if getattr(self, name) != "auto":
+                self._integer(name, 1, MAX_CLUSTERS, 'or "auto", which scales with the sequence')
+        self._integer("kmeans_iters_init", 1, 1000, "10 is the default")
+        self._integer("kmeans_iters_step", 1, 1000, "2 is the paper's setting")
+        self._integer("dense_layers", 0, None, "1 is the default")
+        self._integer("min_tokens", 1, None, "4096 is the default")
+        self._integer("seed", 0, 2**31 - 1, "0 is the default")
+        if isinstance(self.dense_steps, float):
+            self._number("dense_steps", 0, 1, "as a float it is a share of all steps; use an int for a count")
+        else:
+            self._integer("dense_steps", 0, None, "as an int it is a count; use a float in [0, 1] for a share")
+        self._choice("lowering", ("inductor", "eager", "tensorrt"))
+        if self.lowering == "tensorrt":
+            raise ConfigError('lowering="tensorrt" is not available yet; use "inductor"')
+        self._choice("on_unsupported", ("dense", "error"))
+
+    def _number(self, name: str, low: float, high: float, advice: str, exclusive_low: bool = False) -> None:
+        value = getattr(self, name)
+        bounds = f"{'(' if exclusive_low else '['}{low}, {high}]"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{name} must be a number in {bounds}, got {value!r}; {advice}")
+        if not low <= value <= high or (exclusive_low and value == low):
+            raise ConfigError(f"{name} must be in {bounds}, got {value}; {advice}")
+
+    def _integer(self, name: str, low: int, high: int | None, advice: str) -> None:
+        value = getattr(self, name)
+        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} must be an integer {bounds}, got {value!r}; {advice}")
+        if value < low or (high is not None and value > high):
+            raise ConfigError(f"{name} must be {bounds}, got {value}; {advice}")
+
+    def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+    def clusters_for(self, tokens: int) -> tuple[int, int]:
+        """Return the query and key cluster counts for a video sequence of ``tokens`` tokens."""
+        auto = {"q_clusters": TOKENS_PER_Q_CLUSTER, "k_clusters": TOKENS_PER_K_CLUSTER}
+
+        def count(name: str) -> int:
+            given = getattr(self, name)
+            if given != "auto":
+                return int(given)
+            return min(tokens, MAX_CLUSTERS, max(MIN_AUTO_CLUSTERS, round(tokens / auto[name])))
+
+        return count("q_clusters"), count("k_clusters")
+
+
+FIELD_NAMES = tuple(field.name for field in fields(SparseConfig))

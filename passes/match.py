@@ -1,0 +1,179 @@
+"""Find every attention of the graph and read its operands.
+
+    scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=m, ...)   →   Candidate(q, k, v, key_mask, ...)
+    the same with is_causal=True                                              →   Rejection("causal attention", ...)
+    flex_attention(q, k, v, ...)                                              →   Rejection("flex_attention ...", ...)
+
+What is declined here cannot be sparse whatever its length and rows; lengths and rows are the business of ``classify``.
+The graph is only read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.nodes import (
+    SdpaArguments,
+    argument,
+    is_sdpa,
+    module_path,
+    same_size,
+    sdpa_arguments,
+    shape_of,
+    target_name,
+    tensor_of,
+)
+from svg2_compile.passes.records import Rejection, Size, size_hint
+
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FOREIGN_ATTENTION = re.compile(r"flex_attention|flash_attn|sage_?attn|_attention_forward|xformers|attn_varlen")
+LONGEST_MASK_CHAIN = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An attention whose form is supported. Axes: B batch, H query heads, G key heads, S sequence, D head dim."""
+
+    index: int
+    node: Node
+    path: str
+    query: Node
+    key: Node
+    value: Node
+    key_mask: Node | None
+    """Boolean, (B or 1, 1, 1, S), True where a key may be attended to."""
+    scale: float
+
+    @property
+    def sequence(self) -> Size:
+        """Rows of the sequence axis."""
+        shape = shape_of(self.query)
+        assert shape is not None
+        return shape[2]
+
+
+def match(gm: GraphModule, config: SparseConfig) -> list[Candidate | Rejection]:
+    """Return one entry per attention in program order: a candidate, or the reason why it stays dense."""
+    found: list[Candidate | Rejection] = []
+    ordinal = 0
+    for node in gm.graph.nodes:
+        if is_sdpa(node):
+            found.append(_read(ordinal, node, config.min_tokens))
+            ordinal += 1
+        elif node.op == "call_function" and FOREIGN_ATTENTION.search(target_name(node)):
+            name = target_name(node)
+            hint = 'only scaled_dot_product_attention is rewritten; call model.set_attention_backend("native")'
+            found.append(Rejection(node.name, module_path(node), f"runs {name}, not SDPA", hint))
+    return found
+
+
+def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
+    call = sdpa_arguments(node)
+    path = module_path(node)
+
+    def decline(reason: str, hint: str = "", by_design: bool = False) -> Rejection:
+        return Rejection(node.name, path, reason, hint, by_design)
+
+    tensors = [tensor_of(each) for each in (call.query, call.key, call.value)]
+    if any(each is None for each in tensors):
+        return decline("its operands have no known shape", "please report this model")
+    query, key, value = (each for each in tensors if each is not None)
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return decline(f"expected 4-D (batch, heads, tokens, head dim) operands, got {query.dim()}-D")
+    if not same_size(query.shape[2], key.shape[2]):
+        return decline(f"cross-attention: {query.shape[2]} queries, {key.shape[2]} keys", by_design=True)
+    tokens = size_hint(query.shape[2])
+    if tokens is not None and tokens < min_tokens:
+        return decline(f"short: {tokens} tokens", f"lower min_tokens={min_tokens} to include it", by_design=True)
+    if query.dtype not in SUPPORTED_DTYPES:
+        name = str(query.dtype).removeprefix("torch.")
+        return decline(f"{name} attention", "run the model in float32, float16 or bfloat16")
+    if call.is_causal is not False:
+        return decline("causal attention", by_design=True)
+    if isinstance(call.dropout_p, Node) or call.dropout_p != 0:
+        return decline("attention dropout is active", "call model.eval()")
+    if any(each.requires_grad for each in (query, key, value)) and torch.is_grad_enabled():
+        return decline("gradients are required", "run under torch.no_grad() or torch.inference_mode()")
+    if not all(isinstance(each, int) for each in (query.shape[1], key.shape[1], query.shape[3], value.shape[3])):
+        return decline("heads or head dim are dynamic", "compile with dynamic=None, so that only lengths are dynamic")
+    if not same_size(query.shape[3], value.shape[3]):
+        return decline(f"keys have head dim {key.shape[3]}, values {value.shape[3]}")
+    grouped = not same_size(query.shape[1], key.shape[1])
+    if grouped and (not call.enable_gqa or query.shape[1] % key.shape[1] != 0):
+        return decline(f"{query.shape[1]} query heads over {key.shape[1]} key heads without enable_gqa")
+    batch = query.shape[0]
+    alike = ((key.shape[0], batch), (value.shape[0], batch), (value.shape[1], key.shape[1]))
+    if not all(same_size(*each) for each in alike):
+        return decline("operands broadcast over batch or heads", "expand keys and values before the attention")
+    return _with_mask(index, node, path, call)
+
+
+def _with_mask(index: int, node: Node, path: str, call: SdpaArguments) -> Candidate | Rejection:
+    query, key, value = call.query, call.key, call.value
+    assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+    key_mask = None
+    if call.attn_mask is not None:
+        key_mask = key_mask_of(call.attn_mask)
+        if key_mask is None or not _covers_keys(key_mask, key):
+            hint = "drop the mask if it is all true, or give a boolean key mask of shape (batch, 1, 1, keys)"
+            return Rejection(node.name, path, f"attn_mask is {_describe(call.attn_mask)}", hint)
+    shape = shape_of(query)
+    assert shape is not None
+    scale = call.scale if call.scale is not None else 1.0 / math.sqrt(int(shape[3]))
+    if isinstance(scale, Node):
+        return Rejection(node.name, path, "scale is computed at run time", "pass scale as a number")
+    assert isinstance(scale, int | float)
+    return Candidate(index, node, path, query, key, value, key_mask, float(scale))
+
+
+def _describe(mask: object) -> str:
+    tensor = tensor_of(mask)
+    if tensor is None:
+        return "not a tensor of the graph"
+    shape = "×".join(str(size) for size in tensor.shape)
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape}, not a key mask"
+
+
+def key_mask_of(mask: object) -> Node | None:
+    """Return the boolean (B, 1, 1, S) key mask that ``mask`` means for every valid query row, or ``None``.
+
+    Recognised: a key mask itself; one expanded or repeated over the queries; and the outer product ``m & m.T`` of a
+    padded key mask, whose rows differ only for padding queries, which nobody reads.
+    """
+    for _ in range(LONGEST_MASK_CHAIN):
+        tensor = tensor_of(mask)
+        if not isinstance(mask, Node) or tensor is None or tensor.dtype is not torch.bool or tensor.dim() != 4:
+            return None
+        if same_size(tensor.shape[1], 1) and same_size(tensor.shape[2], 1):
+            return mask
+        match target_name(mask):
+            case "bool" | "contiguous" | "clone" | "to" | "expand" | "repeat":
+                mask = argument(mask, 0, "input")
+            case "and_" | "logical_and" | "__and__" | "bitwise_and" | "mul":
+                mask = _outer_factor(mask)
+            case _:
+                return None
+    return None
+
+
+def _covers_keys(key_mask: Node, key: Node) -> bool:
+    """A mask that was repeated or broadcast along the keys, or along part of the batch, means something else."""
+    mask_shape, shape = shape_of(key_mask), shape_of(key)
+    assert mask_shape is not None and shape is not None
+    covers_batch = same_size(mask_shape[0], shape[0]) or same_size(mask_shape[0], 1)
+    return covers_batch and same_size(mask_shape[3], shape[2])
+
+
+def _outer_factor(product: Node) -> Node | None:
+    left, right = argument(product, 0, "input"), argument(product, 1, "other")
+    for factor, other in ((left, right), (right, left)):
+        swaps = isinstance(other, Node) and target_name(other) == "transpose" and other.args[0] is factor
+        if swaps and isinstance(other, Node) and {int(str(axis)) % 4 for axis in other.args[1:3]} == {2, 3}:
+            return factor if isinstance(factor, Node) else None
+    return None

@@ -1,0 +1,119 @@
+"""What the passes find, as plain records: no graph is held, so a record may outlive the compilation."""
+
+from dataclasses import dataclass
+
+import torch
+
+Size = int | torch.SymInt
+
+
+def size_hint(size: Size) -> int | None:
+    """Return the size that the compiler saw, without a guard; ``None`` for a size known only at run time."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    return int(node.hint) if node.has_hint() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why one attention stays dense, and what its owner could do about it."""
+
+    node: str
+    """Name of the node in the traced graph."""
+
+    path: str
+    """Module path inside the compiled root, such as ``blocks.3.attn2``; the node's name where there is none."""
+
+    reason: str
+    """One clause a person understands, such as ``cross-attention: 8192 queries, 512 keys``."""
+
+    hint: str
+    """What could be done; empty where nothing can."""
+
+    by_design: bool = False
+    """True where the layer is meant to stay dense (cross-attention, short sequences); ``on_unsupported`` ignores it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A contiguous run of rows on the sequence axis of one attention."""
+
+    length: Size
+    """Rows, an int or a symbol."""
+
+    is_video: bool
+    """True for the rows that are clustered, False for context (text) rows."""
+
+    source: str
+    """Node whose axis carries this run: the operand of the ``cat`` that joined the sequence; empty if never joined."""
+
+    source_axis: int
+    """Axis of ``source`` whose size is ``length``."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One tensor that the sparse graph takes as input and updates in place; it starts as zeros."""
+
+    site: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSite:
+    """One attention that will be sparse.
+
+    Axes: B batch, H query heads, G key heads, N video tokens, D head dim.
+    """
+
+    index: int
+    """Ordinal among the SDPA nodes of the graph, in program order."""
+
+    node: str
+    path: str
+    batch: int
+    q_heads: int
+    k_heads: int
+    head_dim: int
+    tokens: Size
+    """Video tokens, N."""
+
+    token_hint: int
+    """Video tokens for which the cluster counts were chosen."""
+
+    dtype: torch.dtype
+    device: torch.device
+    segments: tuple[Segment, ...]
+    scale: float
+    q_clusters: int
+    k_clusters: int
+    has_mask: bool
+    """A key-padding mask is given; it may hide context keys only."""
+
+    @property
+    def context_tokens(self) -> Size:
+        """Rows that are not video."""
+        return sum(segment.length for segment in self.segments if not segment.is_video)
+
+    @property
+    def layer(self) -> str:
+        """The path up to its last number, ``blocks.3`` for ``blocks.3.attn1``; empty where there is none."""
+        parts = self.path.split(".")
+        numbered = [position for position, part in enumerate(parts) if part.isdigit()]
+        return ".".join(parts[: numbered[-1] + 1]) if numbered else ""
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """The tensors this site carries from one denoising step to the next, in the order of the graph's inputs."""
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "q_centroids": ((self.batch, self.q_heads, self.q_clusters, self.head_dim), torch.float32),
+            "q_calls": ((1,), torch.int32),
+            "k_centroids": ((self.batch, self.k_heads, self.k_clusters, self.head_dim), torch.float32),
+            "k_calls": ((1,), torch.int32),
+            "statistics": ((self.batch, self.q_heads, 4), torch.float32),
+        }
+        if self.has_mask:
+            shapes["masked_video_keys"] = ((1,), torch.int64)
+        return tuple(StateSpec(self.index, name, shape, dtype) for name, (shape, dtype) in shapes.items())

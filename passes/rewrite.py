@@ -1,0 +1,176 @@
+"""Replace the attention of each accepted site by the svg2 ops.
+
+    o = scaled_dot_product_attention(q, k, v)
+
+becomes, for a sequence of video rows only,
+
+    q_labels = kmeans_(q, q_centroids, q_calls);         k_labels = kmeans_(k, k_centroids, k_calls)
+    q_order, q_sizes = sort_labels(q_labels);            k_order, k_sizes = sort_labels(k_labels)
+    keep = select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, statistics)
+    o, _ = block_sparse_attention(permute_tokens(q, q_order), permute_tokens(k, k_order), permute_tokens(v, k_order),
+                                  q_sizes, k_sizes, keep)
+    o = unpermute_tokens(o, q_order)
+
+With context rows, q, k and v are cut first; the context keys go to ``block_sparse_attention``, which always keeps them,
+the context queries attend to everything (``context_attention``), and the outputs are joined in the original order.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from svg2_compile.kernels import ops as _registers_the_ops  # noqa: F401
+from svg2_compile.passes.attach_state import StateNodes
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.match import key_mask_of
+from svg2_compile.passes.nodes import emit, is_sdpa, sdpa_arguments
+from svg2_compile.passes.records import AttentionSite
+
+aten = torch.ops.aten
+
+
+def rewrite(gm: GraphModule, sites: Sequence[AttentionSite], config: SparseConfig, state: StateNodes) -> None:
+    """Rewrite ``gm`` in place. The caller runs it inside the fake mode of the graph's example values."""
+    attentions = [node for node in gm.graph.nodes if is_sdpa(node)]
+    by_name = {node.name: node for node in gm.graph.nodes}
+    for site in sites:
+        node = attentions[site.index]
+        with gm.graph.inserting_before(node):
+            replacement = _SiteRewriter(gm, site, config, state, node, by_name).sparse_attention()
+        node.replace_all_uses_with(replacement)
+        gm.graph.erase_node(node)
+        by_name[site.node] = replacement
+    gm.graph.lint()
+    gm.recompile()
+
+
+class _SiteRewriter:
+    """Builds the subgraph of one site; node insertion happens at the caller's insertion point."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        site: AttentionSite,
+        config: SparseConfig,
+        state: StateNodes,
+        node: Node,
+        by_name: dict[str, Node],
+    ) -> None:
+        self.gm, self.site, self.config, self.node, self.by_name = gm, site, config, node, by_name
+        self.state = {name: tensor for (index, name), tensor in state.items() if index == site.index}
+        self.call = sdpa_arguments(node)
+        self.mask = None if self.call.attn_mask is None else key_mask_of(self.call.attn_mask)
+
+    def emit(self, target: Any, *args: Any) -> Any:
+        return emit(self.gm.graph, target, *args, like=self.node)
+
+    def sparse_attention(self) -> Node:
+        query, key, value = self.call.query, self.call.key, self.call.value
+        if len(self.site.segments) == 1:
+            output: Node = self.video_attention(query, key, value, None, None, None)
+            return output
+        rows = self.row_ranges()
+        queries = [self.cut(query, 2, *each) for each in rows]
+        is_video = [segment.is_video for segment in self.site.segments]
+        video = rows[is_video.index(True)]
+        context = [each for each, here in zip(rows, is_video) if not here]
+        context_mask = None
+        if self.mask is not None:
+            self.mask = self.emit(aten.expand.default, self.mask, [self.site.batch, 1, 1, -1])
+            context_mask = self.join([self.cut(self.mask, 3, *each) for each in context], 3)
+            self.count_masked_video_keys(self.cut(self.mask, 3, *video))
+        output = self.video_attention(
+            queries[is_video.index(True)],
+            self.cut(key, 2, *video),
+            self.cut(value, 2, *video),
+            self.join([self.cut(key, 2, *each) for each in context], 2),
+            self.join([self.cut(value, 2, *each) for each in context], 2),
+            context_mask,
+        )
+        pieces = [
+            output
+            if here
+            else self.emit(torch.ops.svg2.context_attention.default, rows, key, value, self.mask, self.scale)
+            for rows, here in zip(queries, is_video)
+        ]
+        # joined along the token axis of (batch, tokens, heads, head dim), the layout that the caller flattens for free
+        token_major = [self.emit(aten.transpose.int, piece, 1, 2) for piece in pieces]
+        joined: Node = self.emit(aten.transpose.int, self.join(token_major, 1), 1, 2)
+        return joined
+
+    @property
+    def scale(self) -> float:
+        return self.site.scale
+
+    def video_attention(self, q: Any, k: Any, v: Any, context_k: Any, context_v: Any, context_mask: Any) -> Any:
+        q_order, q_sizes = self.cluster(q, "q", self.site.q_clusters)
+        k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters)
+        keep = self.emit(
+            torch.ops.svg2.select_blocks.default,
+            self.state["q_centroids"],
+            self.state["k_centroids"],
+            q_sizes,
+            k_sizes,
+            self.scale,
+            float(self.config.top_p),
+            float(self.config.min_keep_ratio),
+            self.state["statistics"],
+        )
+        permute = torch.ops.svg2.permute_tokens.default
+        attention = self.emit(
+            torch.ops.svg2.block_sparse_attention.default,
+            self.emit(permute, q, q_order),
+            self.emit(permute, k, k_order),
+            self.emit(permute, v, k_order),
+            q_sizes,
+            k_sizes,
+            keep,
+            context_k,
+            context_v,
+            context_mask,
+            self.scale,
+        )
+        return self.emit(torch.ops.svg2.unpermute_tokens.default, self.emit(operator.getitem, attention, 0), q_order)
+
+    def cluster(self, x: Any, side: str, clusters: int) -> tuple[Any, Any]:
+        labels = self.emit(
+            torch.ops.svg2.kmeans_.default,
+            x,
+            self.state[f"{side}_centroids"],
+            self.state[f"{side}_calls"],
+            self.config.kmeans_iters_init,
+            self.config.kmeans_iters_step,
+            self.config.seed,
+        )
+        order_and_sizes = self.emit(torch.ops.svg2.sort_labels.default, labels, clusters)
+        return self.emit(operator.getitem, order_and_sizes, 0), self.emit(operator.getitem, order_and_sizes, 1)
+
+    def count_masked_video_keys(self, video_mask: Any) -> None:
+        """Key masks hide padding text; were one to hide video, the report would say so."""
+        hidden = self.emit(aten.sum.dim_IntList, self.emit(aten.logical_not.default, video_mask), [0, 1, 2, 3])
+        counter = self.state["masked_video_keys"]
+        self.emit(aten.add_.Tensor, counter, hidden)
+
+    def row_ranges(self) -> list[tuple[Any, Any]]:
+        """Return (start, end) of each segment; symbolic lengths are read off the operand of the joining cat."""
+        ranges, start = [], 0
+        for segment in self.site.segments:
+            length: Any = segment.length
+            if not isinstance(length, int):
+                length = self.emit(aten.sym_size.int, self.by_name[segment.source], segment.source_axis)
+            both_known = isinstance(start, int) and isinstance(length, int)
+            end = start + length if both_known else self.emit(operator.add, start, length)
+            ranges.append((start, end))
+            start = end
+        return ranges
+
+    def cut(self, x: Any, dim: int, start: Any, end: Any) -> Any:
+        return self.emit(aten.slice.Tensor, x, dim, start, end)
+
+    def join(self, parts: list[Any], dim: int) -> Any:
+        return parts[0] if len(parts) == 1 else self.emit(aten.cat.default, parts, dim)

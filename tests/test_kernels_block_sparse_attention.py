@@ -1,0 +1,307 @@
+"""``svg2::block_sparse_attention``: exact on what is kept, blind to what is not."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
+
+PROPERTY = settings(max_examples=50, deadline=None)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arguments of the op."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    q_sizes: torch.Tensor
+    k_sizes: torch.Tensor
+    keep: torch.Tensor
+    context_k: torch.Tensor | None = None
+    context_v: torch.Tensor | None = None
+    context_mask: torch.Tensor | None = None
+    scale: float = 0.2
+
+    def arguments(self):
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    def attend(self):
+        return torch.ops.svg2.block_sparse_attention(*self.arguments())
+
+    def to(self, dtype):
+        names = ("q", "k", "v", "context_k", "context_v")
+        return self.replace(**{name: x.to(dtype) for name in names if (x := getattr(self, name)) is not None})
+
+    def exact(self):
+        """Return the specification in fp64."""
+        return block_sparse_attention_reference(*self.to(torch.float64).arguments())
+
+    def mask(self):
+        """Return who attends to whom, bool [B, H, N, N_k + M], spelled out token by token."""
+        (batch, heads, tokens, _), (_, groups, k_tokens, _) = self.q.shape, self.k.shape
+        rows = []
+        for b in range(batch):
+            for h in range(heads):
+                blocks = self.keep[b, h].repeat_interleave(self.k_sizes[b, h * groups // heads].long(), dim=1)
+                rows.append(blocks.repeat_interleave(self.q_sizes[b, h].long(), dim=0))
+        mask = torch.stack(rows).view(batch, heads, tokens, k_tokens)
+        if self.context_k is None:
+            return mask
+        visible = torch.ones(1, 1, 1, self.context_k.shape[2], dtype=torch.bool)
+        visible = visible if self.context_mask is None else self.context_mask
+        return torch.cat((mask, visible.expand(batch, heads, tokens, -1)), dim=-1)
+
+    def low_precision(self):
+        """Return the same attention from plain operations that each round to the dtype of q."""
+        repeats = self.q.shape[1] // self.k.shape[1]
+        k = self.k if self.context_k is None else torch.cat((self.k, self.context_k), dim=2)
+        v = self.v if self.context_v is None else torch.cat((self.v, self.context_v), dim=2)
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        scores = (self.q @ k.mT * self.scale).masked_fill(~self.mask(), -math.inf)
+        return scores.softmax(-1).nan_to_num(0) @ v, scores.logsumexp(-1)
+
+
+def assert_as_accurate(actual, low_precision, exact):
+    """Assert that out and lse err at most twice as much as low-precision arithmetic plus one rounding step, vs fp64.
+
+    Log-sum-exps of -inf must match exactly.
+    """
+    for got, rounded, wanted in zip(actual, low_precision, exact, strict=True):
+        finite = wanted.isfinite()
+        assert torch.equal(got[~finite].double(), wanted[~finite])
+        got, rounded, wanted = got[finite].double(), rounded[finite], wanted[finite]
+        if wanted.numel():
+            step = torch.finfo(rounded.dtype).eps * wanted.abs().max()
+            assert (got - wanted).abs().max() <= 2 * (rounded.double() - wanted).abs().max() + step
+
+
+def random_sizes(generator, batch, heads, clusters, tokens, kind):
+    """Return int32 [B, H, C] cluster sizes that sum to ``tokens``."""
+    if kind == "giant":
+        labels = torch.full((batch, heads, tokens), clusters - 1)
+    elif kind == "singletons":
+        labels = torch.arange(tokens).clamp(max=clusters - 1).expand(batch, heads, tokens)
+    else:
+        used = max(1, clusters // 2) if kind == "half empty" else clusters
+        labels = torch.randint(0, used, (batch, heads, tokens), generator=generator)
+    return torch.nn.functional.one_hot(labels, clusters).sum(2).int()
+
+
+def random_case(
+    seed=0, dtype=torch.float32, batch=2, groups=2, repeats=2, tokens=65, k_tokens=63, dim=24, q_clusters=5,
+    k_clusters=7, q_kind="uneven", k_kind="uneven", density=0.5, strided=True, context=15, context_mask=True,
+):  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    heads = groups * repeats
+
+    def normal(heads, tokens):
+        if strided:
+            return torch.randn(batch, tokens, heads, dim, generator=generator).to(dtype).transpose(1, 2)
+        return torch.randn(batch, heads, tokens, dim, generator=generator).to(dtype)
+
+    return Case(
+        q=normal(heads, tokens),
+        k=normal(groups, k_tokens),
+        v=normal(groups, k_tokens),
+        q_sizes=random_sizes(generator, batch, heads, q_clusters, tokens, q_kind),
+        k_sizes=random_sizes(generator, batch, groups, k_clusters, k_tokens, k_kind),
+        keep=torch.rand(batch, heads, q_clusters, k_clusters, generator=generator) < density,
+        context_k=normal(groups, context) if context else None,
+        context_v=normal(groups, context) if context else None,
+        context_mask=torch.rand(batch, 1, 1, context, generator=generator) < 0.5 if context and context_mask else None,
+    )
+
+
+@st.composite
+def block_cases(draw, dtypes=DTYPES, **fixed):
+    kinds = st.sampled_from(["uneven", "half empty", "giant", "singletons"])
+    tokens = st.sampled_from([1, 15, 63, 64, 65, 200])
+    drawn = {
+        "seed": draw(st.integers(0, 2**31)),
+        "dtype": draw(st.sampled_from(dtypes)),
+        "batch": draw(st.integers(1, 2)),
+        "groups": draw(st.integers(1, 2)),
+        "repeats": draw(st.integers(1, 2)),
+        "tokens": draw(tokens),
+        "k_tokens": draw(tokens),
+        "dim": draw(st.sampled_from([8, 24, 64])),
+        "q_clusters": draw(st.sampled_from([1, 2, 9])),
+        "k_clusters": draw(st.sampled_from([1, 2, 9, 33])),
+        "q_kind": draw(kinds),
+        "k_kind": draw(kinds),
+        "density": draw(st.sampled_from([0.0, 0.2, 0.8, 1.0])),
+        "strided": draw(st.booleans()),
+        "context": draw(st.sampled_from([0, 0, 1, 15])),
+        "context_mask": draw(st.booleans()),
+    }
+    return random_case(**(drawn | fixed))
+
+
+@PROPERTY
+@given(block_cases())
+def test_output_is_as_accurate_as_plain_attention(case):
+    out, lse = case.attend()
+    assert out.dtype == case.q.dtype
+    assert lse.dtype == torch.float32
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    assert_as_accurate((out, lse), case.low_precision(), case.exact())
+
+
+@PROPERTY
+@given(block_cases())
+def test_reference_is_as_accurate_as_plain_attention(case):
+    reference = block_sparse_attention_reference(*case.arguments())
+    assert_as_accurate(reference, case.low_precision(), case.exact())
+
+
+@PROPERTY
+@given(block_cases(density=1.0, context=0))
+def test_keeping_everything_is_dense_attention(case):
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        case.q.double(), case.k.double(), case.v.double(), scale=case.scale, enable_gqa=True
+    )
+    assert_as_accurate(case.attend()[:1], case.low_precision()[:1], [dense])
+
+
+@PROPERTY
+@given(block_cases(density=0.2))
+def test_dropped_keys_cannot_influence_the_output(case):
+    # Keys no query attends to become NaN: the result must keep its bits.
+    repeats = case.q.shape[1] // case.k.shape[1]
+    seen = case.mask().any(2).unflatten(1, (-1, repeats)).any(2).unsqueeze(-1)  # [B, G, N_k + M, 1]
+    split = [case.k.shape[2], seen.shape[2] - case.k.shape[2]]
+    seen_tokens, seen_context = seen.split(split, dim=2)
+    poisoned = {name: getattr(case, name).masked_fill(~seen_tokens, math.nan) for name in ("k", "v")}
+    if case.context_k is not None:
+        for name in ("context_k", "context_v"):
+            poisoned[name] = getattr(case, name).masked_fill(~seen_context, math.nan)
+    for got, expected in zip(case.replace(**poisoned).attend(), case.attend(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@PROPERTY
+@given(block_cases(dtypes=[torch.float32], batch=1, groups=1, repeats=1, k_kind="uneven", density=0.5))
+def test_a_dropped_cluster_is_invisible_to_its_row_even_if_others_see_it(case):
+    out, _ = case.attend()
+    row_of_token = torch.arange(case.q_sizes.shape[-1]).repeat_interleave(case.q_sizes[0, 0].long())
+    cluster_of_key = torch.arange(case.k_sizes.shape[-1]).repeat_interleave(case.k_sizes[0, 0].long())
+    poison = (cluster_of_key == 0)[:, None]
+    poisoned = case.replace(k=case.k.masked_fill(poison, math.nan), v=case.v.masked_fill(poison, math.nan))
+    blind = ~case.keep[0, 0, row_of_token, 0]
+    assert torch.equal(poisoned.attend()[0][0, 0, blind], out[0, 0, blind])
+
+
+@PROPERTY
+@given(block_cases(), st.randoms(use_true_random=False))
+def test_relabelling_key_clusters_changes_nothing(case, random):
+    clusters = list(range(case.k_sizes.shape[-1]))
+    random.shuffle(clusters)
+    starts = case.k_sizes.cumsum(-1) - case.k_sizes
+    token_order = torch.stack(
+        [
+            torch.cat([torch.arange(starts[b, g, c], starts[b, g, c] + case.k_sizes[b, g, c]) for c in clusters])
+            for b in range(case.k.shape[0])
+            for g in range(case.k.shape[1])
+        ]
+    ).view(case.k.shape[:3])
+    index = token_order.unsqueeze(-1).expand(case.k.shape)
+    relabelled = case.replace(
+        k=case.k.gather(2, index),
+        v=case.v.gather(2, index),
+        k_sizes=case.k_sizes[..., clusters],
+        keep=case.keep[..., clusters],
+    )
+    assert_as_accurate(relabelled.attend(), case.low_precision(), case.exact())
+
+
+@PROPERTY
+@given(block_cases(q_kind="giant"))
+def test_permuting_queries_within_a_cluster_permutes_the_output(case):
+    order = torch.randperm(case.q.shape[2], generator=torch.Generator().manual_seed(0))
+    permuted = case.replace(q=case.q[:, :, order]).attend()
+    low_precision, exact = ([x[:, :, order] for x in pair] for pair in (case.low_precision(), case.exact()))
+    assert_as_accurate(permuted, low_precision, exact)
+
+
+@PROPERTY
+@given(block_cases())
+def test_same_input_gives_the_same_bits(case):
+    for first, second in zip(case.attend(), case.attend(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_two_halves_merge_by_their_log_sum_exp():
+    case = random_case(context=0)
+    (out_a, lse_a), (out_b, lse_b) = case.attend(), case.replace(keep=~case.keep).attend()
+    lse = torch.logaddexp(lse_a, lse_b)
+    merged = out_a * (lse_a - lse).exp().unsqueeze(-1) + out_b * (lse_b - lse).exp().unsqueeze(-1)
+    everything = case.replace(keep=torch.ones_like(case.keep))
+    torch.testing.assert_close(merged, everything.attend()[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_that_attends_to_nothing_is_zero_with_lse_minus_infinity():
+    case = random_case(context=0)
+    out, lse = case.replace(keep=torch.zeros_like(case.keep)).attend()
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+
+
+def test_a_thousand_tokens():
+    case = random_case(tokens=1000, k_tokens=1000, dim=64, q_clusters=7, k_clusters=31, density=0.3)
+    assert_as_accurate(case.attend(), case.low_precision(), case.exact())
+
+
+def test_rows_of_any_stride():
+    case = random_case()
+    awkward = {name: getattr(case, name).mT.contiguous().mT for name in ("q", "k", "v", "context_k", "context_v")}
+    for got, expected in zip(case.replace(**awkward).attend(), case.attend(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 65, 24).int()}, TypeError, "q must be .* got torch.int32"),
+        ({"k": torch.zeros(2, 2, 63, 24).half()}, TypeError, "k must be torch.float32, got torch.float16"),
+        ({"v": torch.zeros(2, 2, 62, 24)}, ValueError, r"v must have shape \(2, 2, 63, 24\), got \(2, 2, 62, 24\)"),
+        ({"k": torch.zeros(2, 3, 63, 24)}, ValueError, "multiple of the key/value heads, got 4 and 3"),
+        ({"keep": torch.ones(2, 4, 5, 7)}, TypeError, "keep must be torch.bool, got torch.float32"),
+        ({"q_sizes": torch.ones(2, 4, 5).int()}, ValueError, "q_sizes must be non-negative and sum to 65"),
+        ({"k_sizes": torch.ones(2, 2, 7).long()}, TypeError, "k_sizes must be torch.int32"),
+        ({"context_v": None}, ValueError, "context_k and context_v must be given together"),
+        ({"context_k": None, "context_v": None}, ValueError, "context_mask only with them"),
+        ({"context_mask": torch.ones(2, 1, 1, 14).bool()}, ValueError, r"context_mask must have shape \(2, 1, 1, 15\)"),
+    ],
+)
+def test_bad_input_is_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        random_case().replace(**changes).attend()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", [0, 15])
+def test_opcheck(dtype, context):
+    case = random_case(dtype=dtype, context=context)
+    torch.library.opcheck(torch.ops.svg2.block_sparse_attention.default, case.arguments())
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(dynamic):
+    case = random_case()
+    compiled = torch.compile(
+        lambda *args: torch.ops.svg2.block_sparse_attention(*args), fullgraph=True, dynamic=dynamic
+    )
+    for got, expected in zip(compiled(*case.arguments()), case.attend(), strict=True):
+        assert torch.equal(got, expected)

@@ -1,0 +1,183 @@
+"""``svg2::kmeans_``: labels are nearest centroids, centroids are means, every run gives the same bits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels import kmeans
+from svg2_compile.kernels.kmeans import initial_tokens
+
+PROPERTY = settings(max_examples=30, deadline=None)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def fresh_state(x, clusters):
+    batch, heads, _, dim = x.shape
+    return torch.zeros(batch, heads, clusters, dim), torch.zeros(1, dtype=torch.int32)
+
+
+def cluster(x, clusters, iterations, seed=0):
+    """Return labels and centroids of a first call."""
+    centroids, calls = fresh_state(x, clusters)
+    return torch.ops.svg2.kmeans_(x, centroids, calls, iterations, 1, seed), centroids
+
+
+def inertia(x, labels, centroids):
+    """Return the sum of squared distances to the assigned centroid, in fp64, per head."""
+    assigned = centroids.double().gather(2, labels.long().unsqueeze(-1).expand(x.shape))
+    return (x.double() - assigned).square().sum((-1, -2))
+
+
+@st.composite
+def token_cases(draw, dtypes=DTYPES):
+    """Tokens [B, H, N, D] around a few centres, contiguous or seen through a transpose, and a number of clusters."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, heads = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    tokens, dim = draw(st.sampled_from([1, 15, 63, 64, 65, 1000])), draw(st.sampled_from([4, 24, 64]))
+    clusters = min(tokens, draw(st.sampled_from([1, 3, 15, 63])))
+    centres = torch.randn(5, dim, generator=generator)
+    nearby = torch.randint(0, 5, (batch, tokens, heads), generator=generator)
+    x = centres[nearby] + 0.3 * torch.randn(batch, tokens, heads, dim, generator=generator)
+    x = x.transpose(1, 2).to(draw(st.sampled_from(dtypes)))
+    return (x.contiguous() if draw(st.booleans()) else x), clusters
+
+
+@PROPERTY
+@given(token_cases(), st.integers(1, 4))
+def test_labels_are_the_nearest_centroids(case, iterations):
+    x, clusters = case
+    # Labels of iteration n + 1 are judged against the centroids they were taken from, those of iteration n.
+    _, before = cluster(x, clusters, iterations)
+    labels, _ = cluster(x, clusters, iterations + 1)
+    scores = x.double() @ before.double().mT - before.double().square().sum(-1).unsqueeze(-2) / 2
+    lost = scores.amax(-1) - scores.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+    # fp32 rounds each of the D products and sums of a score; only a tie within that may fall either way.
+    size = x.double().norm(dim=-1) * before.double().norm(dim=-1).amax(-1, keepdim=True)
+    size = size + before.double().square().sum(-1).amax(-1, keepdim=True)
+    assert (lost <= 2 * x.shape[-1] * torch.finfo(torch.float32).eps * size).all()
+
+
+@PROPERTY
+@given(token_cases(), st.integers(1, 4))
+def test_centroids_are_the_means_of_the_returned_labels(case, iterations):
+    x, clusters = case
+    labels, centroids = cluster(x, clusters, iterations)
+    members = torch.nn.functional.one_hot(labels.long(), clusters).double()  # [B, H, N, C]
+    sizes = members.sum(-2).unsqueeze(-1)
+    means = members.mT @ x.double() / sizes.clamp(min=1)
+    error = (centroids.double() - means).abs().masked_fill(sizes == 0, 0)
+    assert (error <= x.shape[2] * torch.finfo(torch.float32).eps * x.double().abs().max()).all()
+
+
+@PROPERTY
+@given(token_cases())
+def test_inertia_never_rises(case):
+    x, clusters = case
+    history = torch.stack([inertia(x, *cluster(x, clusters, n)) for n in range(1, 6)])
+    rounding = 1e-5 * x.double().square().sum((-1, -2))
+    assert (history[1:] <= history[:-1] + rounding).all()
+
+
+@PROPERTY
+@given(token_cases())
+def test_same_input_gives_the_same_bits_and_leaves_the_global_generator_alone(case):
+    x, clusters = case
+    state = torch.random.get_rng_state()
+    first, second = cluster(x, clusters, 3), cluster(x, clusters, 3)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@PROPERTY
+@given(token_cases(dtypes=[torch.float32]))
+def test_a_warm_start_continues_where_the_last_call_stopped(case):
+    x, clusters = case
+    centroids, calls = fresh_state(x, clusters)
+    torch.ops.svg2.kmeans_(x, centroids, calls, 2, 3, 0)
+    labels = torch.ops.svg2.kmeans_(x, centroids, calls, 2, 3, 0)
+    expected_labels, expected_centroids = cluster(x, clusters, 5)
+    assert torch.equal(labels, expected_labels)
+    assert torch.equal(centroids, expected_centroids)
+    assert calls.item() == 2
+
+
+@PROPERTY
+@given(token_cases())
+def test_heads_and_batch_elements_do_not_influence_each_other(case):
+    x, clusters = case
+    labels, centroids = cluster(x, clusters, 2)
+    alone_labels, alone_centroids = cluster(x[-1:, :1].contiguous(), clusters, 2)
+    assert torch.equal(labels[-1:, :1], alone_labels)
+    assert torch.equal(centroids[-1:, :1], alone_centroids)
+
+
+def test_tiles_do_not_change_the_labels(monkeypatch):
+    x = torch.randn(1, 2, 1000, 16)
+    labels, _ = cluster(x, 7, 1)
+    monkeypatch.setattr(kmeans, "MAX_TILE_SCORES", 7 * 64)
+    assert torch.equal(cluster(x, 7, 1)[0], labels)
+
+
+def test_ties_go_to_the_lowest_label_and_empty_clusters_keep_their_centroid():
+    x = torch.ones(1, 1, 15, 4)
+    centroids, calls = torch.full((1, 1, 3, 4), 2.0), torch.ones(1, dtype=torch.int32)
+    labels = torch.ops.svg2.kmeans_(x, centroids, calls, 1, 1, 0)
+    assert (labels == 0).all()
+    assert centroids[0, 0, :, 0].tolist() == [1.0, 2.0, 2.0]
+
+
+def test_starting_tokens_are_distinct_in_range_and_depend_on_seed_and_head():
+    for tokens, clusters in ((1, 1), (65, 65), (1000, 7), (75600, 1000)):
+        starts = initial_tokens(4, tokens, clusters, 3, torch.device("cpu"))
+        assert starts.shape == (4, clusters)
+        assert (starts.diff(dim=-1) > 0).all()
+        assert starts.min() >= 0
+        assert starts.max() < tokens
+    assert not torch.equal(starts, initial_tokens(4, tokens, clusters, -4, torch.device("cpu")))
+    assert not torch.equal(starts[0], starts[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.ones(1, 2, 9, 4, dtype=torch.int32)}, TypeError, "x must be torch.float16 or .* got torch.int32"),
+        ({"x": torch.ones(1, 2, 9, 4, dtype=torch.complex64)}, TypeError, "x must be .* got torch.complex64"),
+        ({"x": torch.ones(2, 9, 4)}, ValueError, "x must have 4 axes"),
+        ({"centroids": torch.ones(1, 2, 0, 4)}, ValueError, "centroids must hold at least 1 cluster, got 0"),
+        ({"centroids": torch.ones(1, 2, 10, 4)}, ValueError, "no more clusters than tokens, got 10 and 9"),
+        ({"centroids": torch.ones(1, 1, 3, 4)}, ValueError, r"centroids must have shape \(1, 2, 3, 4\)"),
+        ({"centroids": torch.ones(1, 2, 3, 4).half()}, TypeError, "centroids must be torch.float32, got torch.float16"),
+        ({"calls": torch.zeros(2, dtype=torch.int32)}, ValueError, r"calls must have shape \(1,\)"),
+        ({"iters_init": 0}, ValueError, "iters_init and iters_step must be at least 1, got 0 and 1"),
+        ({"iters_step": 0}, ValueError, "iters_init and iters_step must be at least 1, got 1 and 0"),
+    ],
+)
+def test_bad_input_is_named(changes, error, message):
+    arguments = {
+        "x": torch.ones(1, 2, 9, 4),
+        "centroids": torch.ones(1, 2, 3, 4),
+        "calls": torch.zeros(1, dtype=torch.int32),
+        "iters_init": 1,
+        "iters_step": 1,
+        "seed": 0,
+    }
+    with pytest.raises(error, match=message):
+        torch.ops.svg2.kmeans_(**(arguments | changes))
+
+
+def test_opcheck():
+    x = torch.randn(2, 65, 3, 8).transpose(1, 2)
+    torch.library.opcheck(torch.ops.svg2.kmeans_.default, (x, *fresh_state(x, 5), 2, 1, 0))
+
+
+def test_compiled_equals_eager_and_the_mutation_is_visible():
+    x = torch.randn(2, 65, 3, 8).transpose(1, 2)
+    compiled = torch.compile(lambda *args: torch.ops.svg2.kmeans_(*args, 3, 2, 0), fullgraph=True)
+    state, expected_state = fresh_state(x, 5), fresh_state(x, 5)
+    for _ in range(2):
+        assert torch.equal(compiled(x, *state), torch.ops.svg2.kmeans_(x, *expected_state, 3, 2, 0))
+    assert torch.equal(state[0], expected_state[0])
+    assert state[1].item() == 2

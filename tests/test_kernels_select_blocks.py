@@ -1,0 +1,234 @@
+"""``svg2::select_blocks``: the kept key clusters carry top_p of the mass, and no more than they need to."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels.select_blocks import STATISTICS
+
+PROPERTY = settings(max_examples=60, deadline=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arguments of the op, less the statistics."""
+
+    q_centroids: torch.Tensor
+    k_centroids: torch.Tensor
+    q_sizes: torch.Tensor
+    k_sizes: torch.Tensor
+    scale: float = 0.125
+    top_p: float = 0.9
+    min_keep_ratio: float = 0.0
+
+    def arguments(self):
+        batch, heads = self.q_sizes.shape[:2]
+        return (*(getattr(self, f.name) for f in dataclasses.fields(self)), torch.zeros(batch, heads, len(STATISTICS)))
+
+    def keep(self, **changes):
+        return torch.ops.svg2.select_blocks(*dataclasses.replace(self, **changes).arguments())
+
+    def statistics(self):
+        arguments = self.arguments()
+        torch.ops.svg2.select_blocks(*arguments)
+        return arguments[-1]
+
+    def for_every_query_head(self, k):
+        return k.repeat_interleave(self.q_sizes.shape[1] // k.shape[1], dim=1)
+
+    def tolerance(self):
+        """Return what fp32 may err by in a mass: a step per summed cluster, and a step of either score of a ratio."""
+        largest = self.q_centroids.norm(dim=-1).max() * self.k_centroids.norm(dim=-1).max() * self.scale
+        return torch.finfo(torch.float32).eps * (self.k_sizes.shape[-1] + 2 * float(largest))
+
+    def probability(self):
+        """Return P of section 1.3 in fp64."""
+        k_sizes = self.for_every_query_head(self.k_sizes).double().unsqueeze(2)
+        scores = self.q_centroids.double() @ self.for_every_query_head(self.k_centroids).double().mT * self.scale
+        return (scores + k_sizes.log()).softmax(-1)
+
+
+def random_sizes(generator, batch, heads, clusters, tokens, kind):
+    """Return int32 [B, H, C] cluster sizes that sum to ``tokens``."""
+    if kind == "giant":
+        labels = torch.full((batch, heads, tokens), clusters - 1)
+    else:
+        used = max(1, clusters // 2) if kind == "half empty" else clusters
+        labels = torch.randint(0, used, (batch, heads, tokens), generator=generator)
+    return torch.nn.functional.one_hot(labels, clusters).sum(2).int()
+
+
+@st.composite
+def selection_cases(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    batch, groups, repeats = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    q_clusters, k_clusters = draw(st.sampled_from([1, 3, 16])), draw(st.sampled_from([1, 2, 15, 65]))
+    dim = draw(st.sampled_from([4, 64]))
+    kinds = st.sampled_from(["uneven", "half empty", "giant"])
+    sharpness = draw(st.sampled_from([0.0, 1.0, 8.0, 60.0]))
+    return Case(
+        q_centroids=sharpness * torch.randn(batch, groups * repeats, q_clusters, dim, generator=generator),
+        k_centroids=torch.randn(batch, groups, k_clusters, dim, generator=generator),
+        q_sizes=random_sizes(generator, batch, groups * repeats, q_clusters, 100, draw(kinds)),
+        k_sizes=random_sizes(generator, batch, groups, k_clusters, 100, draw(kinds)),
+        top_p=draw(st.sampled_from([0.01, 0.5, 0.9, 0.999])),
+        min_keep_ratio=draw(st.sampled_from([0.0, 0.1, 0.5])),
+    )
+
+
+@PROPERTY
+@given(selection_cases())
+def test_kept_mass_reaches_top_p(case):
+    kept_mass = (case.probability() * case.keep()).sum(-1)
+    assert (kept_mass >= case.top_p - case.tolerance()).all()
+
+
+@PROPERTY
+@given(selection_cases())
+def test_no_kept_cluster_could_be_spared(case):
+    keep = case.keep(min_keep_ratio=0.0)
+    probability = case.probability()
+    weakest = probability.masked_fill(~keep, math.inf).amin(-1)
+    mass_without_it = (probability * keep).sum(-1) - weakest
+    assert (mass_without_it <= case.top_p + case.tolerance()).all()
+
+
+@PROPERTY
+@given(selection_cases())
+def test_kept_clusters_are_the_likeliest(case):
+    probability, keep = case.probability(), case.keep()
+    weakest_kept = probability.masked_fill(~keep, math.inf).amin(-1)
+    strongest_dropped = probability.masked_fill(keep, 0).amax(-1)
+    assert (weakest_kept >= strongest_dropped - case.tolerance()).all()
+
+
+@PROPERTY
+@given(selection_cases())
+def test_every_row_keeps_a_non_empty_cluster(case):
+    occupied = case.for_every_query_head(case.k_sizes).unsqueeze(2) > 0
+    assert (case.keep() & occupied).any(-1).all()
+
+
+@PROPERTY
+@given(selection_cases())
+def test_the_floor_keeps_its_share_of_the_clusters(case):
+    at_least = max(1, math.floor(case.min_keep_ratio * case.k_sizes.shape[-1]))
+    assert (case.keep().sum(-1) >= at_least).all()
+
+
+@PROPERTY
+@given(selection_cases())
+def test_a_larger_top_p_keeps_a_superset(case):
+    smaller, larger = case.keep(top_p=0.5 * case.top_p), case.keep()
+    assert (smaller <= larger).all()
+
+
+@PROPERTY
+@given(selection_cases(), st.sampled_from([1.0, 1.5]))
+def test_top_p_of_one_keeps_everything(case, top_p):
+    assert case.keep(top_p=top_p).all()
+
+
+@PROPERTY
+@given(selection_cases())
+def test_grouped_key_heads_equal_repeated_ones(case):
+    repeated = dataclasses.replace(
+        case,
+        k_centroids=case.for_every_query_head(case.k_centroids),
+        k_sizes=case.for_every_query_head(case.k_sizes),
+    )
+    assert torch.equal(case.keep(), repeated.keep())
+
+
+@PROPERTY
+@given(selection_cases())
+def test_an_empty_cluster_cannot_influence_the_rest(case):
+    empty = (case.k_sizes == 0).unsqueeze(-1)
+    assert torch.equal(case.keep(k_centroids=case.k_centroids.masked_fill(empty, math.nan)), case.keep())
+
+
+@PROPERTY
+@given(selection_cases())
+def test_statistics_are_density_and_kept_mass(case):
+    keep, probability = case.keep(), case.probability()
+    q_share = case.q_sizes.double() / 100
+    k_share = case.for_every_query_head(case.k_sizes).double() / 100
+    mass = (probability * keep).sum(-1)
+    expected = torch.stack(
+        [
+            torch.ones(keep.shape[:2], dtype=torch.float64),
+            (q_share.unsqueeze(-1) * k_share.unsqueeze(-2) * keep).sum((-1, -2)),
+            (q_share * mass).sum(-1),
+            mass.masked_fill(case.q_sizes == 0, math.inf).amin(-1),
+        ],
+        dim=-1,
+    )
+    torch.testing.assert_close(case.statistics().double(), expected, rtol=0, atol=case.tolerance())
+
+
+def random_case():
+    generator = torch.Generator().manual_seed(0)
+    return Case(
+        q_centroids=torch.randn(2, 4, 5, 8, generator=generator),
+        k_centroids=torch.randn(2, 2, 7, 8, generator=generator),
+        q_sizes=random_sizes(generator, 2, 4, 5, 63, "uneven"),
+        k_sizes=random_sizes(generator, 2, 2, 7, 63, "uneven"),
+    )
+
+
+def test_statistics_accumulate_over_calls():
+    arguments = random_case().arguments()
+    torch.ops.svg2.select_blocks(*arguments)
+    once = arguments[-1].clone()
+    torch.ops.svg2.select_blocks(*arguments)
+    assert torch.equal(arguments[-1], 2 * once)
+
+
+def test_equal_probabilities_keep_the_lowest_indices():
+    case = Case(
+        q_centroids=torch.zeros(1, 1, 1, 4),
+        k_centroids=torch.zeros(1, 1, 8, 4),
+        q_sizes=torch.full((1, 1, 1), 8, dtype=torch.int32),
+        k_sizes=torch.ones(1, 1, 8, dtype=torch.int32),
+        top_p=0.5,
+    )
+    # The cluster that crosses top_p is kept: the fifth still has only 0.5 before it.
+    assert case.keep().flatten().tolist() == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"top_p": 0.0}, ValueError, "top_p must be above 0, got 0.0"),
+        ({"top_p": math.nan}, ValueError, "top_p must be above 0, got nan"),
+        ({"min_keep_ratio": 1.5}, ValueError, r"min_keep_ratio must be in \[0, 1\], got 1.5"),
+        ({"k_centroids": torch.zeros(2, 3, 7, 8)}, ValueError, "multiple of the key/value heads, got 4 and 3"),
+        (
+            {"k_centroids": torch.zeros(2, 2, 0, 8), "k_sizes": torch.zeros(2, 2, 0).int()},
+            ValueError,
+            "at least 1 clus",
+        ),
+        ({"q_sizes": torch.zeros(2, 4, 6).int()}, ValueError, r"q_sizes must have shape \(2, 4, 5\), got \(2, 4, 6\)"),
+        ({"k_sizes": torch.zeros(2, 2, 7)}, TypeError, "k_sizes must be torch.int32, got torch.float32"),
+        ({"q_centroids": torch.zeros(2, 4, 5, 8).int()}, TypeError, "q_centroids must be .* got torch.int32"),
+    ],
+)
+def test_bad_input_is_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        random_case().keep(**changes)
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.svg2.select_blocks.default, random_case().arguments())
+
+
+def test_compiled_equals_eager():
+    arguments, expected_arguments = random_case().arguments(), random_case().arguments()
+    compiled = torch.compile(lambda *args: torch.ops.svg2.select_blocks(*args), fullgraph=True)
+    assert torch.equal(compiled(*arguments), torch.ops.svg2.select_blocks(*expected_arguments))
+    assert torch.equal(arguments[-1], expected_arguments[-1])
