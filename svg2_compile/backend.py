@@ -1,0 +1,142 @@
+"""The backend: ``torch.compile(model, backend="svg2")``.
+
+Dynamo's graph is copied, its long self-attention made sparse, and both graphs go to Inductor behind one ``Region``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+from svg2_compile import clock
+from svg2_compile.frames import Compiled, owner_position, timestep_in, timestep_position, what_is_compiled
+from svg2_compile.options import split_options
+from svg2_compile.passes.clone import clone
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.nodes import value_of
+from svg2_compile.passes.sparsify import Sparsified, sparsify
+from svg2_compile.region import Lower, Owner, Region, Runner, Variant, dense_graphs, reset, ticking
+
+log = logging.getLogger(__name__)
+
+_ticking_roots: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_hooked_parents: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+clock.observe_cache_context()
+
+
+def svg2_backend(
+    gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compile a graph with its long self-attention made sparse (SVG2, arXiv 2505.18875).
+
+    Give it to ``torch.compile`` as ``backend=svg2_backend`` or ``backend="svg2"``; do not call it.
+
+    Args:
+        gm: the graph that Dynamo traced.
+        example_inputs: its inputs.
+        options: fields of ``SparseConfig``, bare or prefixed with ``svg2.``, and Inductor's options.
+        mode: a mode of ``torch.compile``, for Inductor.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        UnsupportedError: an attention cannot be sparse and ``on_unsupported="error"``.
+    """
+    config, inductor_options = split_options(options, mode)
+    compiled = what_is_compiled()
+    # a whole model leaves its first layers out at compile time; layers compiled apart are told apart when they run
+    static_config = config if compiled.parent is None else dataclasses.replace(config, dense_layers=0)
+    plan = sparsify(gm, static_config)
+    _announce(plan)
+    lower = _lowering(config, inductor_options)
+    timestep = timestep_position(gm) if compiled.parent is None else None
+    if not plan.sites:
+        dense_graphs.remember(compiled.root, plan.rejections)
+        return _without_sites(gm, example_inputs, lower, compiled, timestep)
+    if compiled.parent is not None:
+        _tick_with(compiled.parent, compiled.parent_locals)
+    elif timestep is not None and compiled.root is not None:
+        _ticking_roots.add(compiled.root)
+    owner = owner_position(gm, example_inputs)
+    eager = _is_dynamic(gm)
+    return Region(
+        config=config,
+        plan=plan,
+        dense=Variant("dense", clone(gm), lower, list(example_inputs) if eager else None),
+        sparse=Variant("sparse", plan.gm, lower, [*example_inputs, *_fake_state(plan)] if eager else None),
+        owner=Owner(*owner) if owner else Owner(None, ""),
+        root=compiled.root,
+        parent=compiled.parent,
+        timestep=timestep,
+    )
+
+
+def _lowering(config: SparseConfig, inductor_options: dict[str, Any]) -> Lower:
+    def lower(gm: GraphModule, inputs: list[Any]) -> Runner:
+        if config.lowering == "eager":
+            return gm.forward
+        runner: Runner = compile_fx(gm, inputs, config_patches=inductor_options or None)  # type: ignore[assignment]
+        return runner
+
+    return lower
+
+
+def _without_sites(
+    gm: GraphModule, example_inputs: list[Any], lower: Lower, compiled: Compiled, timestep: int | None
+) -> Callable[..., Any]:
+    runner = lower(gm, example_inputs)
+    if timestep is None or compiled.root is None:
+        return runner
+    _ticking_roots.add(compiled.root)
+    return ticking(runner, id(compiled.root), timestep)
+
+
+def _tick_with(parent: torch.nn.Module, parent_locals: dict[str, Any]) -> None:
+    """Let a model that runs eagerly tick the clock at each forward, and once for the forward under way."""
+    if parent in _ticking_roots or parent in _hooked_parents:
+        return
+    signature = inspect.signature(parent.forward)
+
+    def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        clock.tick(id(module), timestep_in(signature.bind_partial(*args, **kwargs).arguments))
+
+    parent.register_forward_pre_hook(before_forward, with_kwargs=True)
+    _hooked_parents.add(parent)
+    clock.tick(id(parent), timestep_in(parent_locals))
+
+
+def _is_dynamic(gm: GraphModule) -> bool:
+    """Graphs with symbolic sizes are compiled while Dynamo listens, so that their guards reach it."""
+    for node in gm.graph.nodes:
+        value = value_of(node)
+        if isinstance(value, torch.SymInt):
+            return True
+        if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+            return True
+    return False
+
+
+def _fake_state(plan: Sparsified) -> list[torch.Tensor]:
+    """Return stand-ins of the state tensors whose sizes are plain numbers, whatever else is dynamic."""
+    context = torch._guards.TracingContext.get()
+    assert context.fake_mode is not None
+    with context.fake_mode:
+        devices = {site.index: site.device for site in plan.sites}
+        return [torch.zeros(each.shape, dtype=each.dtype, device=devices[each.site]) for each in plan.state_specs]
+
+
+def _announce(plan: Sparsified) -> None:
+    for rejection in plan.rejections:
+        level = logging.INFO if rejection.by_design else logging.WARNING
+        log.log(level, "%s stays dense: %s; %s", rejection.path, rejection.reason, rejection.hint or "as it should")
+
+
+svg2_backend.reset = reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it

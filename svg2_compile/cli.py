@@ -1,0 +1,59 @@
+"""The command line, ``svg2``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Sparse attention for diffusion transformers.")
+
+
+@app.callback()
+def root() -> None:
+    """Sparse attention for diffusion transformers, as a torch.compile backend."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for videos, pictures and report.json.")] = Path("svg2_demo"),
+    prompt: Annotated[str, typer.Option(help="One of the tiny model's prompts.")] = "rabbit_wakes",
+    frames: Annotated[int, typer.Option(help="Frames of the video.")] = 16,
+    height: Annotated[int, typer.Option(help="Height in pixels, a multiple of 8.")] = 128,
+    width: Annotated[int, typer.Option(help="Width in pixels, a multiple of 8.")] = 256,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 8,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Share of the attention mass to keep, in (0, 1].")] = 0.9,
+    dense_steps: Annotated[float, typer.Option(help="Share of the steps that stay dense.")] = 0.25,
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU is used if there is one.")] = "auto",
+) -> None:
+    """Generate one video twice with the shipped tiny model, dense and sparse, and show the cost and the gain."""
+    from svg2_compile.demo import DemoSettings, run_demo
+    from svg2_compile.passes.errors import ConfigError
+    from svg2_compile.tiny_wan import TinyWanError
+
+    try:
+        settings = DemoSettings(
+            out=out,
+            prompt=prompt,
+            frames=frames,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            top_p=top_p,
+            dense_steps=dense_steps,
+            device=device,
+        )
+        run_demo(settings)
+    except (ConfigError, TinyWanError) as error:
+        typer.secho(f"svg2 demo: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

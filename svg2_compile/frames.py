@@ -1,0 +1,100 @@
+"""Read, at compile time, whose code is being compiled and who is calling it.
+
+Dynamo hands a backend a graph and no module. The module comes from Dynamo's current translator; the model that runs it
+eagerly, when blocks are compiled one by one, from the Python frames that lead here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx import GraphModule, Node
+
+TIMESTEP = re.compile(r"(^|[^a-z])(timesteps?|t|sigmas?)('|\"|\])*$")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What is being compiled."""
+
+    root: torch.nn.Module | None
+    """The module whose forward is traced, if it is one."""
+
+    parent: torch.nn.Module | None
+    """The outermost module that is calling ``root`` right now; ``None`` when ``root`` is the whole model."""
+
+    parent_locals: dict[str, Any]
+
+
+def what_is_compiled() -> Compiled:
+    """Return the module under compilation and its caller; to be called by the backend itself."""
+    try:
+        root = InstructionTranslator.current_tx().f_locals.get("self")
+    except AttributeError:  # not called by Dynamo
+        root = None
+    if not isinstance(root, torch.nn.Module):
+        return Compiled(None, None, {})
+    parent: FrameType | None = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if _is_forward(frame):
+            module = frame.f_locals.get("self")
+            if isinstance(module, torch.nn.Module) and module is not root and any(m is root for m in module.modules()):
+                parent = frame
+        frame = frame.f_back
+    if parent is None:
+        return Compiled(root, None, {})
+    return Compiled(root, parent.f_locals["self"], dict(parent.f_locals))
+
+
+def _is_forward(frame: FrameType) -> bool:
+    name = frame.f_code.co_name
+    return name == "forward" or name.startswith("torch_dynamo_resume_in_forward")
+
+
+def timestep_in(values: dict[str, Any]) -> Any:
+    """Return the value of the first variable that is called like a timestep."""
+    return next((values[name] for name in TIMESTEP_NAMES if values.get(name) is not None), None)
+
+
+def timestep_position(gm: GraphModule) -> int | None:
+    """Return the position of the graph input that holds the timestep of the model's own forward."""
+    for position, node in enumerate(placeholders(gm)):
+        name = source_name(node)
+        is_weight = "_parameters" in name or "_buffers" in name
+        if isinstance(node.meta.get("example_value"), torch.Tensor) and not is_weight and TIMESTEP.search(name):
+            return position
+    return None
+
+
+def owner_position(gm: GraphModule, inputs: list[Any]) -> tuple[int, str] | None:
+    """Return the position of the first parameter among the graph's inputs, and its name inside the root module.
+
+    At run time the argument at this position tells which model, or which of its equal layers, is calling.
+    """
+    for position, (node, value) in enumerate(zip(placeholders(gm), inputs)):
+        if isinstance(value, torch.nn.Parameter):
+            source = source_name(node).replace("_modules", "").replace("_parameters", "").replace(".__dict__", "")
+            parts = [part for part in re.split(r"[.\[\]']+", source) if part]
+            return position, ".".join(part for part in parts[1:] if part != "self")
+    return None
+
+
+def placeholders(gm: GraphModule) -> list[Node]:
+    """Return the graph's inputs in order."""
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def source_name(node: Node) -> str:
+    """Return Dynamo's expression for a graph input, such as ``L['timestep']``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    return str(source.name() if callable(source.name) else source.name)

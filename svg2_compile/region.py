@@ -1,0 +1,200 @@
+"""One compiled graph, dense and sparse, behind one callable that chooses per call.
+
+No guard depends on the denoising step, so switching from dense to sparse recompiles nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils.weak import WeakIdKeyDictionary
+
+from svg2_compile.clock import Tick, current_clock, forget, tick
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.records import Rejection
+from svg2_compile.passes.sparsify import Sparsified
+from svg2_compile.schedule import is_dense
+from svg2_compile.state import store
+
+_numbers = itertools.count()
+
+Runner = Callable[..., Any]
+Lower = Callable[[GraphModule, list[Any]], Runner]
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """How a region learns, at run time, which model or layer it runs for."""
+
+    position: int | None
+    """Graph input that is a parameter of the owner; ``None`` for code without parameters."""
+
+    name: str
+    """That parameter's name inside the compiled module."""
+
+
+class Variant:
+    """A graph and its compiled form, compiled at first use unless ``now`` is given."""
+
+    def __init__(self, name: str, gm: GraphModule, lower: Lower, now: list[Any] | None = None) -> None:
+        self.name = name
+        self.compile_seconds = 0.0
+        self._gm, self._lower = gm, lower
+        self._lock = threading.Lock()
+        self._runner: Runner | None = None
+        if now is not None:
+            self._runner = self._compile(now)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the compiled graph."""
+        if self._runner is None:
+            with self._lock:
+                if self._runner is None:
+                    self._runner = self._compile_outside_dynamo(args)
+        return self._runner(*args)
+
+    def _compile(self, inputs: list[Any]) -> Runner:
+        started = time.perf_counter()
+        runner = self._lower(self._gm, inputs)
+        self.compile_seconds = time.perf_counter() - started
+        return runner
+
+    def _compile_outside_dynamo(self, args: tuple[Any, ...]) -> Runner:
+        """Compile for the shapes at hand; only graphs without symbolic shapes wait for this."""
+        fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        fakes = [
+            fake_mode.from_tensor(each, static_shapes=True) if isinstance(each, torch.Tensor) else each for each in args
+        ]
+        with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+            return self._compile(fakes)
+
+
+class Region:
+    """What Dynamo calls instead of the graph that it traced."""
+
+    instances: ClassVar[weakref.WeakSet[Region]] = weakref.WeakSet()
+
+    def __init__(
+        self,
+        *,
+        config: SparseConfig,
+        plan: Sparsified,
+        dense: Variant,
+        sparse: Variant,
+        owner: Owner,
+        root: torch.nn.Module | None,
+        parent: torch.nn.Module | None,
+        timestep: int | None,
+    ) -> None:
+        self.config, self.plan, self.dense, self.sparse, self.owner = config, plan, dense, sparse, owner
+        self.timestep = timestep
+        self.number = next(_numbers)
+        self.clear()
+        self._root = weakref.ref(root) if root is not None else None
+        self._layers = LayerOrder.of(parent) if parent is not None else None
+        Region.instances.add(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the dense or the sparse graph, as the schedule says for this call."""
+        owner = self.owner_of(args)
+        now = self._tick(args, owner)
+        layer = None if self._layers is None else self._layers.ordinal(owner)
+        if is_dense(self.config, now, layer):
+            self.dense_calls[owner] = self.dense_calls.get(owner, 0) + 1
+            return self.dense(*args)
+        self.sparse_calls[owner] = self.sparse_calls.get(owner, 0) + 1
+        state = store.tensors_for(owner, current_clock(), now.run, now.stream, self.plan.sites)
+        return self.sparse(*args, *state)
+
+    def owner_of(self, args: tuple[Any, ...]) -> Any:
+        """Return the parameter that names the caller, or what stands in for it."""
+        if self.owner.position is not None:
+            return args[self.owner.position]
+        root = self._root() if self._root is not None else None
+        return root if root is not None else self
+
+    def _tick(self, args: tuple[Any, ...], owner: Any) -> Tick:
+        clock = current_clock()
+        if self._layers is not None and clock.now is not None:
+            return clock.now
+        tick(id(owner), args[self.timestep] if self.timestep is not None else None)
+        now = current_clock().now
+        assert now is not None
+        return now
+
+    def owners(self) -> list[Any]:
+        """Return every model or layer that called."""
+        return list({id(each): each for each in [*self.dense_calls.keys(), *self.sparse_calls.keys()]}.values())
+
+    def clear(self) -> None:
+        """Forget the counts; what is compiled stays."""
+        self.dense_calls: Any = WeakIdKeyDictionary()
+        self.sparse_calls: Any = WeakIdKeyDictionary()
+
+
+class LayerOrder:
+    """Numbers the separately compiled layers of a model in the order in which they first run."""
+
+    _by_parent: ClassVar[weakref.WeakKeyDictionary[torch.nn.Module, LayerOrder]] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._ordinals: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, parent: torch.nn.Module) -> LayerOrder:
+        """Return the order of the layers of ``parent``."""
+        return cls._by_parent.setdefault(parent, cls())
+
+    def ordinal(self, owner: Any) -> int:
+        """Return the layer's place, counting from 0."""
+        return self._ordinals.setdefault(id(owner), len(self._ordinals))
+
+
+def ticking(runner: Runner, model: Hashable, timestep: int) -> Runner:
+    """Wrap a graph that has no sparse attention but sees the timestep of a model whose blocks are compiled apart."""
+
+    def run(*args: Any) -> Any:
+        tick(model, args[timestep])
+        return runner(*args)
+
+    return run
+
+
+class DenseGraphs:
+    """Why graphs without any sparse attention are what they are, kept for the report while their module lives."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Rejection, ...]] = weakref.WeakKeyDictionary()
+
+    def remember(self, root: torch.nn.Module | None, rejections: tuple[Rejection, ...]) -> None:
+        """Keep the rejections of one graph of ``root``."""
+        if root is not None:
+            self._of[root] = tuple(dict.fromkeys([*self._of.get(root, ()), *rejections]))
+
+    def of(self, model: torch.nn.Module) -> list[tuple[str, Rejection]]:
+        """Return (module path, rejection) for the dense graphs of ``model`` and of its parts."""
+        return [(name, each) for name, module in model.named_modules() for each in self._of.get(module, ())]
+
+
+dense_graphs = DenseGraphs()
+
+
+def reset() -> None:
+    """Drop centroids, statistics and clocks, as if no generation had run; compiled graphs stay.
+
+    The next generation gives the same bits as the first one did.
+    """
+    for region in list(Region.instances):
+        region.clear()
+    store.clear()
+    forget()

@@ -1,0 +1,256 @@
+"""What was made sparse, what was not and why, and what it kept: ``report`` after a run, ``explain`` before one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from svg2_compile.frames import what_is_compiled
+from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.options import current_defaults
+from svg2_compile.passes.records import AttentionSite, Rejection
+from svg2_compile.passes.sparsify import sparsify
+from svg2_compile.region import Region, dense_graphs
+from svg2_compile.state import SiteState, store
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class SiteReport:
+    """One attention of the model."""
+
+    path: str
+    shape: str
+    """Batch × heads × tokens × head dim, and the context tokens; empty for an attention left dense."""
+
+    plan: str
+    """The cluster counts of a sparse attention, or why it is dense."""
+
+    hint: str
+    sparse: bool
+    density: float | None
+    """Share of query-key pairs computed in the sparse calls, 0 to 1; ``None`` before the first one."""
+
+    kept_mass: float | None
+    """Share of the attention mass, estimated from the centroids, that the kept pairs hold."""
+
+    lowest_kept_mass: float | None
+    """The same for the query cluster that kept least, averaged over calls and heads."""
+
+    density_per_head: tuple[float, ...]
+    sparse_calls: int
+    dense_calls: int
+    masked_video_keys: int
+    """Video keys that a mask hid and that were attended to all the same; anything but 0 is a wrong result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Every attention of a model, and the totals."""
+
+    sites: tuple[SiteReport, ...]
+    state_mib: float
+    compile_seconds: dict[str, float]
+    """Seconds spent compiling, by variant."""
+
+    @property
+    def sparse_sites(self) -> tuple[SiteReport, ...]:
+        """The attentions that are sparse."""
+        return tuple(site for site in self.sites if site.sparse)
+
+    @property
+    def density(self) -> float | None:
+        """Mean density of the sparse calls."""
+        return _mean((site.density, site.sparse_calls) for site in self.sparse_sites)
+
+    @property
+    def density_with_dense_calls(self) -> float | None:
+        """Mean density of all calls of the sparse sites, the scheduled dense ones counted as 1."""
+        dense = [(1.0, site.dense_calls) for site in self.sparse_sites]
+        return _mean([*((site.density, site.sparse_calls) for site in self.sparse_sites), *dense])
+
+    @property
+    def kept_mass(self) -> float | None:
+        """Mean kept mass of the sparse calls."""
+        return _mean((site.kept_mass, site.sparse_calls) for site in self.sparse_sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        totals = {name: getattr(self, name) for name in ("density", "density_with_dense_calls", "kept_mass")}
+        return {**asdict(self), **totals}
+
+    def __str__(self) -> str:
+        """Return a table: one line per attention, then the totals."""
+        lines = [f"{'attention':<32} {'density':>7} {'mass':>6} {'sparse':>6} {'dense':>6}  plan"]
+        for site in self.sites:
+            density, mass = _percent(site.density), _percent(site.kept_mass)
+            calls = f"{site.sparse_calls or '':>6} {site.dense_calls or '':>6}"
+            plan = f"{site.shape}, {site.plan}" if site.sparse else f"dense: {site.plan}"
+            lines.append(f"{site.path:<32} {density:>7} {mass:>6} {calls}  {plan}")
+            if site.masked_video_keys:
+                lines.append(
+                    f"{'':<32} WRONG: the mask hides {site.masked_video_keys} video keys, which were attended to"
+                )
+        sparse = len(self.sparse_sites)
+        lines.append(
+            f"{sparse} attentions sparse, {len(self.sites) - sparse} dense; density {_percent(self.density) or '-'} in "
+            f"sparse calls, {_percent(self.density_with_dense_calls) or '-'} with the dense ones; kept mass "
+            f"{_percent(self.kept_mass) or '-'}; state {self.state_mib:.1f} MiB"
+        )
+        hints = dict.fromkeys(f"{site.plan}: {site.hint}" for site in self.sites if site.hint)
+        lines += [f"hint: {hint}" for hint in hints]
+        if not self.sites:
+            lines.append(
+                "no attention was found: compile the model with this backend and run it once; a model whose attention "
+                'is not scaled_dot_product_attention needs model.set_attention_backend("native")'
+            )
+        return "\n".join(lines)
+
+
+def report(model: torch.nn.Module) -> Report:
+    """Return what the backend did to ``model``, so far; reads the statistics back from the device.
+
+    Args:
+        model: the model, or what ``torch.compile`` returned for it.
+
+    Returns:
+        One entry per attention, in program order, layers in the order of the model.
+    """
+    model = _unwrap(model)
+    regions = _regions_of(model)
+    rows: dict[tuple[str, str], _Row] = {}
+    for region, owner, prefix in regions:
+        dense_calls = region.dense_calls.get(owner, 0)
+        for decision in region.plan.decisions:
+            # a layer may be compiled several times, for other sizes or modes: its calls add up, the last plan is shown
+            row = rows.setdefault((_join(prefix, decision.path), decision.node), _Row(decision, owner))
+            row.decision = decision
+            row.dense_calls += dense_calls
+    for prefix, rejection in dense_graphs.of(model):
+        rows.setdefault((_join(prefix, rejection.path), rejection.node), _Row(rejection, None))
+    seconds: dict[str, float] = {}
+    for region in {id(region): region for region, _, _ in regions}.values():
+        for variant in (region.dense, region.sparse):
+            seconds[variant.name] = seconds.get(variant.name, 0.0) + variant.compile_seconds
+    sites = [row.describe(path) for (path, _), row in rows.items()]
+    return Report(tuple(sites), sum(row.state_bytes for row in rows.values()) / MIB, seconds)
+
+
+def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
+    """Return what the backend would do to ``model`` for these inputs; traces the model and computes nothing.
+
+    The options are the defaults, so wrap the call in ``with svg2_compile.configure(...)`` to ask about others.
+
+    Args:
+        model: a model that is not compiled yet.
+        args: the model's positional arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        One entry per attention; densities are unknown before a run.
+    """
+    sites: list[SiteReport] = []
+    config = current_defaults()
+
+    def describe(gm: GraphModule, example_inputs: list[Any]) -> Any:
+        found = sparsify(gm, config)
+        compiled = what_is_compiled()
+        modules = {id(module): name for name, module in model.named_modules()}
+        prefix = modules.get(id(compiled.root), "")
+        sites.extend(_Row(each, None).describe(_join(prefix, each.path)) for each in found.decisions)
+        (output,) = gm.graph.find_nodes(op="output")
+        return lambda *_: torch.fx.node.map_arg(output.args[0], _zeros_like_node)
+
+    with torch.no_grad():
+        torch.compile(_unwrap(model), backend=describe)(*args, **kwargs)
+    return Report(tuple(sites), 0.0, {})
+
+
+def _zeros_like_node(node: torch.fx.Node) -> Any:
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor):
+        shape = [int(size) for size in value.shape]
+        return torch.zeros(shape, dtype=value.dtype, device=value.device)
+    return value if not isinstance(value, torch.SymInt) else int(value)
+
+
+def _regions_of(model: torch.nn.Module) -> list[tuple[Region, Any, str]]:
+    """Return (region, owner, module path) for every owner that is part of the model, in the model's order."""
+    names = [(id(model), "")] + [(id(parameter), name) for name, parameter in model.named_parameters()]
+    position = {owner: place for place, (owner, _) in enumerate(names)}
+    found = []
+    for region in list(Region.instances):
+        for owner in region.owners():
+            place = position.get(id(owner))
+            if place is not None:
+                prefix = names[place][1].removesuffix(region.owner.name).removesuffix(".")
+                found.append(((place, region.number), (region, owner, prefix)))
+    return [each for _, each in sorted(found, key=lambda ranked: ranked[0])]
+
+
+@dataclass(slots=True)
+class _Row:
+    """What is known about one attention, while a report is put together."""
+
+    decision: AttentionSite | Rejection
+    owner: Any
+    dense_calls: int = 0
+
+    @property
+    def states(self) -> list[SiteState]:
+        if self.owner is None or isinstance(self.decision, Rejection):
+            return []
+        return [state for states in store.states_of(self.owner, self.decision).values() for state in states]
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(tensor.nbytes for state in self.states for tensor in state.tensors.values())
+
+    def describe(self, path: str) -> SiteReport:
+        if isinstance(self.decision, Rejection):
+            reason, hint = self.decision.reason, self.decision.hint
+            return SiteReport(path, "", reason, hint, False, None, None, None, (), 0, 0, 0)
+        site, states = self.decision, self.states
+        context = f" + {site.context_tokens} context" if len(site.segments) > 1 else ""
+        statistics = torch.zeros(site.q_heads, len(STATISTICS), dtype=torch.float64)
+        for state in states:
+            statistics += state.tensors["statistics"].double().sum(dim=0).cpu()
+        calls, densities, masses, least = statistics.unbind(-1)
+        ran = bool(calls.sum() > 0)
+        return SiteReport(
+            path=path,
+            shape=f"{site.batch}×{site.q_heads}×{site.tokens}×{site.head_dim}{context}",
+            plan=f"{site.q_clusters} query and {site.k_clusters} key clusters",
+            hint="",
+            sparse=True,
+            density=float(densities.sum() / calls.sum()) if ran else None,
+            kept_mass=float(masses.sum() / calls.sum()) if ran else None,
+            lowest_kept_mass=float(least.sum() / calls.sum()) if ran else None,
+            density_per_head=tuple((densities / calls).tolist()) if ran else (),
+            sparse_calls=sum(state.calls for state in states),
+            dense_calls=self.dense_calls,
+            masked_video_keys=sum(int(state.tensors["masked_video_keys"]) for state in states if site.has_mask),
+        )
+
+
+def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _join(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}" if prefix and path else prefix or path
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"
+
+
+def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:
+    known = [(value, weight) for value, weight in weighted if value is not None and weight]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if total else None
