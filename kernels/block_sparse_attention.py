@@ -113,8 +113,8 @@ def block_sparse_attention_reference(
         ValueError: shapes disagree, H is no multiple of G, or the context arguments are incomplete.
 
     Promises:
-        Deterministic (on the CPU, for a given number of threads), no aliasing. In the op, blocks that are not kept and masked context keys cannot influence the
-        result, not even with NaN.
+        Deterministic (on the CPU, for a given number of threads), no aliasing. In the CPU op, blocks that are not kept
+        and masked context keys cannot influence the result, not even with NaN.
     """
     _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask)
     batch, heads, tokens, _ = q.shape

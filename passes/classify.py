@@ -113,7 +113,7 @@ def _site(
         head_dim=int(query.shape[3]),
         tokens=video.length,
         token_hint=tokens,
-        dtype=query.dtype,
+        dtype=query.dtype if (output := tensor_of(candidate.node)) is None else output.dtype,
         device=query.device,
         segments=segments,
         scale=candidate.scale,

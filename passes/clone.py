@@ -18,7 +18,7 @@ def clone(gm: GraphModule) -> GraphModule:
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
     # an exported module's nested inputs and outputs are known to this only
-    graph.set_codegen(copy.deepcopy(gm.graph._codegen))
+    graph.set_codegen(gm.graph._codegen)
     result = GraphModule(gm, graph)
     for old, new in copies.items():
         if old.op == "placeholder" and hasattr(old, "_dynamo_source"):

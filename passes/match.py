@@ -91,8 +91,11 @@ def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
     tokens = size_hint(query.shape[2])
     if tokens is not None and tokens < min_tokens:
         return decline(f"short: {tokens} tokens", f"lower min_tokens={min_tokens} to include it", by_design=True)
-    if query.dtype not in SUPPORTED_DTYPES:
-        name = str(query.dtype).removeprefix("torch.")
+    output = tensor_of(node)
+    # under autocast the operands may differ from each other, and from the dtype that attention is computed in
+    dtype = query.dtype if output is None else output.dtype
+    if dtype not in SUPPORTED_DTYPES:
+        name = str(dtype).removeprefix("torch.")
         return decline(f"{name} attention", "run the model in float32, float16 or bfloat16")
     if call.is_causal is not False:
         return decline("causal attention", by_design=True)

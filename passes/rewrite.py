@@ -28,7 +28,7 @@ from svg2_compile.kernels import ops as _registers_the_ops  # noqa: F401
 from svg2_compile.passes.attach_state import StateNodes
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.match import key_mask_of
-from svg2_compile.passes.nodes import emit, is_sdpa, sdpa_arguments
+from svg2_compile.passes.nodes import emit, is_sdpa, sdpa_arguments, tensor_of
 from svg2_compile.passes.records import AttentionSite
 
 aten = torch.ops.aten
@@ -70,7 +70,7 @@ class _SiteRewriter:
         return emit(self.gm.graph, target, *args, like=self.node)
 
     def sparse_attention(self) -> Node:
-        query, key, value = self.call.query, self.call.key, self.call.value
+        query, key, value = (self.in_dtype(each) for each in (self.call.query, self.call.key, self.call.value))
         if len(self.site.segments) == 1:
             output: Node = self.video_attention(query, key, value, None, None, None)
             return output
@@ -102,6 +102,13 @@ class _SiteRewriter:
         token_major = [self.emit(aten.transpose.int, piece, 1, 2) for piece in pieces]
         joined: Node = self.emit(aten.transpose.int, self.join(token_major, 1), 1, 2)
         return joined
+
+    def in_dtype(self, x: Node) -> Any:
+        """Autocast converts the operands of an attention; the ops here take them as they are."""
+        tensor = tensor_of(x)
+        if tensor is None or tensor.dtype is self.site.dtype:
+            return x
+        return self.emit(aten.to.dtype, x, self.site.dtype)
 
     @property
     def scale(self) -> float:

@@ -112,8 +112,8 @@ def sparsify(
         before = snapshot(work)
         fake_mode = fake_mode_of(work)
         attach = attach_inputs if state == "inputs" else attach_buffers
+        nodes = run("attach_state", lambda: attach(work, sites, fake_mode))
         with fake_mode:
-            nodes = run("attach_state", lambda: attach(work, sites, fake_mode))
             run("rewrite", lambda: rewrite(work, sites, config, nodes))
         run("verify", lambda: verify(work, before, sites))
         dump_graph(work, "sparse")

@@ -86,6 +86,5 @@ def _writes(user: Node, given: Node) -> bool:
     if not isinstance(user.target, OpOverload) or user.target.namespace != "svg2":
         return False
     return any(
-        argument is given and declared.is_write
-        for argument, declared in zip(user.args, user.target._schema.arguments)
+        argument is given and declared.is_write for argument, declared in zip(user.args, user.target._schema.arguments)
     )

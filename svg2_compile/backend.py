@@ -23,7 +23,7 @@ from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.nodes import value_of
 from svg2_compile.passes.sparsify import Sparsified, sparsify
-from svg2_compile.region import Lower, Owner, Region, Runner, Variant, dense_graphs, reset, ticking
+from svg2_compile.region import LayerOrder, Lower, Owner, Region, Runner, Variant, dense_graphs, reset, ticking
 
 log = logging.getLogger(__name__)
 
@@ -52,19 +52,19 @@ def svg2_backend(
     """
     config, inductor_options = split_options(options, mode)
     compiled = what_is_compiled()
-    # a whole model leaves its first layers out at compile time; layers compiled apart are told apart when they run
-    static_config = config if compiled.parent is None else dataclasses.replace(config, dense_layers=0)
-    plan = sparsify(gm, static_config)
+    # one graph with all layers leaves the first ones out; layers that share a graph are told apart when they run
+    plan = sparsify(gm, dataclasses.replace(config, dense_layers=0) if compiled.is_repeated else config)
     _announce(plan)
     lower = _lowering(config, inductor_options)
-    timestep = timestep_position(gm) if compiled.parent is None else None
+    # a layer's argument of that name is an embedding; only a model's own is the noise level
+    timestep = None if compiled.is_repeated else timestep_position(gm)
     if not plan.sites:
         dense_graphs.remember(compiled.root, plan.rejections)
         return _without_sites(gm, example_inputs, lower, compiled, timestep)
-    if compiled.parent is not None:
-        _tick_with(compiled.parent, compiled.parent_locals)
-    elif timestep is not None and compiled.root is not None:
+    if timestep is not None and compiled.root is not None:
         _ticking_roots.add(compiled.root)
+    elif compiled.parent is not None:
+        _tick_with(compiled.parent, compiled.parent_locals)
     owner = owner_position(gm, example_inputs)
     eager = _is_dynamic(gm)
     return Region(
@@ -74,8 +74,9 @@ def svg2_backend(
         sparse=Variant("sparse", plan.gm, lower, [*example_inputs, *_fake_state(plan)] if eager else None),
         owner=Owner(*owner) if owner else Owner(None, ""),
         root=compiled.root,
-        parent=compiled.parent,
+        layers=LayerOrder.of(compiled.parent) if compiled.parent is not None and compiled.is_repeated else None,
         timestep=timestep,
+        ticks=timestep is not None or compiled.parent is None,
     )
 
 

@@ -31,24 +31,13 @@ def demo(
 ) -> None:
     """Generate one video twice with the shipped tiny model, dense and sparse, and show the cost and the gain."""
     from svg2_compile.demo import DemoSettings, run_demo
+    from svg2_compile.measure import Video
     from svg2_compile.passes.errors import ConfigError
     from svg2_compile.tiny_wan import TinyWanError
 
     try:
-        settings = DemoSettings(
-            out=out,
-            prompt=prompt,
-            frames=frames,
-            height=height,
-            width=width,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            top_p=top_p,
-            dense_steps=dense_steps,
-            device=device,
-        )
-        run_demo(settings)
+        video = Video(prompt, frames, height, width, steps, guidance_scale, seed)
+        run_demo(DemoSettings(out, video, top_p, dense_steps, device))
     except (ConfigError, TinyWanError) as error:
         typer.secho(f"svg2 demo: {error}", fg="red", err=True)
         raise typer.Exit(2) from None

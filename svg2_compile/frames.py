@@ -32,6 +32,13 @@ class Compiled:
 
     parent_locals: dict[str, Any]
 
+    @property
+    def is_repeated(self) -> bool:
+        """True when ``root`` is one of several equal layers of ``parent``, and one graph serves them all."""
+        if self.parent is None:
+            return False
+        return sum(type(module) is type(self.root) for module in self.parent.modules()) > 1
+
 
 def what_is_compiled() -> Compiled:
     """Return the module under compilation and its caller; to be called by the backend itself."""

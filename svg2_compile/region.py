@@ -93,22 +93,23 @@ class Region:
         sparse: Variant,
         owner: Owner,
         root: torch.nn.Module | None,
-        parent: torch.nn.Module | None,
+        layers: LayerOrder | None,
         timestep: int | None,
+        ticks: bool,
     ) -> None:
+        """Args: ``layers`` where one graph serves many layers; ``ticks`` unless a caller of this graph does."""
         self.config, self.plan, self.dense, self.sparse, self.owner = config, plan, dense, sparse, owner
-        self.timestep = timestep
+        self.layers, self.timestep, self.ticks = layers, timestep, ticks
         self.number = next(_numbers)
         self.clear()
         self._root = weakref.ref(root) if root is not None else None
-        self._layers = LayerOrder.of(parent) if parent is not None else None
         Region.instances.add(self)
 
     def __call__(self, *args: Any) -> Any:
         """Run the dense or the sparse graph, as the schedule says for this call."""
         owner = self.owner_of(args)
         now = self._tick(args, owner)
-        layer = None if self._layers is None else self._layers.ordinal(owner)
+        layer = None if self.layers is None else self.layers.ordinal(owner)
         if is_dense(self.config, now, layer):
             self.dense_calls[owner] = self.dense_calls.get(owner, 0) + 1
             return self.dense(*args)
@@ -125,7 +126,7 @@ class Region:
 
     def _tick(self, args: tuple[Any, ...], owner: Any) -> Tick:
         clock = current_clock()
-        if self._layers is not None and clock.now is not None:
+        if not self.ticks and clock.now is not None:
             return clock.now
         tick(id(owner), args[self.timestep] if self.timestep is not None else None)
         now = current_clock().now

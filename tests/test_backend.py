@@ -290,6 +290,38 @@ def test_graph_breaks_leave_blocks_sparse():
     assert [site.sparse_calls for site in svg2_compile.report(compiled).sparse_sites] == [2, 2]
 
 
+def test_a_model_inside_an_eager_wrapper_is_still_a_whole_model():
+    """As with data parallel wrappers: only the first layer stays dense, and the timestep still counts the steps."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    model = wan(3)
+    wrapper = Wrapper(compile_model(model, SPARSE | EAGER | {"dense_layers": 1}))
+    for timestep in TIMESTEPS:
+        wrapper(**wan_inputs(), timestep=torch.tensor([timestep]))
+    calls = {site.path: site.sparse_calls for site in svg2_compile.report(model).sites if "attn1" in site.path}
+    assert calls == {"blocks.0.attn1": 0, "blocks.1.attn1": 2, "blocks.2.attn1": 2}
+
+
+def test_autocast_runs_the_sparse_attention_in_its_dtype():
+    model = wan()
+    eager = copy.deepcopy(model)
+    compiled = compile_model(model, FULL)
+    with torch.autocast("cpu", torch.bfloat16):
+        for timestep in TIMESTEPS:
+            output, reference = forward(compiled, timestep, **wan_inputs()), forward(eager, timestep, **wan_inputs())
+            assert output.dtype is reference.dtype
+            # both round to bf16 after every layer, in a different order of operations
+            assert (output - reference).abs().max() <= 0.05 * reference.abs().max()
+    assert {site.sparse_calls for site in svg2_compile.report(compiled).sparse_sites} == {2}
+
+
 def test_denoise_step_decides_the_schedule():
     compiled = compile_model(wan(), SPARSE | EAGER | {"dense_steps": 0.5})
     for index in range(4):

@@ -1,0 +1,133 @@
+"""Speed against quality over ``top_p``, on the trained tiny Wan: dense-compiled and sparse in one run.
+
+    python -P benchmarks/pareto_tiny_wan.py --out docs/images
+
+Prints a table, and writes ``pareto_tiny_wan.json`` and ``pareto_tiny_wan.png``. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import svg2_compile
+from svg2_compile import tiny_wan
+from svg2_compile.environment import describe_environment
+from svg2_compile.measure import Video, clustering_share, fastest_attention, generate, warm_up
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.quality import psnr, ssim
+from svg2_compile.schedule import dense_step_count
+
+TOP_P = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--prompt", default=Video().prompt)
+    parser.add_argument("--frames", type=int, default=Video().frames)
+    parser.add_argument("--steps", type=int, default=Video().steps)
+    parser.add_argument("--top-p", type=float, nargs="+", default=TOP_P)
+    parser.add_argument("--option", action="append", default=[], help="name=value of SparseConfig, repeatable")
+    arguments = parser.parse_args()
+    video = replace(Video(), prompt=arguments.prompt, frames=arguments.frames, steps=arguments.steps)
+    extra = {name: json.loads(value) for name, value in (each.split("=", 1) for each in arguments.option)}
+    options = {"min_tokens": 1024, "dense_steps": 0.25, **extra}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = tiny_wan.load_pipeline(device=device)
+    eager = pipeline.transformer
+    result: dict[str, Any] = {
+        "environment": describe_environment(),
+        "date": time.strftime("%Y-%m-%d"),
+        "video": asdict(video),
+        "tokens": video.tokens,
+        "options": options,
+    }
+    with fastest_attention(device):
+        floor = generate(pipeline, video)
+        pipeline.transformer = torch.compile(eager, fullgraph=True)
+        warm_up(pipeline, video)
+        dense = generate(pipeline, video)
+        result["dense_step_seconds"] = dense.median_step()
+        result["noise_floor_psnr_db"] = psnr(floor.pixels, dense.pixels)
+        points = []
+        for top_p in arguments.top_p:
+            points.append(sparse_point(pipeline, eager, video, {**options, "top_p": top_p}, dense))
+            print(points[-1], flush=True)
+        again = torch.compile(eager, fullgraph=True)
+        pipeline.transformer = again
+        result["dense_step_seconds_at_the_end"] = generate(pipeline, video).median_step()
+    result["points"] = points
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "pareto_tiny_wan.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(arguments.out / "pareto_tiny_wan.png", result)
+    print(table(result))
+
+
+def sparse_point(pipeline: Any, eager: Any, video: Video, options: dict[str, Any], dense: Any) -> dict[str, float]:
+    pipeline.transformer = torch.compile(eager, backend="svg2", options=options, fullgraph=True)
+    warm_up(pipeline, video)
+    sparse = generate(pipeline, video)
+    report = svg2_compile.report(pipeline.transformer)
+    sparse_steps = video.steps - dense_step_count(SparseConfig(**options), video.steps)
+    step = sparse.median_step(sparse_steps)
+    return {
+        "top_p": options["top_p"],
+        "density": report.density or 0.0,
+        "kept_mass": report.kept_mass or 0.0,
+        "step_seconds": step,
+        "step_speedup": dense.median_step() / step,
+        "generation_speedup": sum(dense.step_seconds) / sum(sparse.step_seconds),
+        "psnr_db": psnr(sparse.pixels, dense.pixels),
+        "ssim": ssim(sparse.pixels, dense.pixels),
+        "clustering_share": clustering_share(pipeline, video),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    environment, columns = result["environment"], ("top_p", "density", "kept mass", "step, s", "step speed-up")
+    columns = (*columns, "generation speed-up", "PSNR, dB", "SSIM", "clustering")
+    lines = [
+        f"{result['tokens']} tokens, {result['video']['steps']} steps, {result['options']}; {environment['device']}, "
+        f"torch {environment['torch']}, {result['date']}; dense step {result['dense_step_seconds']:.2f} s "
+        f"({result['dense_step_seconds_at_the_end']:.2f} s at the end); noise floor "
+        f"{result['noise_floor_psnr_db']:.1f} dB",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{' --- |' * len(columns)}",
+    ]
+    for point in result["points"]:
+        lines.append(
+            f"| {point['top_p']} | {100 * point['density']:.1f} % | {100 * point['kept_mass']:.1f} % "
+            f"| {point['step_seconds']:.2f} | {point['step_speedup']:.2f} | {point['generation_speedup']:.2f} "
+            f"| {point['psnr_db']:.1f} | {point['ssim']:.4f} | {100 * point['clustering_share']:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def plot(path: Path, result: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axis = figure.subplots()
+    points = result["points"]
+    axis.plot([each["step_speedup"] for each in points], [each["psnr_db"] for each in points], "o-")
+    for each in points:
+        label = f"top_p {each['top_p']:g}, density {100 * each['density']:.0f} %"
+        axis.annotate(label, (each["step_speedup"], each["psnr_db"]), (6, 4), textcoords="offset points", fontsize=8)
+    axis.axhline(30, color="grey", linewidth=0.8, linestyle=":")
+    axis.set_xlabel("speed-up of a sparse step over a compiled dense step")
+    axis.set_ylabel("PSNR to dense, whole video, dB")
+    axis.set_title(f"tiny Wan, {result['tokens']} tokens, {result['environment']['device']}", fontsize=9)
+    axis.margins(x=0.2)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Time and compare generations of the tiny Wan: the measuring side of the demo and of the benchmarks."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import svg2_compile
+from svg2_compile import tiny_wan
+
+CLUSTERING_OPS = ("svg2::kmeans_", "svg2::sort_labels", "svg2::permute_tokens", "svg2::select_blocks")
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """What to generate with the tiny Wan."""
+
+    prompt: str = "rabbit_wakes"
+    frames: int = 16
+    height: int = 128
+    width: int = 256
+    steps: int = 8
+    guidance_scale: float = 2.0
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Length of the self-attention."""
+        return tiny_wan.token_count(self.frames, self.height, self.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One generated video and how long its steps took."""
+
+    pixels: Tensor
+    """Float [F, 3, H, W] in [0, 1]."""
+
+    step_seconds: tuple[float, ...]
+
+    def median_step(self, last: int | None = None) -> float:
+        """Return the median seconds of the last steps, all by default."""
+        return statistics.median(self.step_seconds[-last:] if last else self.step_seconds)
+
+
+def generate(pipeline: Any, video: Video, after_step: Callable[[], None] | None = None) -> Generation:
+    """Generate ``video``, timing each step; what ``after_step`` does is not counted."""
+    seconds: list[float] = []
+    started = time.perf_counter()
+
+    def on_step_end(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal started
+        if pipeline.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        if after_step is not None:
+            after_step()
+        started = time.perf_counter()
+        return tensors
+
+    latents = _call(pipeline, video, callback_on_step_end=on_step_end)
+    return Generation(tiny_wan.decode_pixels(latents), tuple(seconds))
+
+
+def warm_up(pipeline: Any, video: Video) -> float:
+    """Run one forward of the first and one of the last step, which compiles them; return the seconds.
+
+    Nothing of it remains but the compiled graphs: the state is reset.
+    """
+    started = time.perf_counter()
+    for step in (0, video.steps - 1):
+        with svg2_compile.denoise_step(step, video.steps, "warm-up"):
+            _one_forward(pipeline, video)
+    svg2_compile.reset()
+    return time.perf_counter() - started
+
+
+def clustering_share(pipeline: Any, video: Video) -> float:
+    """Return the share of a warm sparse forward spent in clustering, permuting and selecting."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    on_gpu = pipeline.device.type == "cuda"
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with svg2_compile.denoise_step(video.steps - 1, video.steps, "profile"):
+        _one_forward(pipeline, video)  # clusters from tokens
+        started = time.perf_counter()
+        with torch.profiler.profile(activities=activities) as profile:
+            _one_forward(pipeline, video)
+        seconds = time.perf_counter() - started
+    events = [event for event in profile.key_averages() if event.key in CLUSTERING_OPS]
+    return float(sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events)) / 1e6 / seconds
+
+
+@contextmanager
+def fastest_attention(device: torch.device) -> Iterator[None]:
+    """Give dense attention the fastest implementation the device has: on Hopper and newer, cuDNN's."""
+    if device.type != "cuda" or torch.cuda.get_device_capability()[0] < 9:
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        yield
+
+
+class DensityLog:
+    """Density of every sparse attention in every step, from the differences of the running statistics."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.table: dict[str, list[float | None]] = {}
+        """By attention path; ``None`` for a dense step."""
+        self._model = model
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def __call__(self) -> None:
+        """Read the statistics after a step."""
+        for site in svg2_compile.report(self._model).sparse_sites:
+            total, calls = (site.density or 0.0) * site.sparse_calls, site.sparse_calls
+            before, calls_before = self._sums.get(site.path, (0.0, 0))
+            self._sums[site.path] = (total, calls)
+            in_step = (total - before) / (calls - calls_before) if calls > calls_before else None
+            self.table.setdefault(site.path, []).append(in_step)
+
+
+def _one_forward(pipeline: Any, video: Video) -> None:
+    """Run a single step without guidance: one forward of the model."""
+    _call(pipeline, video, steps=1, guidance_scale=1.0)
+
+
+def _call(pipeline: Any, video: Video, **changes: Any) -> Tensor:
+    arguments = {
+        name: getattr(video, name) for name in ("frames", "height", "width", "steps", "guidance_scale", "seed")
+    }
+    return tiny_wan.generate(pipeline, video.prompt, **{**arguments, **changes})

@@ -1,0 +1,66 @@
+"""What is installed is what is in the tree, and Hugging Face's `kernels` stays itself."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli", reason="reading pyproject.toml needs Python 3.11 or tomli")
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"svg2_compile": "svg2_compile", "svg2_compile.passes": "passes", "svg2_compile.kernels": "kernels"}
+
+
+def setuptools_table() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_folder_with_code_is_listed():
+    folders = {
+        str(path.parent.relative_to(ROOT)) for room in ROOMS.values() for path in (ROOT / room).rglob("__init__.py")
+    }
+    assert set(setuptools_table()["package-dir"].values()) == folders
+    assert set(setuptools_table()["packages"]) == set(setuptools_table()["package-dir"])
+
+
+def test_the_wheel_holds_every_module_and_data_file(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package, folder in setuptools_table()["package-dir"].items():
+        for file in (ROOT / folder).glob("*.py"):
+            assert f"{package.replace('.', '/')}/{file.name}" in names
+    assert "svg2_compile/py.typed" in names
+    assert "svg2_compile/tiny_wan/diffusion_pytorch_model.safetensors" in names
+    assert not [name for name in names if name.startswith(("kernels/", "passes/"))]
+    assert wheel.stat().st_size < 20_000_000
+
+
+@pytest.mark.parametrize(
+    "start", ["import kernels", "import svg2_compile, kernels", "import svg2_compile.kernels, kernels"]
+)
+def test_hugging_face_kernels_is_not_shadowed(start):
+    code = f"{start}; import kernels; print(kernels.get_kernel.__module__.split('.')[0])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "kernels\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("room", ["passes", "kernels"])
+def test_a_room_imported_under_the_wrong_name_says_what_to_do(room):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, '.'); import {room}"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert f"import svg2_compile.{room}" in done.stderr
+
+
+def test_the_backend_is_found_by_name():
+    import torch
+
+    assert "svg2" in torch._dynamo.list_backends()
