@@ -7,13 +7,17 @@ INSTALLED := $(VENV)/.installed
 # Python must not put this folder on its path: `kernels` here is not Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test check lint types mutations clean
+.PHONY: demo test kernels check lint types mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/svg2 demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Every kernel for every GPU generation; `make test` compiles two of them.
+kernels: $(INSTALLED)
+	SVG2_AOT=all $(BIN)/pytest tests/test_kernels_aot.py
 
 check: lint types test
 

@@ -19,12 +19,12 @@ import torch
 import svg2_compile
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
-from svg2_compile.measure import Video, clustering_share, fastest_attention, generate, warm_up
+from svg2_compile.measure import TINY_OPTIONS, Video, clustering_share, fastest_attention, generate, warm_up
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.quality import psnr, ssim
 from svg2_compile.schedule import dense_step_count
 
-TOP_P = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+TOP_P = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     video = replace(Video(), prompt=arguments.prompt, frames=arguments.frames, steps=arguments.steps)
     extra = {name: json.loads(value) for name, value in (each.split("=", 1) for each in arguments.option)}
-    options = {"min_tokens": 1024, "dense_steps": 0.25, **extra}
+    options = {**TINY_OPTIONS, "dense_steps": 0.35, **extra}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = tiny_wan.load_pipeline(device=device)
     eager = pipeline.transformer

@@ -14,7 +14,9 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
+from svg2_compile.kernels.launch import MAX_CLUSTERS, MAX_HEAD_DIM, use_triton
 from svg2_compile.kernels.masked_attention import masked_attention
+from svg2_compile.kernels.work_list import MAX_KEYS
 
 # PyTorch's CPU flash attention works on blocks of 64 rows from here on, and on slower blocks of 32 below.
 MIN_ROWS_PER_PART = 192
@@ -224,7 +226,29 @@ def _check_sizes(name: str, sizes: Tensor, tokens: int) -> None:
 
 
 torch.library.impl("svg2::block_sparse_attention", "cpu", block_sparse_attention_cpu)
-torch.library.impl("svg2::block_sparse_attention", "cuda", block_sparse_attention_reference)
+
+
+@torch.library.impl("svg2::block_sparse_attention", "cuda")
+def _block_sparse_attention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    keep: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    context_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    arguments = (q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask)
+    _check(*arguments)
+    small = q.shape[3] <= MAX_HEAD_DIM and k.shape[2] < MAX_KEYS and max(keep.shape[2:]) <= MAX_CLUSTERS
+    if not (small and use_triton(q)):
+        return block_sparse_attention_reference(*arguments, scale)
+    from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
+
+    return block_sparse_attention_triton(*arguments, scale)
 
 
 def _block_sparse_attention_fake(

@@ -1,12 +1,19 @@
 """``svg2::kmeans_``: clusters the tokens of every head, warm-started from the previous call's centroids."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from svg2_compile.kernels.checks import FLOATING, accumulation_dtype, check_dtype, check_rank, check_shape, check_value
+from svg2_compile.kernels.launch import MAX_CLUSTERS, MAX_HEAD_DIM, use_triton
 
 # Scores in flight at a time, so that a long sequence never holds its whole N x C matrix.
 MAX_TILE_SCORES = 2**24
+# Scores that stay in a core's cache between the product that makes them and the argmax that reads them.
+CACHED_SCORES = 2**17
+
+LloydStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 torch.library.define(
     "svg2::kmeans_",
@@ -64,16 +71,29 @@ def kmeans_reference(
         ``calls`` on the host, a device synchronisation on CUDA.
     """
     _check(x, centroids, calls, iters_init, iters_step)
+    return _cluster(x, centroids, calls, iters_init, iters_step, seed, _lloyd_iteration)
+
+
+def kmeans_cpu(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
+    """Compute ``kmeans_reference`` with tiles that fit a cache and sums over sorted tokens."""
+    _check(x, centroids, calls, iters_init, iters_step)
+    return _cluster(x, centroids, calls, iters_init, iters_step, seed, _lloyd_iteration_cpu)
+
+
+def _cluster(
+    x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int, lloyd_iteration: LloydStep
+) -> Tensor:
+    """Iterate head by head; ``lloyd_iteration`` takes tokens, centroids and labels to write, and returns the means."""
     batch, heads, tokens, _ = x.shape
     labels = torch.empty((batch, heads, tokens), dtype=torch.int32, device=x.device)
     is_first_call = int(calls) == 0
     starts = initial_tokens(heads, tokens, centroids.shape[2], seed, x.device) if is_first_call else None
     for b in range(batch):
         for h in range(heads):
-            head_tokens = x[b, h].to(centroids.dtype)
+            head_tokens = x[b, h].to(centroids.dtype).contiguous()
             means = centroids[b, h] if starts is None else head_tokens[starts[h]]
             for _ in range(iters_step if starts is None else iters_init):
-                means = _lloyd_iteration(head_tokens, means, labels[b, h])
+                means = lloyd_iteration(head_tokens, means, labels[b, h])
             centroids[b, h] = means
     calls.add_(1)
     return labels
@@ -119,7 +139,31 @@ def _lloyd_iteration(tokens: Tensor, centroids: Tensor, labels: Tensor) -> Tenso
     return torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
 
 
-torch.library.impl("svg2::kmeans_", ("cpu", "cuda"), kmeans_reference)
+def _lloyd_iteration_cpu(tokens: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+    """Do what ``_lloyd_iteration`` does, in a fraction of the memory traffic."""
+    clusters = centroids.shape[0]
+    half_norms = centroids.square().sum(-1) / 2
+    rows = max(1, CACHED_SCORES // clusters)
+    for start in range(0, tokens.shape[0], rows):
+        scores = torch.addmm(half_norms, tokens[start : start + rows], centroids.T, beta=-1)
+        labels[start : start + rows] = scores.argmax(-1)
+    sizes = labels.bincount(minlength=clusters)
+    order = labels.sort(stable=True).indices
+    means = torch.nn.functional.embedding_bag(order, tokens, sizes.cumsum(0) - sizes, mode="mean")
+    return torch.where(sizes[:, None] > 0, means, centroids)
+
+
+torch.library.impl("svg2::kmeans_", "cpu", kmeans_cpu)
+
+
+@torch.library.impl("svg2::kmeans_", "cuda")
+def _kmeans_cuda(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
+    _check(x, centroids, calls, iters_init, iters_step)
+    if not use_triton(x) or x.shape[3] > MAX_HEAD_DIM or centroids.shape[2] > MAX_CLUSTERS:
+        return kmeans_reference(x, centroids, calls, iters_init, iters_step, seed)
+    from svg2_compile.kernels.kmeans_triton import kmeans_triton
+
+    return kmeans_triton(x, centroids, calls, iters_init, iters_step, seed)
 
 
 def _kmeans_fake(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels.checks import check_dtype, check_rank, check_shape
+from svg2_compile.kernels.checks import FLOATING, check_dtype, check_rank, check_shape
+from svg2_compile.kernels.launch import MAX_HEAD_DIM, use_triton
 
 torch.library.define("svg2::permute_tokens", "(Tensor x, Tensor order) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define("svg2::unpermute_tokens", "(Tensor x, Tensor order) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
@@ -77,8 +78,47 @@ def empty_token_major(x: Tensor) -> Tensor:
     return x.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
 
 
-torch.library.impl("svg2::permute_tokens", ("cpu", "cuda"), permute_tokens_reference)
-torch.library.impl("svg2::unpermute_tokens", ("cpu", "cuda"), unpermute_tokens_reference)
+def permute_tokens_cpu(x: Tensor, order: Tensor) -> Tensor:
+    """Compute ``permute_tokens_reference`` as one gather of rows, whichever of heads and tokens is the outer axis."""
+    _check(x, order)
+    _, heads, tokens, dim = x.shape
+    b, h, token = _rows(order)
+    if x.is_contiguous():
+        rows, index = x, (b * heads + h) * tokens + token
+    elif x.transpose(1, 2).is_contiguous():
+        rows, index = x.transpose(1, 2), (b * tokens + token) * heads + h
+    else:
+        return permute_tokens_reference(x, order)
+    return rows.reshape(-1, dim).index_select(0, index.flatten()).view(x.shape)
+
+
+torch.library.impl("svg2::permute_tokens", "cpu", permute_tokens_cpu)
+torch.library.impl("svg2::unpermute_tokens", "cpu", unpermute_tokens_reference)
+
+
+@torch.library.impl("svg2::permute_tokens", "cuda")
+def _permute_tokens_cuda(x: Tensor, order: Tensor) -> Tensor:
+    _check(x, order)
+    if not _fits_triton(x):
+        return permute_tokens_reference(x, order)
+    from svg2_compile.kernels.permute_triton import permute_tokens_triton
+
+    return permute_tokens_triton(x, order)
+
+
+@torch.library.impl("svg2::unpermute_tokens", "cuda")
+def _unpermute_tokens_cuda(x: Tensor, order: Tensor) -> Tensor:
+    _check(x, order)
+    if not _fits_triton(x):
+        return unpermute_tokens_reference(x, order)
+    from svg2_compile.kernels.permute_triton import unpermute_tokens_triton
+
+    return unpermute_tokens_triton(x, order)
+
+
+def _fits_triton(x: Tensor) -> bool:
+    """Return whether the Triton kernels can move the rows of ``x``."""
+    return x.dtype in FLOATING and use_triton(x) and x.shape[3] <= MAX_HEAD_DIM
 
 
 def _permute_tokens_fake(x: Tensor, order: Tensor) -> Tensor:

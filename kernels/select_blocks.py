@@ -14,6 +14,7 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
+from svg2_compile.kernels.launch import MAX_CLUSTERS, MAX_HEAD_DIM, use_triton
 
 # The last axis of ``statistics``: how often it was added to, and the sums over these calls of the density, of the kept
 # probability mass (mean over query tokens), and of the kept mass of the worst query cluster.
@@ -127,7 +128,29 @@ def select_blocks_reference(
     return keep
 
 
-torch.library.impl("svg2::select_blocks", ("cpu", "cuda"), select_blocks_reference)
+torch.library.impl("svg2::select_blocks", "cpu", select_blocks_reference)
+
+
+@torch.library.impl("svg2::select_blocks", "cuda")
+def _select_blocks_cuda(
+    q_centroids: Tensor,
+    k_centroids: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_keep_ratio: float,
+    statistics: Tensor,
+) -> Tensor:
+    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
+    clusters = max(q_centroids.shape[2], k_centroids.shape[2])
+    if not use_triton(q_centroids) or q_centroids.shape[3] > MAX_HEAD_DIM or clusters > MAX_CLUSTERS:
+        return select_blocks_reference(
+            q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics
+        )
+    from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
+
+    return select_blocks_triton(q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics)
 
 
 def _select_blocks_fake(

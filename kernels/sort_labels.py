@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.checks import check_dtype, check_rank, check_value
+from svg2_compile.kernels.launch import MAX_CLUSTERS, use_triton
 
 torch.library.define(
     "svg2::sort_labels", "(Tensor labels, int clusters) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
@@ -44,7 +45,17 @@ def sort_labels_reference(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor
     return order, sizes.scatter_add_(2, labels.long(), torch.ones_like(labels))
 
 
-torch.library.impl("svg2::sort_labels", ("cpu", "cuda"), sort_labels_reference)
+torch.library.impl("svg2::sort_labels", "cpu", sort_labels_reference)
+
+
+@torch.library.impl("svg2::sort_labels", "cuda")
+def _sort_labels_cuda(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    _check(labels, clusters)
+    if not use_triton(labels) or clusters > MAX_CLUSTERS:
+        return sort_labels_reference(labels, clusters)
+    from svg2_compile.kernels.sort_labels_triton import sort_labels_triton
+
+    return sort_labels_triton(labels, clusters)
 
 
 def _sort_labels_fake(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:

@@ -18,15 +18,15 @@ def root() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for videos, pictures and report.json.")] = Path("svg2_demo"),
-    prompt: Annotated[str, typer.Option(help="One of the tiny model's prompts.")] = "rabbit_wakes",
+    prompt: Annotated[str, typer.Option(help="One of the tiny model's prompts.")] = "rabbit_stretches",
     frames: Annotated[int, typer.Option(help="Frames of the video.")] = 16,
     height: Annotated[int, typer.Option(help="Height in pixels, a multiple of 8.")] = 128,
     width: Annotated[int, typer.Option(help="Width in pixels, a multiple of 8.")] = 256,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 8,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 6,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     top_p: Annotated[float, typer.Option(help="Share of the attention mass to keep, in (0, 1].")] = 0.9,
-    dense_steps: Annotated[float, typer.Option(help="Share of the steps that stay dense.")] = 0.25,
+    dense_steps: Annotated[float, typer.Option(help="Share of the steps that stay dense.")] = 0.35,
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU is used if there is one.")] = "auto",
 ) -> None:
     """Generate one video twice with the shipped tiny model, dense and sparse, and show the cost and the gain."""

@@ -15,6 +15,7 @@ import svg2_compile
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.measure import (
+    TINY_OPTIONS,
     DensityLog,
     Generation,
     Video,
@@ -60,8 +61,8 @@ class DemoSettings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The backend's options."""
-        return {"top_p": self.top_p, "dense_steps": self.dense_steps, "min_tokens": 1024}
+        """The backend's options: more and smaller clusters than usual, because the tiny model has few tokens."""
+        return {"top_p": self.top_p, "dense_steps": self.dense_steps, **TINY_OPTIONS}
 
     @property
     def sparse_steps(self) -> int:

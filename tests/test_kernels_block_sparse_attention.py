@@ -167,6 +167,19 @@ def test_reference_is_as_accurate_as_plain_attention(case):
 
 
 @PROPERTY
+@given(block_cases())
+def test_reference_in_fp64_is_plain_attention_in_fp64(case):
+    """A wrong reference would judge itself right and, as the yardstick above, widen every tolerance."""
+    reference, plain = case.exact(), case.to(torch.float64).low_precision()
+    keys = case.mask().shape[-1]
+    for got, wanted in zip(reference, plain, strict=True):
+        finite = wanted[wanted.isfinite()]
+        # a step of the largest value per summed key, which is where the orders of summation differ
+        step = torch.finfo(torch.float64).eps * max(1.0, *finite.abs().flatten().tolist(), case.v.abs().max().item())
+        torch.testing.assert_close(got, wanted, rtol=0, atol=keys * step)
+
+
+@PROPERTY
 @given(block_cases(density=1.0, context=0))
 def test_keeping_everything_is_dense_attention(case):
     dense = torch.nn.functional.scaled_dot_product_attention(

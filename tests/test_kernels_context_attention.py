@@ -69,6 +69,18 @@ def test_output_is_as_accurate_as_plain_attention(attend, case):
 
 @PROPERTY
 @given(context_cases())
+def test_reference_in_fp64_is_plain_attention_in_fp64(case):
+    """A wrong reference would judge itself right and, as the yardstick above, widen every tolerance."""
+    q, k, v, key_mask = case
+    q, k, v = q.double(), k.double(), v.double()
+    # a step of the largest value per summed key, which is where the orders of summation differ
+    step = torch.finfo(torch.float64).eps * max(1.0, v.abs().max().item())
+    reference, plain = context_attention_reference(q, k, v, key_mask, SCALE), low_precision(q, k, v, key_mask)
+    torch.testing.assert_close(reference, plain, rtol=0, atol=k.shape[2] * step)
+
+
+@PROPERTY
+@given(context_cases())
 def test_same_input_gives_the_same_bits(case):
     first, second = (torch.ops.svg2.context_attention(*case, SCALE) for _ in range(2))
     assert torch.equal(first, second)

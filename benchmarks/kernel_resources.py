@@ -1,0 +1,141 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and report what it takes of one.
+
+``python -P benchmarks/kernel_resources.py --arch 80 90`` prints a table; ``--json PATH`` also writes it as JSON, and
+``--write PATH`` replaces the table between the markers of a Markdown file. Needs triton alone, no device.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import svg2_compile.kernels
+from svg2_compile.kernels.launch import AotVariant
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# Shared memory that one program may use, in bytes, where it is less than what the larger chips have.
+SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+TOOLS = Path(nvidia.__file__).parent / "bin"
+START, STOP = "<!-- kernel resources -->", "<!-- end of kernel resources -->"
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one compiled kernel takes."""
+
+    module: str
+    kernel: str
+    arch: int
+    registers: int
+    stack_bytes: int
+    """Local memory, which is where registers spill to."""
+    shared_bytes: int
+    shared_limit_bytes: int
+    serialized: bool
+    """Whether the asynchronous matrix instructions of Hopper wait for each other one by one."""
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHITECTURES)
+    parser.add_argument("--modules", nargs="+", help="such as work_list_triton; default: every *_triton module")
+    parser.add_argument("--match", default="", help="only kernels whose name contains this regular expression")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path)
+    args = parser.parse_args()
+    modules = [importlib.import_module(f"svg2_compile.kernels.{name}") for name in args.modules or triton_modules()]
+    rows = [
+        measure(module, variant, arch)
+        for module in modules
+        for arch in args.arch
+        for variant in variants_of(module, arch)
+        if re.search(args.match, variant.name)
+    ]
+    table = markdown(rows)
+    print(table)
+    if args.json:
+        args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}))
+    if args.write:
+        before, rest = args.write.read_text().split(START)
+        args.write.write_text(f"{before}{START}\n{table}\n{STOP}{rest.split(STOP)[1]}")
+
+
+def triton_modules() -> list[str]:
+    """Return the names of the modules with kernels."""
+    return sorted(path.stem for path in Path(svg2_compile.kernels.__path__[0]).glob("*_triton.py"))
+
+
+def variants_of(module: ModuleType, arch: int) -> list[AotVariant]:
+    """Return the kernels of a module; some are cut differently on each architecture."""
+    takes_arch = bool(inspect.signature(module.aot_variants).parameters)
+    variants: list[AotVariant] = module.aot_variants(arch) if takes_arch else module.aot_variants()
+    return variants
+
+
+def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:
+    """Compile one kernel and read its resources from the machine code."""
+    kernel = triton.compile(
+        ASTSource(**variant.source_arguments()),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = tool("cuobjdump", "-res-usage", cubin.name)
+        code = tool("nvdisasm", "-c", cubin.name) if arch == 90 else ""
+    return Resources(
+        module=module.__name__.rpartition(".")[2].removesuffix("_triton"),
+        kernel=variant.name,
+        arch=arch,
+        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
+        stack_bytes=int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        shared_bytes=kernel.metadata.shared,
+        shared_limit_bytes=SHARED_LIMITS[arch],
+        serialized=is_serialized(code),
+    )
+
+
+def is_serialized(code: str) -> bool:
+    """Return whether nearly every matrix instruction of Hopper is followed by a wait of its own."""
+    products = len(re.findall(r"\bHGMMA\b|HGMMA\.", code))
+    return products > 0 and len(re.findall(r"WARPGROUP\.DEPBAR", code)) > products / 2
+
+
+def tool(name: str, *arguments: str) -> str:
+    """Return what one of the CUDA tools in Triton's package prints."""
+    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def markdown(rows: list[Resources]) -> str:
+    """Return the rows as a table, one line per kernel and one column per architecture."""
+    archs = sorted({row.arch for row in rows})
+    lines = [
+        f"Triton {triton.__version__}. Registers per thread / shared memory in KiB / spilled bytes.",
+        "",
+        "| kernel | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
+        "| --- |" + " --- |" * len(archs),
+    ]
+    by_kernel: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        cell = f"{row.registers} / {row.shared_bytes / 1024:.0f} / {row.stack_bytes}"
+        by_kernel.setdefault((row.module, row.kernel), {})[row.arch] = cell + (" serialized" if row.serialized else "")
+    for (module, kernel), cells in by_kernel.items():
+        lines.append(f"| {module}: {kernel} | " + " | ".join(cells.get(arch, "") for arch in archs) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

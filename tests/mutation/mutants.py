@@ -1,0 +1,566 @@
+"""Plausible one-line bugs. The tests must fail with each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REFERENCE_AND_CPU = ("tests/test_kernels_block_sparse_attention.py",)
+CONTEXT = ("tests/test_kernels_context_attention.py",)
+KMEANS = ("tests/test_kernels_kmeans.py",)
+PERMUTE = ("tests/test_kernels_permute.py",)
+SELECT = ("tests/test_kernels_select_blocks.py",)
+SORT = ("tests/test_kernels_sort_labels.py",)
+MATCH = ("tests/test_passes_match.py",)
+TRACE = ("tests/test_passes_trace_axis.py",)
+CLASSIFY = ("tests/test_passes_classify.py",)
+REWRITE = ("tests/test_passes_rewrite.py",)
+CANONICALIZE = ("tests/test_passes_canonicalize.py",)
+CONFIG = ("tests/test_passes_config.py",)
+API = ("tests/test_clock.py", "tests/test_backend.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One bug: ``original`` occurs exactly once in ``file`` and becomes ``replacement``."""
+
+    bug: str
+    file: str
+    original: str
+    replacement: str
+    tests: tuple[str, ...]
+
+    @property
+    def room(self) -> str:
+        """The first folder of ``file``."""
+        return self.file.split("/")[0]
+
+
+ATTENTION = "kernels/block_sparse_attention.py"
+SELECTION = "kernels/select_blocks.py"
+CLUSTERING = "kernels/kmeans.py"
+MASKED = "kernels/masked_attention.py"
+REWRITING = "passes/rewrite.py"
+TRACING = "passes/trace_axis.py"
+MATCHING = "passes/match.py"
+CLASSIFYING = "passes/classify.py"
+
+MUTANTS = (
+    Mutant(
+        "last row of a query cluster is forgotten",
+        ATTENTION,
+        "runs.append((slice(start, stop), None if",
+        "runs.append((slice(start, stop - 1), None if",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "keys shifted by one at the edge of a kept cluster",
+        ATTENTION,
+        "kept_keys = selections.repeat_interleave(k_sizes, dim=1)",
+        "kept_keys = selections.repeat_interleave(k_sizes, dim=1).roll(1, dims=1)",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "reference: token at a cluster edge counted to the cluster before",
+        ATTENTION,
+        "token, right=True)",
+        "token, right=False)",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "query heads mapped to key heads by modulo",
+        ATTENTION,
+        "g = h // repeats",
+        "g = h % k.shape[1]",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "reference: key clusters mapped to query heads by modulo",
+        ATTENTION,
+        ".repeat_interleave(heads // k.shape[1], dim=1)",
+        ".repeat(1, heads // k.shape[1], 1)",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "reference: key heads mapped to query heads by modulo",
+        MASKED,
+        "x.repeat_interleave(repeats, dim=1)",
+        "x.repeat(1, repeats, 1, 1)",
+        REFERENCE_AND_CPU + CONTEXT,
+    ),
+    Mutant(
+        "context keys dropped",
+        ATTENTION,
+        "torch.nn.functional.pad(key_keep, (0, 1), value=True)",
+        "torch.nn.functional.pad(key_keep, (0, 1), value=False)",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "context mask inverted",
+        ATTENTION,
+        "else context_mask[b % context_mask.shape[0], 0, 0]",
+        "else ~context_mask[b % context_mask.shape[0], 0, 0]",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "context mask of the first batch element used for all",
+        ATTENTION,
+        "context_mask[b % context_mask.shape[0], 0, 0]",
+        "context_mask[0, 0, 0]",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "reference: context mask inverted",
+        ATTENTION,
+        "if context_mask is None else context_mask\n        mask",
+        "if context_mask is None else ~context_mask\n        mask",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "scale forgotten in the attention",
+        ATTENTION,
+        "flash_attention_for_cpu(q_parts, k_parts, v_parts, scale=scale)",
+        "flash_attention_for_cpu(q_parts, k_parts, v_parts)",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "reference: scale forgotten",
+        MASKED,
+        "@ k.transpose(-1, -2) * scale",
+        "@ k.transpose(-1, -2)",
+        REFERENCE_AND_CPU + CONTEXT,
+    ),
+    Mutant(
+        "cumulative mass includes the cluster itself",
+        SELECTION,
+        "before = torch.nn.functional.pad(probability.cumsum(-1)[..., :-1], (1, 0))",
+        "before = probability.cumsum(-1)",
+        SELECT,
+    ),
+    Mutant(
+        "cluster sizes do not weigh the softmax",
+        SELECTION,
+        "(scores + k_sizes.log().unsqueeze(2)).masked_fill",
+        "scores.masked_fill",
+        SELECT,
+    ),
+    Mutant(
+        "empty key clusters take part",
+        SELECTION,
+        ".masked_fill(k_sizes.unsqueeze(2) == 0, -math.inf)",
+        "",
+        SELECT,
+    ),
+    Mutant(
+        "selection maps query heads to key heads by modulo",
+        SELECTION,
+        "k_centroids = k_centroids.repeat_interleave(repeats, dim=1)",
+        "k_centroids = k_centroids.repeat(1, repeats, 1, 1)",
+        SELECT,
+    ),
+    Mutant(
+        "floor of kept clusters forgotten",
+        SELECTION,
+        "kept[..., : math.floor(min_keep_ratio * k_clusters)] = True",
+        "pass",
+        SELECT,
+    ),
+    Mutant(
+        "floor of kept clusters rounded up",
+        SELECTION,
+        "math.floor(min_keep_ratio * k_clusters)",
+        "math.ceil(min_keep_ratio * k_clusters)",
+        SELECT,
+    ),
+    Mutant(
+        "density not weighted by the query clusters",
+        SELECTION,
+        "q_share = q_sizes / q_sizes.sum(-1, keepdim=True)",
+        "q_share = torch.ones_like(q_sizes) / q_sizes.shape[-1]",
+        SELECT,
+    ),
+    Mutant(
+        "farthest centroid instead of nearest",
+        CLUSTERING,
+        "tile, centroids.T, beta=-1).argmax(-1)\n        labels",
+        "tile, centroids.T, beta=-1).argmin(-1)\n        labels",
+        KMEANS,
+    ),
+    Mutant(
+        "half of the squared norm forgotten",
+        CLUSTERING,
+        "    half_norms = centroids.square().sum(-1) / 2\n    sums",
+        "    half_norms = centroids.new_zeros(clusters)\n    sums",
+        KMEANS,
+    ),
+    Mutant(
+        "whole squared norm instead of half",
+        CLUSTERING,
+        "    half_norms = centroids.square().sum(-1) / 2\n    sums",
+        "    half_norms = centroids.square().sum(-1)\n    sums",
+        KMEANS,
+    ),
+    Mutant(
+        "empty cluster reset to zero",
+        CLUSTERING,
+        "sums / sizes.clamp(min=1), centroids)",
+        "sums / sizes.clamp(min=1), torch.zeros_like(centroids))",
+        KMEANS,
+    ),
+    Mutant("calls not counted", CLUSTERING, "calls.add_(1)", "calls.add_(0)", KMEANS),
+    Mutant(
+        "iteration counts of first and later calls swapped",
+        CLUSTERING,
+        "range(iters_step if starts is None else iters_init)",
+        "range(iters_init if starts is None else iters_step)",
+        KMEANS,
+    ),
+    Mutant("seed ignored", CLUSTERING, "_mix32(seed * 0x9E3779B9 % 2**32 + head)", "_mix32(head)", KMEANS),
+    Mutant(
+        "order of tokens within a cluster reversed",
+        "kernels/sort_labels.py",
+        "order = labels.sort(dim=-1, stable=True).indices.int()",
+        "order = (labels.shape[2] - 1 - labels.flip(-1).sort(dim=-1, stable=True).indices).int()",
+        SORT,
+    ),
+    Mutant(
+        "inverse order returned",
+        "kernels/sort_labels.py",
+        "labels.sort(dim=-1, stable=True).indices.int()",
+        "labels.sort(dim=-1, stable=True).indices.argsort(-1).int()",
+        SORT,
+    ),
+    Mutant(
+        "unpermute gathers instead of scatters",
+        "kernels/permute.py",
+        "y[_rows(order)] = x\n",
+        "y[:] = x[_rows(order)]\n",
+        PERMUTE,
+    ),
+    Mutant(
+        "context rows ignore the mask",
+        "kernels/context_attention.py",
+        "q, k, v, attn_mask=key_mask, scale=scale",
+        "q, k, v, attn_mask=None, scale=scale",
+        CONTEXT,
+    ),
+    Mutant(
+        "context rows ignore the scale",
+        "kernels/context_attention.py",
+        "attn_mask=key_mask, scale=scale",
+        "attn_mask=key_mask",
+        CONTEXT,
+    ),
+    Mutant(
+        "inverse permutation forgotten",
+        REWRITING,
+        "return self.emit(torch.ops.svg2.unpermute_tokens.default, self.emit(operator.getitem, attention, 0), q_order)",
+        "return self.emit(operator.getitem, attention, 0)",
+        REWRITE,
+    ),
+    Mutant(
+        "output permuted again instead of back",
+        REWRITING,
+        "self.emit(torch.ops.svg2.unpermute_tokens.default, self",
+        "self.emit(torch.ops.svg2.permute_tokens.default, self",
+        REWRITE,
+    ),
+    Mutant(
+        "queries put in the order of the keys",
+        REWRITING,
+        "self.emit(permute, q, q_order)",
+        "self.emit(permute, q, k_order)",
+        REWRITE,
+    ),
+    Mutant(
+        "values left in their own order",
+        REWRITING,
+        "self.emit(permute, v, k_order),",
+        "v,",
+        REWRITE,
+    ),
+    Mutant(
+        "order of the joined output swapped",
+        REWRITING,
+        "self.join(token_major, 1)",
+        "self.join(token_major[::-1], 1)",
+        REWRITE,
+    ),
+    Mutant(
+        "context mask cut from the first rows",
+        REWRITING,
+        "self.cut(self.mask, 3, *each) for each in context",
+        "self.cut(self.mask, 3, 0, each[1] - each[0]) for each in context",
+        REWRITE,
+    ),
+    Mutant(
+        "context mask forgotten for the video rows",
+        REWRITING,
+        "2),\n            context_mask,\n",
+        "2),\n            None,\n",
+        REWRITE,
+    ),
+    Mutant(
+        "mask forgotten for the context rows",
+        REWRITING,
+        "rows, key, value, self.mask, self.scale)",
+        "rows, key, value, None, self.scale)",
+        REWRITE,
+    ),
+    Mutant(
+        "mask shared by the batch not expanded",
+        REWRITING,
+        "[self.site.batch, 1, 1, -1]",
+        "[-1, 1, 1, -1]",
+        REWRITE,
+    ),
+    Mutant(
+        "scale forgotten in the rewrite",
+        REWRITING,
+        "return self.site.scale",
+        "return self.site.head_dim**-0.5",
+        REWRITE,
+    ),
+    Mutant(
+        "visible video keys counted as masked",
+        REWRITING,
+        "self.emit(aten.logical_not.default, video_mask)",
+        "video_mask",
+        REWRITE,
+    ),
+    Mutant("state of two sites shared", REWRITING, "if index == site.index}", "}", REWRITE),
+    Mutant(
+        "rewritten attention not found as a later source",
+        REWRITING,
+        "        by_name[site.node] = replacement\n",
+        "",
+        REWRITE,
+    ),
+    Mutant(
+        "centroids of the queries used for the keys",
+        REWRITING,
+        'self.cluster(k, "k", self.site.k_clusters)',
+        'self.cluster(k, "q", self.site.q_clusters)',
+        REWRITE,
+    ),
+    Mutant(
+        "cross-attention rewritten",
+        MATCHING,
+        "if not same_size(query.shape[2], key.shape[2]):",
+        "if False:",
+        MATCH,
+    ),
+    Mutant("scale of the call ignored", MATCHING, "call.scale if call.scale is not None else 1.0", "1.0", MATCH),
+    Mutant("causal flag ignored", MATCHING, "if call.is_causal is not False:", "if False:", MATCH),
+    Mutant("dropout ignored", MATCHING, "or call.dropout_p != 0:", "or False:", MATCH),
+    Mutant("mask ignored", MATCHING, "if call.attn_mask is not None:", "if False:", MATCH),
+    Mutant(
+        "any product of masks is an outer product",
+        MATCHING,
+        "and other.args[0] is factor",
+        "",
+        MATCH,
+    ),
+    Mutant(
+        "transpose along any axes makes an outer product",
+        MATCHING,
+        "{int(str(axis)) % 4 for axis in other.args[1:3]} == {2, 3}",
+        "True",
+        MATCH,
+    ),
+    Mutant(
+        "mask of another length taken for a key mask",
+        MATCHING,
+        "if key_mask is None or not _covers_keys(key_mask, key):",
+        "if key_mask is None:",
+        MATCH,
+    ),
+    Mutant(
+        "foreign attentions take a number",
+        MATCHING,
+        "            name = target_name(node)\n",
+        "            name = target_name(node)\n            ordinal += 1\n",
+        MATCH,
+    ),
+    Mutant(
+        "two symbolic sizes are always equal",
+        "passes/nodes.py",
+        "return str(a) == str(b)",
+        "return True",
+        TRACE + MATCH + REWRITE,
+    ),
+    Mutant(
+        "two known sizes are always equal", "passes/nodes.py", "        return a == b\n", "        return True\n", MATCH
+    ),
+    Mutant(
+        "axis not shifted by unbind",
+        TRACING,
+        "return at.to(whole, at.axis + (at.axis >= dim))",
+        "return at.to(whole, at.axis)",
+        TRACE,
+    ),
+    Mutant(
+        "pieces of a cat reversed",
+        TRACING,
+        "for each, shape in pieces), joined=True)",
+        "for each, shape in pieces[::-1]), joined=True)",
+        TRACE,
+    ),
+    Mutant(
+        "start of a split is always 0", TRACING, "for part in parts[:index]), 0)", "for part in parts[:0]), 0)", TRACE
+    ),
+    Mutant(
+        "negative start of a slice taken as it is",
+        TRACING,
+        "start = shape[axis] + start",
+        "start = start + 0",
+        TRACE,
+    ),
+    Mutant(
+        "attention followed to its values",
+        TRACING,
+        "return at.to(sdpa_arguments(at.node).query, at.axis)",
+        "return at.to(sdpa_arguments(at.node).value, at.axis)",
+        TRACE,
+    ),
+    Mutant("rows followed through a shuffle", TRACING, '("roll", "flip", "sort",', '("sort",', TRACE),
+    Mutant("video is the shortest piece", CLASSIFYING, "video = max(range", "video = min(range", CLASSIFY),
+    Mutant(
+        "dense_layers off by one",
+        CLASSIFYING,
+        "if layers.index(result.layer) < config.dense_layers:",
+        "if layers.index(result.layer) <= config.dense_layers:",
+        CLASSIFY,
+    ),
+    Mutant(
+        "dense_layers counts attentions instead of layers",
+        CLASSIFYING,
+        "            if result.layer not in layers:\n                layers.append",
+        "            if True:\n                layers.append",
+        CLASSIFY,
+    ),
+    Mutant(
+        "share of context measured against the video",
+        CLASSIFYING,
+        "> config.max_context_ratio * total:",
+        "> config.max_context_ratio * (hints[video] or 0):",
+        CLASSIFY,
+    ),
+    Mutant(
+        "cross-attention between equal lengths rewritten",
+        CLASSIFYING,
+        "if _different_streams(queries, origin):",
+        "if False:",
+        CLASSIFY,
+    ),
+    Mutant(
+        "position tables taken for another stream",
+        CLASSIFYING,
+        " and not POSITIONS.search(each.node.name)",
+        "",
+        CLASSIFY,
+    ),
+    Mutant(
+        "key mask over video only accepted",
+        CLASSIFYING,
+        "if candidate.key_mask is not None and len(segments) == 1:",
+        "if False:",
+        CLASSIFY,
+    ),
+    Mutant(
+        "more clusters than tokens accepted",
+        CLASSIFYING,
+        "if max(q_clusters, k_clusters) > tokens:",
+        "if q_clusters > tokens:",
+        CLASSIFY,
+    ),
+    Mutant("the given graph is changed", "passes/sparsify.py", "work = clone(gm)", "work = gm", REWRITE),
+    Mutant(
+        "dense by design is an error too",
+        "passes/sparsify.py",
+        "if not rejection.by_design:",
+        "if True:",
+        REWRITE,
+    ),
+    Mutant(
+        "state buffers are fake",
+        "passes/attach_state.py",
+        "gm.register_buffer(state_name(spec), torch.zeros(spec.shape, dtype=spec.dtype, device=site.device))",
+        "gm.register_buffer(state_name(spec), _fake(spec, site.device, fake_mode))",
+        REWRITE,
+    ),
+    Mutant(
+        "signature of an exported module forgotten",
+        "passes/clone.py",
+        "    graph.set_codegen(gm.graph._codegen)\n",
+        "",
+        REWRITE,
+    ),
+    Mutant("shared state not noticed", "passes/verify.py", "if writers > 1:", "if writers > 2:", REWRITE),
+    Mutant(
+        "missing inverse permutation not noticed",
+        "passes/verify.py",
+        "if not len(sites) == gone == sparse == restored:",
+        "if not len(sites) == gone == sparse:",
+        REWRITE,
+    ),
+    Mutant(
+        "mask dropped by canonicalize",
+        "passes/canonicalize.py",
+        '**({} if mask is None else {"attn_mask": mask}),',
+        "",
+        CANONICALIZE,
+    ),
+    Mutant(
+        "scale dropped by canonicalize",
+        "passes/canonicalize.py",
+        "scale=plan.scale.number,",
+        "scale=None,",
+        CANONICALIZE,
+    ),
+    Mutant("top_p of 0 accepted", "passes/config.py", "or (exclusive_low and value == low)", "", CONFIG),
+    Mutant(
+        "more clusters than tokens chosen", "passes/config.py", "min(tokens, MAX_CLUSTERS,", "min(MAX_CLUSTERS,", CONFIG
+    ),
+    Mutant(
+        "CFG streams mixed up",
+        "svg2_compile/clock.py",
+        "stream = (explicit and explicit.stream) or (says and says.stream) or str(ordinal)",
+        'stream = "0"',
+        API,
+    ),
+    Mutant(
+        "new generation not noticed",
+        "svg2_compile/clock.py",
+        "turned = self._direction not in (0, direction)",
+        "turned = False",
+        API,
+    ),
+    Mutant(
+        "new call of a pipeline is no new generation",
+        "svg2_compile/clock.py",
+        "begins = self._run == 0 or (call is not None and call != self._call)",
+        "begins = self._run == 0",
+        API,
+    ),
+    Mutant(
+        "dense_steps off by one",
+        "svg2_compile/schedule.py",
+        "return now.step < dense_step_count",
+        "return now.step <= dense_step_count",
+        API,
+    ),
+    Mutant(
+        "dense_layers off by one, layer by layer",
+        "svg2_compile/schedule.py",
+        "layer < config.dense_layers",
+        "layer <= config.dense_layers",
+        API,
+    ),
+    Mutant(
+        "counters kept over generations",
+        "svg2_compile/state.py",
+        "tensors[name].zero_()",
+        "pass",
+        API,
+    ),
+)

@@ -1,0 +1,66 @@
+"""Every Triton kernel compiles for the GPUs we name, without one, and keeps its registers to itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "kernel_resources.py"
+# `SVG2_AOT=all` compiles every kernel for every architecture; by default one of each kind, for time.
+EVERYTHING = os.environ.get("SVG2_AOT") == "all"
+ATTENTION = "^attention_(bf16_(64|128)_context|fp16_128)$"
+
+
+def resources(path, *arguments):
+    """Return one record per kernel and architecture, compiled in a process without Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", str(SCRIPT), "--json", str(path), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(path.read_text())["kernels"]
+
+
+def assert_fits(kernels):
+    assert kernels
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= kernel["shared_limit_bytes"], kernel
+        assert not kernel["serialized"], kernel
+
+
+def test_attention_spills_nothing_on_ampere_and_hopper(tmp_path):
+    chosen = () if EVERYTHING else ("--match", ATTENTION)
+    kernels = resources(
+        tmp_path / "kernels.json", "--modules", "block_sparse_attention_triton", "--arch", "80", "90", *chosen
+    )
+    assert_fits(kernels)
+    assert {kernel["stack_bytes"] for kernel in kernels} == {0}
+
+
+def test_work_lists_spill_nothing_on_ampere_and_hopper(tmp_path):
+    kernels = resources(tmp_path / "kernels.json", "--modules", "work_list_triton", "--arch", "80", "90")
+    assert_fits(kernels)
+    assert {kernel["stack_bytes"] for kernel in kernels} == {0}
+
+
+@pytest.mark.parametrize("module", ["kmeans", "permute", "select_blocks", "sort_labels"])
+def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_path):
+    if not (SCRIPT.parent.parent / "kernels" / f"{module}_triton.py").exists():
+        pytest.skip(f"kernels/{module}_triton.py does not exist")
+    chosen = () if EVERYTHING else ("--match", "^(?!.*(fp32|fp16|256)).*$")
+    kernels = resources(tmp_path / "kernels.json", "--modules", f"{module}_triton", "--arch", "90", *chosen)
+    assert_fits(kernels)
+    # fp32 is multiplied without tensor cores, and its tiles are not chosen for speed.
+    assert {kernel["kernel"]: kernel["stack_bytes"] for kernel in kernels if "fp32" not in kernel["kernel"]} == {
+        kernel["kernel"]: 0 for kernel in kernels if "fp32" not in kernel["kernel"]
+    }
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="set SVG2_AOT=all to compile everything for every architecture")
+def test_everything_compiles_everywhere(tmp_path):
+    kernels = resources(tmp_path / "kernels.json", "--arch", "80", "86", "89", "90", "100", "120")
+    assert_fits(kernels)
+    assert all(kernel["stack_bytes"] == 0 for kernel in kernels if kernel["module"] == "block_sparse_attention")

@@ -1,0 +1,350 @@
+"""Video rows are told from context rows, and candidates become sites or rejections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from svg2_compile.passes.classify import classify
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.match import match
+from svg2_compile.passes.records import AttentionSite, Rejection, size_hint
+
+BATCH, HEADS, CHANNELS, TEXT, VIDEO = 2, 2, 8, 7, 45
+WIDTH = HEADS * CHANNELS
+CONFIG = SparseConfig(min_tokens=40, dense_layers=0, q_clusters=3, k_clusters=5)
+attend = F.scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.view(BATCH, -1, HEADS, CHANNELS).transpose(1, 2)
+
+
+def self_attention(x: Tensor, **options: Any) -> Tensor:
+    return attend(heads(x), heads(x), heads(x), **options)
+
+
+def rows(count: int) -> Tensor:
+    return torch.randn(BATCH, count, WIDTH)
+
+
+def decide(
+    function: Callable[..., Any],
+    *args: Any,
+    config: SparseConfig = CONFIG,
+    dynamic: bool = False,
+    fullgraph: bool = True,
+) -> list[AttentionSite | Rejection]:
+    """Return what becomes of each attention of ``function``; deciding must add no guard."""
+    decided: list[AttentionSite | Rejection] = []
+
+    def backend(gm: GraphModule, _: list[Any]) -> Callable[..., Any]:
+        shape_env = torch._guards.TracingContext.get().fake_mode.shape_env
+        before, guards = gm.print_readable(print_output=False), len(shape_env.guards)
+        found = match(gm, config)
+        decided.extend(classify(found, config))
+        assert classify(found, config) == decided
+        assert gm.print_readable(print_output=False) == before
+        assert len(shape_env.guards) == guards
+        return gm.forward
+
+    if dynamic:
+        for each in args:
+            torch._dynamo.mark_dynamic(each, 1)
+    with torch.no_grad():
+        torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return decided
+
+
+def site(*args: Any, **options: Any) -> AttentionSite:
+    (decision,) = decide(*args, **options)
+    assert isinstance(decision, AttentionSite), decision
+    return decision
+
+
+def summary(decision: AttentionSite) -> list[tuple[int | None, bool]]:
+    return [(size_hint(segment.length), segment.is_video) for segment in decision.segments]
+
+
+def text_first(text, video):
+    return self_attention(torch.cat((text, video), 1))
+
+
+def video_first(text, video):
+    return self_attention(torch.cat((video, text), 1))
+
+
+def between_texts(text, video):
+    return self_attention(torch.cat((text, video, text + 1), 1))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (text_first, [(TEXT, False), (VIDEO, True)]),
+        (video_first, [(VIDEO, True), (TEXT, False)]),
+        (between_texts, [(TEXT, False), (VIDEO, True), (TEXT, False)]),
+    ],
+    ids=["text first", "video first", "between texts"],
+)
+def test_the_longest_piece_is_video_and_the_rest_context_in_the_order_of_the_rows(function, expected, dynamic):
+    found = site(function, rows(TEXT), rows(VIDEO), dynamic=dynamic)
+    assert summary(found) == expected
+    assert size_hint(found.tokens) == found.token_hint == VIDEO
+    assert size_hint(found.context_tokens) == sum(length for length, is_video in expected if not is_video)
+    sources = {"l_text_", "l_video_", "add"}
+    assert {segment.source for segment in found.segments} <= sources
+    assert {segment.source_axis for segment in found.segments} == {1}
+
+
+def test_a_sequence_that_nothing_joined_is_all_video():
+    found = site(lambda x: self_attention(x), rows(VIDEO))
+    assert summary(found) == [(VIDEO, True)]
+    assert (found.segments[0].source, found.context_tokens) == ("", 0)
+
+
+@pytest.mark.parametrize(("ratio", "pieces"), [(0.0, 1), (0.13, 1), (0.14, 2), (1.0, 2)])
+def test_more_context_than_max_context_ratio_makes_one_piece_of_all_rows(ratio, pieces):
+    config = SparseConfig(min_tokens=40, dense_layers=0, max_context_ratio=ratio)
+    found = site(text_first, rows(TEXT), rows(VIDEO), config=config)  # 7 of 52 rows are 0.1346
+    assert len(found.segments) == pieces
+    assert size_hint(found.tokens) == (VIDEO if pieces == 2 else TEXT + VIDEO)
+
+
+def test_rows_joined_before_the_queries_only_are_told_apart_by_the_queries():
+    def function(text, video, other):
+        x = heads(torch.cat((text, video), 1))
+        return attend(x, x, torch.einsum("bhnd->bhnd", heads(other)))
+
+    assert summary(site(function, rows(TEXT), rows(VIDEO), rows(TEXT + VIDEO))) == [(TEXT, False), (VIDEO, True)]
+
+
+def test_the_site_describes_the_attention():
+    def function(x):
+        return attend(x, x[:, :2], x[:, 2:], scale=0.3, enable_gqa=True)
+
+    found = site(function, torch.randn(BATCH, 4, VIDEO, CHANNELS))
+    assert (found.batch, found.q_heads, found.k_heads, found.head_dim) == (BATCH, 4, 2, CHANNELS)
+    assert (found.dtype, found.device, found.scale) == (torch.float32, torch.device("cpu"), 0.3)
+    assert (found.q_clusters, found.k_clusters, found.has_mask) == (3, 5, False)
+    assert [(spec.site, spec.name, spec.shape, spec.dtype) for spec in found.state_specs()] == [
+        (0, "q_centroids", (BATCH, 4, 3, CHANNELS), torch.float32),
+        (0, "q_calls", (1,), torch.int32),
+        (0, "k_centroids", (BATCH, 2, 5, CHANNELS), torch.float32),
+        (0, "k_calls", (1,), torch.int32),
+        (0, "statistics", (BATCH, 4, 4), torch.float32),
+    ]
+
+
+def test_a_masked_site_counts_hidden_video_keys():
+    mask = torch.ones(BATCH, 1, 1, TEXT + VIDEO, dtype=torch.bool)
+    found = site(
+        lambda text, video, m: self_attention(torch.cat((text, video), 1), attn_mask=m), rows(TEXT), rows(VIDEO), mask
+    )
+    assert found.has_mask
+    assert found.state_specs()[-1].name == "masked_video_keys"
+
+
+def cross(q, kv):
+    return attend(heads(q), heads(kv), heads(kv))
+
+
+def cross_conv(q, kv):
+    weight = torch.ones(WIDTH, WIDTH, 1)
+    return cross(F.conv1d(q.transpose(1, 2), weight).transpose(1, 2).contiguous(), kv)
+
+
+def cross_joined(text, video, a, b):
+    q, kv = torch.cat((text, video), 1), torch.cat((b, a), 1)
+    return attend(heads(q), heads(kv), heads(kv))
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "sources"),
+    [
+        (cross, (rows(VIDEO), rows(VIDEO)), "l_q_ and l_kv_"),
+        (cross_conv, (rows(VIDEO), rows(VIDEO)), "conv1d and l_kv_"),
+        (cross_joined, (rows(TEXT), rows(VIDEO), rows(TEXT), rows(VIDEO)), "l_text_ and l_b_"),
+    ],
+    ids=["inputs", "patches", "joined sequences"],
+)
+def test_cross_attention_between_equal_lengths_is_declined(function, args, sources):
+    (found,) = decide(function, *args)
+    assert isinstance(found, Rejection)
+    assert (found.reason, found.hint, found.by_design) == (
+        f"cross-attention: queries and values come from {sources}",
+        "",
+        True,
+    )
+
+
+def rotary(x, rotary_cos, rotary_sin):
+    q = heads(x) * rotary_cos + heads(x).flip(-1) * rotary_sin
+    return attend(q, q, heads(x))
+
+
+def positions_first(x, freqs):
+    q = freqs * heads(x)
+    return attend(q, heads(x), heads(x))
+
+
+def query_from_positions(x, pos_embed):
+    return attend(heads(pos_embed), heads(x), heads(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "args"),
+    [
+        (rotary, (rows(VIDEO), torch.randn(VIDEO, CHANNELS), torch.randn(VIDEO, CHANNELS))),
+        (positions_first, (rows(VIDEO), torch.randn(BATCH, HEADS, VIDEO, CHANNELS))),
+        (query_from_positions, (rows(VIDEO), rows(VIDEO))),
+        (lambda a, b: attend(heads(a * 2), heads(a), heads(a + b)), (rows(VIDEO), rows(VIDEO))),
+    ],
+    ids=["rotary", "positions first", "position queries", "same stream, other operands"],
+)
+def test_position_tables_are_not_mistaken_for_another_stream(function, args):
+    assert summary(site(function, *args)) == [(VIDEO, True)]
+
+
+def masked_video(x, m):
+    return self_attention(x, attn_mask=m)
+
+
+def run_time_length(x):
+    kept = x[0, 0].nonzero()[:, 0]
+    torch._check(kept.shape[0] > 0)
+    taken = torch.zeros(BATCH, kept.shape[0], WIDTH)
+    return self_attention(taken)
+
+
+MASK = torch.ones(BATCH, 1, 1, VIDEO, dtype=torch.bool)
+DECLINED: dict[str, tuple[Callable[[], list[AttentionSite | Rejection]], str, str, bool]] = {
+    "other stream": (
+        lambda: decide(cross, rows(VIDEO), rows(VIDEO)),
+        "cross-attention: queries and values come from l_q_ and l_kv_",
+        "",
+        True,
+    ),
+    "run-time length": (
+        lambda: decide(run_time_length, rows(VIDEO)),
+        "its length is known only at run time",
+        "compile with fullgraph=True and static lengths",
+        False,
+    ),
+    "short video": (
+        lambda: decide(text_first, rows(TEXT), rows(39)),
+        "short: 39 video tokens",
+        "lower min_tokens=40 to include it",
+        True,
+    ),
+    "masked video": (
+        lambda: decide(masked_video, rows(VIDEO), MASK),
+        "a key mask over a sequence with no context rows",
+        "drop the mask if it is all true",
+        False,
+    ),
+    "too many clusters": (
+        lambda: decide(text_first, rows(TEXT), rows(VIDEO), config=SparseConfig(min_tokens=40, q_clusters=46)),
+        "46 clusters for 45 video tokens",
+        'use q_clusters="auto" and k_clusters="auto"',
+        False,
+    ),
+    "dense layer": (
+        lambda: decide(Blocks(1, 0), rows(VIDEO), config=SparseConfig(min_tokens=40)),
+        "among the first dense_layers=1 layers",
+        "set dense_layers=0 to include it",
+        True,
+    ),
+    "declined before": (
+        lambda: decide(lambda x: self_attention(x, is_causal=True), rows(VIDEO)),
+        "causal attention",
+        "",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DECLINED)
+def test_what_stays_dense_says_why_and_what_to_do(case):
+    decide_it, reason, hint, by_design = DECLINED[case]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = decide_it()[-1]
+    assert isinstance(found, Rejection)
+    assert (found.reason, found.hint, found.by_design) == (reason, hint, by_design)
+
+
+@pytest.mark.parametrize("clusters", [{"q_clusters": 46}, {"k_clusters": 46}], ids=["queries", "keys"])
+def test_exactly_as_many_clusters_as_tokens_are_the_most(clusters):
+    config = SparseConfig(min_tokens=40, dense_layers=0, **clusters)
+    (declined,) = decide(lambda x: self_attention(x), rows(45), config=config)
+    assert isinstance(declined, Rejection)
+    torch._dynamo.reset()
+    assert site(lambda x: self_attention(x), rows(46), config=config)
+
+
+class Attend(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self_attention(x).transpose(1, 2).flatten(2)
+
+
+class Twice(nn.Module):
+    """A block with two self-attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn1, self.attn2 = Attend(), Attend()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn2(self.attn1(x))
+
+
+class Blocks(nn.Module):
+    """Two block lists: the second runs after the first and counts on."""
+
+    def __init__(self, double: int, single: int) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([Attend() for _ in range(double)])
+        self.single_transformer_blocks = nn.ModuleList([Twice() for _ in range(single)])
+        self.refiner_blocks = nn.ModuleList([Attend()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = self.refiner_blocks[0](x[:, :TEXT])
+        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
+            x = block(x)
+        return x + short.mean()
+
+
+ORDER = [
+    "transformer_blocks.0",
+    "transformer_blocks.1",
+    "single_transformer_blocks.0.attn1",
+    "single_transformer_blocks.0.attn2",
+    "single_transformer_blocks.1.attn1",
+    "single_transformer_blocks.1.attn2",
+]
+
+
+@pytest.mark.parametrize(("dense_layers", "first_sparse"), [(0, 0), (1, 1), (2, 2), (3, 4), (4, 6), (9, 6)])
+def test_dense_layers_counts_layers_in_the_order_in_which_they_run(dense_layers, first_sparse):
+    config = SparseConfig(min_tokens=40, dense_layers=dense_layers)
+    decided = decide(Blocks(2, 2), rows(VIDEO), config=config)
+    assert [each.path for each in decided] == ["refiner_blocks.0", *ORDER]
+    assert [each.path for each in decided if isinstance(each, AttentionSite)] == ORDER[first_sparse:]
+
+
+def test_a_layer_without_a_number_is_left_to_the_run_time():
+    assert site(Twice().attn1, rows(VIDEO), config=SparseConfig(min_tokens=40, dense_layers=9)).layer == ""

@@ -1,0 +1,783 @@
+"""The rewritten graph means what the given one means, and says truthfully what it computes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional as F
+
+from svg2_compile.passes import sparsify as sparsify_module
+from svg2_compile.passes.clone import clone
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.dump import dump_graph
+from svg2_compile.passes.errors import InternalError, UnsupportedError
+from svg2_compile.passes.nodes import is_sdpa, target_name, tensor_of
+from svg2_compile.passes.records import size_hint
+from svg2_compile.passes.sparsify import PASSES, Sparsified, sparsify
+from svg2_compile.passes.verify import snapshot, verify
+
+BATCH, HEADS, CHANNELS, TEXT, VIDEO = 2, 2, 8, 9, 55
+WIDTH = HEADS * CHANNELS
+DENSE = SparseConfig(top_p=1, min_tokens=40, dense_layers=0, q_clusters=3, k_clusters=5)
+SPARSE = SparseConfig(top_p=0.3, min_keep_ratio=0, min_tokens=40, dense_layers=0, q_clusters=3, k_clusters=5)
+ROUNDINGS_PER_SITE = 8
+"""Rounding steps of the largest output that one site may add. Both graphs round the same exact attention, in another
+order of summation; a site's error enters the residual stream once and passes a few matrix products on its way out."""
+
+attend = F.scaled_dot_product_attention
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """These tensors are too small to share; waking a second thread for each op costs more than the op."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def assert_equal_within_rounding(actual: Tensor, expected: Tensor, sites: int) -> None:
+    step = torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=ROUNDINGS_PER_SITE * sites * step)
+
+
+class Joint(nn.Module):
+    """A block with text and video in one sequence; the order, a mask, and grouped key heads as asked."""
+
+    def __init__(
+        self, order: str = "text first", key_heads: int = HEADS, scale: float | None = None, layers: int = 2
+    ) -> None:
+        super().__init__()
+        self.order, self.key_heads, self.scale = order, key_heads, scale
+        self.blocks = nn.ModuleList([nn.Linear(WIDTH, WIDTH + 2 * key_heads * CHANNELS) for _ in range(layers)])
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, CHANNELS)).transpose(1, 2)
+
+    def forward(self, text: Tensor, video: Tensor, mask: Tensor | None = None) -> Tensor:
+        pieces = {"text first": (text, video), "video first": (video, text), "both ends": (text, video, 2 * text)}
+        x = torch.cat(pieces[self.order], dim=1) if self.order in pieces else video
+        for block in self.blocks:
+            q, k, v = block(x).split([WIDTH, self.key_heads * CHANNELS, self.key_heads * CHANNELS], dim=-1)
+            out = attend(
+                query=self.heads(q),
+                key=self.heads(k),
+                value=self.heads(v),
+                attn_mask=mask,
+                scale=self.scale,
+                enable_gqa=self.key_heads != HEADS,
+            )
+            x = x + out.transpose(1, 2).flatten(2, 3)
+        return x
+
+
+def joint_inputs(text: int = TEXT, video: int = VIDEO, batch: int = BATCH) -> tuple[Tensor, ...]:
+    return torch.randn(batch, text, WIDTH), torch.randn(batch, video, WIDTH)
+
+
+def key_mask(hidden: slice, keys: int = TEXT + VIDEO, batch: int = BATCH) -> Tensor:
+    mask = torch.ones(batch, 1, 1, keys, dtype=torch.bool)
+    mask[-1, ..., hidden] = False
+    return mask
+
+
+def wan() -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=8,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    inputs = {
+        "hidden_states": torch.randn(BATCH, 4, 3, 10, 14),
+        "timestep": torch.tensor([1, 2]),
+        "encoder_hidden_states": torch.randn(BATCH, TEXT, 16),
+    }
+    return model, inputs
+
+
+def hunyuan_video() -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )
+    inputs = {
+        "hidden_states": torch.randn(BATCH, 4, 3, 5, 7),
+        "timestep": torch.tensor([1, 2]),
+        "encoder_hidden_states": torch.randn(BATCH, TEXT, 16),
+        "encoder_attention_mask": (torch.arange(TEXT) < torch.tensor([[6], [8]])).float(),
+        "pooled_projections": torch.randn(BATCH, 8),
+        "guidance": torch.tensor([1000.0, 1000.0]),
+    }
+    return model, inputs
+
+
+def cogvideox() -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        patch_size=2,
+        temporal_compression_ratio=4,
+        max_text_seq_length=TEXT,
+    )
+    inputs = {
+        "hidden_states": torch.randn(BATCH, 3, 4, 8, 8),
+        "timestep": torch.tensor([1, 2]),
+        "encoder_hidden_states": torch.randn(BATCH, TEXT, 8),
+    }
+    return model, inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is traced, and what must come out of it."""
+
+    build: Callable[[], tuple[nn.Module, dict[str, Any]]]
+    sites: int
+    context: int
+    masked: bool = False
+
+
+def joint(mask: Tensor | None = None, **options: Any) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
+    def build() -> tuple[nn.Module, dict[str, Any]]:
+        text, video = joint_inputs()
+        return Joint(**options), {"text": text, "video": video} | ({} if mask is None else {"mask": mask})
+
+    return build
+
+
+CASES = {
+    "text first": Case(joint(), sites=2, context=1),
+    "video first": Case(joint(order="video first"), sites=2, context=1),
+    "both ends": Case(joint(order="both ends"), sites=2, context=2),
+    "video only": Case(joint(order="video only"), sites=2, context=0),
+    "grouped heads": Case(joint(key_heads=1), sites=2, context=1),
+    "own scale": Case(joint(scale=0.9), sites=2, context=1),
+    "masked text first": Case(joint(key_mask(slice(4, 9))), sites=2, context=1, masked=True),
+    "masked text last": Case(joint(key_mask(slice(-4, None)), order="video first"), sites=2, context=1, masked=True),
+    "masked grouped heads": Case(joint(key_mask(slice(0, 3)), key_heads=1), sites=2, context=1, masked=True),
+    "one mask for the batch": Case(joint(key_mask(slice(0, 3), batch=1)), sites=2, context=1, masked=True),
+    "masked both ends": Case(
+        joint(key_mask(slice(-3, None), keys=2 * TEXT + VIDEO), order="both ends"), sites=2, context=2, masked=True
+    ),
+    "Wan": Case(wan, sites=2, context=0),
+    "HunyuanVideo": Case(hunyuan_video, sites=2, context=1, masked=True),
+    "CogVideoX": Case(cogvideox, sites=2, context=1),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+@functools.cache
+def traced(name: str) -> tuple[GraphModule, list[Any], Tensor]:
+    """Return the graph Dynamo traces, its inputs, and its output."""
+    torch.manual_seed(0)
+    model, inputs = CASES[name].build()
+    return trace(model.eval(), inputs)
+
+
+def trace(model: nn.Module, inputs: dict[str, Any]) -> tuple[GraphModule, list[Any], Tensor]:
+    graphs: list[tuple[GraphModule, list[Any], Any]] = []
+
+    def backend(gm: GraphModule, _: list[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            outputs = gm(*args)
+            graphs.append((gm, list(args), outputs[0]))
+            return outputs
+
+        return run
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
+    (result,) = graphs
+    return result
+
+
+def zeros(plan: Sparsified) -> list[Tensor]:
+    return [torch.zeros(spec.shape, dtype=spec.dtype) for spec in plan.state_specs]
+
+
+def run(plan: Sparsified, inputs: list[Any], state: list[Tensor] | None = None) -> Tensor:
+    with torch.no_grad():
+        return plan.gm(*inputs, *(zeros(plan) if state is None else state))[0]
+
+
+def ops(gm: GraphModule) -> Counter[str]:
+    return Counter(target_name(node) for node in gm.graph.nodes if node.op == "call_function")
+
+
+@every_case
+def test_keeping_everything_equals_the_dense_graph(name):
+    gm, inputs, expected = traced(name)
+    plan = sparsify(gm, DENSE)
+    assert len(plan.sites) == CASES[name].sites
+    assert_equal_within_rounding(run(plan, inputs), expected, len(plan.sites))
+
+
+@every_case
+def test_a_second_call_starts_from_the_centroids_of_the_first_and_is_still_dense(name):
+    gm, inputs, expected = traced(name)
+    plan = sparsify(gm, DENSE)
+    state = zeros(plan)
+    run(plan, inputs, state)
+    assert_equal_within_rounding(run(plan, inputs, state), expected, len(plan.sites))
+    counters = [tensor for tensor, spec in zip(state, plan.state_specs) if spec.name.endswith("calls")]
+    assert len(counters) == 2 * len(plan.sites) and all(counter.item() == 2 for counter in counters)
+
+
+@every_case
+def test_keeping_less_changes_the_output_and_the_statistics_say_so(name):
+    gm, inputs, expected = traced(name)
+    plan = sparsify(gm, SPARSE)
+    state = zeros(plan)
+    output = run(plan, inputs, state)
+    assert output.isfinite().all() and not torch.equal(output, expected)
+    statistics = [tensor for tensor, spec in zip(state, plan.state_specs) if spec.name == "statistics"]
+    assert len(statistics) == len(plan.sites)
+    for each in statistics:
+        assert (each[..., 0] == 1).all() and (each[..., 1] > 0).all() and each[..., 1].mean() < 1
+
+
+@every_case
+def test_every_site_becomes_the_same_nodes(name):
+    gm, _, _ = traced(name)
+    before, case = ops(gm), CASES[name]
+    plan = sparsify(gm, SPARSE)
+    after = ops(plan.gm)
+    per_site = {
+        "kmeans_": 2,
+        "sort_labels": 2,
+        "permute_tokens": 3,
+        "select_blocks": 1,
+        "block_sparse_attention": 1,
+        "unpermute_tokens": 1,
+        "context_attention": case.context,
+        "add_": int(case.masked),
+    }
+    assert {op: after[op] - before[op] for op in per_site} == {op: case.sites * count for op, count in per_site.items()}
+    assert before["scaled_dot_product_attention"] - after["scaled_dot_product_attention"] == case.sites
+
+
+@every_case
+def test_queries_and_keys_go_in_their_own_order(name):
+    gm, _, _ = traced(name)
+    plan = sparsify(gm, SPARSE)
+
+    def clustered(order: Node) -> Node:
+        """The node whose labels were sorted to give ``order``."""
+        return order.args[0].args[0].args[0]
+
+    for node in plan.gm.graph.nodes:
+        if target_name(node) == "block_sparse_attention":
+            q, k, v = node.args[:3]
+            assert clustered(q.args[1]) is q.args[0]
+            assert clustered(k.args[1]) is k.args[0]
+            assert v.args[1] is k.args[1]
+            (got,) = [user for user in node.users if user.args[1] == 0]
+            (restored,) = got.users
+            assert target_name(restored) == "unpermute_tokens" and restored.args[1] is q.args[1]
+            q_sizes, k_sizes = node.args[3:5]
+            assert (q_sizes.args[0], q_sizes.args[1]) == (q.args[1].args[0], 1)
+            assert (k_sizes.args[0], k_sizes.args[1]) == (k.args[1].args[0], 1)
+
+
+@every_case
+def test_state_inputs_come_last_and_in_the_order_of_their_specs(name):
+    gm, _, _ = traced(name)
+    plan = sparsify(gm, SPARSE)
+    given = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in plan.gm.graph.nodes if node.op == "placeholder"]
+    assert [node.name for node in placeholders[: len(given)]] == given
+    added = placeholders[len(given) :]
+    assert [node.name for node in added] == [f"svg2_{spec.site}_{spec.name}" for spec in plan.state_specs]
+    values = [tensor_of(node) for node in added]
+    assert [(tuple(value.shape), value.dtype) for value in values] == [(s.shape, s.dtype) for s in plan.state_specs]
+    assert all(node.meta["tensor_dict"] == {"_dynamo_static_input_type": "unguarded"} for node in added)
+
+
+class Recorder(Interpreter):
+    """Notes nodes whose real value is not what their metadata says; of ``given`` nodes the layout may differ."""
+
+    def __init__(self, gm: GraphModule, given: set[str]) -> None:
+        super().__init__(gm)
+        self.given = given
+        self.wrong: list[str] = []
+        self.new = 0
+
+    def run_node(self, node: Node) -> Any:
+        value = super().run_node(node)
+        claimed = tensor_of(node)
+        if isinstance(value, Tensor) and claimed is not None:
+            is_new = node.name not in self.given
+            self.new += is_new
+            real, claim = [(x.shape, x.dtype, x.device, is_new and x.stride()) for x in (value, claimed)]
+            if real != claim:
+                self.wrong.append(f"{node.format_node()}: {real}, not {claim}")
+        return value
+
+
+@every_case
+def test_metadata_of_new_nodes_is_what_running_them_gives(name):
+    gm, inputs, _ = traced(name)
+    plan = sparsify(gm, SPARSE)
+    recorder = Recorder(plan.gm, {node.name for node in gm.graph.nodes})
+    with torch.no_grad():
+        recorder.run(*inputs, *zeros(plan))
+    assert recorder.wrong == []
+    assert recorder.new > 12 * len(plan.sites)
+
+
+@every_case
+def test_new_nodes_carry_the_provenance_of_the_attention_they_replace(name):
+    gm, _, _ = traced(name)
+    stacks = [node.meta.get("nn_module_stack") for node in gm.graph.nodes if is_sdpa(node)]
+    plan = sparsify(gm, SPARSE)
+    replaced = [node for node in plan.gm.graph.nodes if target_name(node) == "block_sparse_attention"]
+    assert [node.meta.get("nn_module_stack") for node in replaced] == [stacks[site.index] for site in plan.sites]
+    assert all("stack_trace" in node.meta for node in replaced)
+
+
+@every_case
+def test_the_given_graph_is_untouched_and_twice_gives_the_same(name):
+    gm, inputs, expected = traced(name)
+    before = gm.print_readable(print_output=False)
+    metas = [dict(node.meta) for node in gm.graph.nodes]
+    first, second = sparsify(gm, SPARSE), sparsify(gm, SPARSE)
+    assert gm.print_readable(print_output=False) == before
+    assert all(dict(node.meta) == meta for node, meta in zip(gm.graph.nodes, metas))
+    assert first.gm.code == second.gm.code and first.decisions == second.decisions
+    with torch.no_grad():
+        assert torch.equal(gm(*inputs)[0], expected)
+
+
+@every_case
+def test_sparsifying_what_is_sparse_adds_nothing(name):
+    gm, _, _ = traced(name)
+    plan = sparsify(gm, SPARSE)
+    again = sparsify(plan.gm, SPARSE)
+    assert again.sites == () and again.gm.code == plan.gm.code
+    assert all(rejection.by_design for rejection in again.rejections)
+
+
+def test_the_head_groups_of_a_grouped_attention_are_kept():
+    gm, _, _ = traced("grouped heads")
+    assert [(site.q_heads, site.k_heads) for site in sparsify(gm, SPARSE).sites] == [(HEADS, 1)] * 2
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("name", ["masked text first", "masked text last", "one mask for the batch"])
+def test_hidden_text_cannot_influence_the_video(name, config):
+    gm, inputs, _ = traced(name)
+    plan = sparsify(gm, config)
+    mask = next(each for each in inputs if isinstance(each, Tensor) and each.dtype is torch.bool)
+    position = next(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.shape == (BATCH, TEXT, WIDTH))
+    is_first = CASES[name].build()[0].order == "text first"
+    text_mask = mask[:, 0, 0, :TEXT] if is_first else mask[:, 0, 0, -TEXT:]
+    video = slice(TEXT, None) if is_first else slice(0, VIDEO)
+    noisy = list(inputs)
+    noisy[position] = torch.where(text_mask[..., None], inputs[position], 1e3 * torch.randn(BATCH, TEXT, WIDTH))
+    assert not torch.equal(noisy[position], inputs[position])
+    assert torch.equal(run(plan, noisy)[:, video], run(plan, inputs)[:, video])
+
+
+def test_hidden_text_cannot_influence_hunyuan_video():
+    gm, inputs, _ = traced("HunyuanVideo")
+    plan = sparsify(gm, SPARSE)
+    position = next(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.shape == (BATCH, TEXT, 16))
+    noisy = list(inputs)
+    noisy[position] = inputs[position].clone()
+    noisy[position][0, 6:], noisy[position][1, 8:] = 3, 5
+    assert_equal_within_rounding(run(plan, noisy), run(plan, inputs), len(plan.sites))
+
+
+@pytest.mark.parametrize(("hidden", "count"), [(slice(4, 9), 0), (slice(4, 12), 3), (slice(20, 25), 5)])
+def test_video_keys_that_a_mask_hides_are_counted(hidden, count):
+    gm, inputs, _ = traced("masked text first")
+    inputs = [key_mask(hidden) if isinstance(x, Tensor) and x.dtype is torch.bool else x for x in inputs]
+    plan = sparsify(gm, SPARSE)
+    state = zeros(plan)
+    run(plan, inputs, state)
+    run(plan, inputs, state)
+    counters = [tensor for tensor, spec in zip(state, plan.state_specs) if spec.name == "masked_video_keys"]
+    assert [counter.tolist() for counter in counters] == [[2 * count]] * 2
+
+
+def test_options_reach_the_ops():
+    gm, _, _ = traced("own scale")
+    config = SparseConfig(
+        top_p=0.7, min_keep_ratio=0.3, kmeans_iters_init=4, kmeans_iters_step=3, seed=11, min_tokens=40
+    )
+    site = (plan := sparsify(gm, config)).sites[0]
+    nodes = {target_name(node): node for node in plan.gm.graph.nodes}
+    assert nodes["kmeans_"].args[3:] == (4, 3, 11)
+    assert nodes["select_blocks"].args[4:7] == (0.9, 0.7, 0.3)
+    assert nodes["block_sparse_attention"].args[-1] == nodes["context_attention"].args[-1] == site.scale == 0.9
+    assert (site.q_clusters, site.k_clusters) == config.clusters_for(VIDEO)
+
+
+class SparseBackend:
+    """A backend that runs what ``sparsify`` gives, each graph with state of its own."""
+
+    def __init__(self, config: SparseConfig, compiler: Callable[..., Any] | None = None) -> None:
+        self.config, self.compiler = config, compiler
+        self.plans: list[Sparsified] = []
+        self.guards: list[Any] = []
+
+    def __call__(self, gm: GraphModule, _: list[Any]) -> Callable[..., Any]:
+        shape_env = torch._guards.TracingContext.get().fake_mode.shape_env
+        guards = len(shape_env.guards)
+        plan = sparsify(gm, self.config)
+        self.guards += [guard.expr for guard in shape_env.guards[guards:]]
+        self.plans.append(plan)
+        return lambda *args: plan.gm(*args, *zeros(plan))
+
+
+def with_dynamic_lengths(*tensors: Tensor) -> tuple[Tensor, ...]:
+    for each in tensors:
+        torch._dynamo.mark_dynamic(each, each.dim() - 1 if each.dtype is torch.bool else 1)
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["text first", "video first", "both ends", "video only", "grouped heads", "masked"])
+def test_one_graph_serves_every_length(name):
+    options = {"masked": {}, "grouped heads": {"key_heads": 1}}.get(name, {"order": name})
+    model = Joint(**options).eval()
+    backend = SparseBackend(DENSE)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for text, video in ((9, 55), (13, 91), (4, 71)):
+            inputs = joint_inputs(text, video)
+            if name == "masked":
+                inputs = (*inputs, key_mask(slice(2, 4), text + video))
+            expected = model(*inputs)
+            assert_equal_within_rounding(compiled(*with_dynamic_lengths(*inputs)), expected, 2)
+    (plan,) = backend.plans
+    # the only condition on the length is that there are at least as many tokens as clusters
+    assert sorted(str(guard).split(" ", 1)[1] for guard in backend.guards) == [">= 3", ">= 5"]
+    assert [not isinstance(site.tokens, int) for site in plan.sites] == [True, True]
+    assert [size_hint(site.tokens) for site in plan.sites] == [55, 55]
+
+
+def test_an_attention_whose_output_joins_a_later_sequence_serves_every_length():
+    def function(text: Tensor, video: Tensor) -> Tensor:
+        text, video = (x.unflatten(2, (HEADS, CHANNELS)).transpose(1, 2) for x in (text, video))
+        out = attend(video, video, video)
+        joined = torch.cat((text, out), dim=2)
+        return attend(joined, joined, joined)
+
+    backend = SparseBackend(DENSE)
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for text, video in ((9, 55), (13, 91)):
+            inputs = joint_inputs(text, video)
+            expected = function(*inputs)
+            assert_equal_within_rounding(compiled(*with_dynamic_lengths(*inputs)), expected, 2)
+    assert [len(plan.sites) for plan in backend.plans] == [2]
+
+
+@pytest.mark.parametrize(
+    ("build", "resize"),
+    [(wan, {"hidden_states": (BATCH, 4, 5, 10, 14)}), (hunyuan_video, {"hidden_states": (BATCH, 4, 5, 5, 7)})],
+    ids=["Wan", "HunyuanVideo"],
+)
+def test_a_dynamic_model_is_traced_once_for_two_lengths(build, resize):
+    model, inputs = build()
+    model.eval()
+    backend = SparseBackend(DENSE)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for each in (inputs, inputs | {name: torch.randn(shape) for name, shape in resize.items()}):
+            expected = model(**each, return_dict=False)[0]
+            assert_equal_within_rounding(compiled(**each, return_dict=False)[0], expected, 2)
+    assert [len(plan.sites) for plan in backend.plans] == [2]
+
+
+def test_an_inductor_compiled_sparse_graph_equals_the_dense_one():
+    gm, inputs, expected = traced("masked text first")
+    plan = sparsify(gm, DENSE)
+    with torch.no_grad():
+        output = torch.compile(plan.gm, backend="inductor")(*inputs, *zeros(plan))[0]
+    assert_equal_within_rounding(output, expected, len(plan.sites))
+
+
+class Nested(nn.Module):
+    """A model with keyword and nested inputs and a dictionary as output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joint = Joint()
+
+    def forward(self, streams: dict[str, Tensor], *, gain: Tensor) -> dict[str, Tensor]:
+        out = self.joint(streams["text"], streams["video"]) * gain
+        return {"text": out[:, :TEXT], "video": out[:, TEXT:]}
+
+
+def exported() -> tuple[nn.Module, GraphModule, dict[str, Tensor], Tensor]:
+    text, video = joint_inputs()
+    model, streams, gain = Nested().eval(), {"text": text, "video": video}, torch.tensor(0.5)
+    with torch.no_grad():
+        return model, torch.export.export(model, (streams,), {"gain": gain}).module(), streams, gain
+
+
+def test_an_exported_model_keeps_its_state_in_buffers():
+    model, gm, streams, gain = exported()
+    with torch.no_grad():
+        plan = sparsify(gm, DENSE, state="buffers")
+        expected = model(streams, gain=gain)
+        buffers = dict(plan.gm.named_buffers())
+        assert {f"svg2_{spec.site}_{spec.name}" for spec in plan.state_specs} <= set(buffers)
+        assert all(type(buffer) is Tensor and not buffer.any() for name, buffer in buffers.items() if "svg2" in name)
+        seen = []
+        for scale in (1.0, 2.0, 3.0):
+            scaled = {name: scale * x for name, x in streams.items()}
+            output = plan.gm(scaled, gain=gain)
+            assert set(output) == {"text", "video"}
+            reference = model(scaled, gain=gain)
+            assert_equal_within_rounding(output["video"], reference["video"], 2)
+            assert_equal_within_rounding(output["text"], reference["text"], 2)
+            seen.append(buffers["svg2_0_q_centroids"].clone())
+        assert buffers["svg2_1_k_calls"].item() == 3
+        assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+        assert torch.equal(gm(streams, gain=gain)["video"], expected["video"])
+    assert not any("svg2" in name for name, _ in gm.named_buffers())
+
+
+def test_an_exported_model_with_state_inputs_takes_and_gives_flat_tensors():
+    model, gm, streams, gain = exported()
+    with torch.no_grad():
+        plan = sparsify(gm, DENSE)
+        _, video = plan.gm(streams["text"], streams["video"], gain, *zeros(plan))
+        assert_equal_within_rounding(video, model(streams, gain=gain)["video"], 2)
+
+
+def test_a_sparse_exported_model_can_be_exported_again_with_its_state():
+    _, gm, streams, gain = exported()
+    with torch.no_grad():
+        plan = sparsify(gm, DENSE, state="buffers")
+        again = torch.export.export(plan.gm, (streams,), {"gain": gain})
+        module = again.module()
+        assert_equal_within_rounding(module(streams, gain=gain)["video"], plan.gm(streams, gain=gain)["video"], 2)
+        calls = dict(module.named_buffers())["svg2_1_k_calls"]
+        before = calls.item()
+        module(streams, gain=gain)
+        assert calls.item() == before + 1
+
+
+def test_a_graph_with_nothing_to_rewrite_is_a_plain_copy():
+    gm, inputs, expected = traced("text first")
+    plan = sparsify(gm)
+    assert plan.sites == () and plan.state_specs == ()
+    assert [rejection.reason for rejection in plan.rejections] == ["short: 64 tokens"] * 2
+    assert plan.gm.code == gm.code and plan.gm is not gm
+    assert torch.equal(run(plan, inputs), expected)
+    assert list(plan.timings_ms) == list(PASSES[:3])
+
+
+def test_every_pass_is_timed_in_order():
+    plan = sparsify(traced("text first")[0], SPARSE)
+    assert list(plan.timings_ms) == list(PASSES)
+    assert all(milliseconds >= 0 for milliseconds in plan.timings_ms.values())
+
+
+class Causal(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity()])
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attend(self.blocks[0](x), x, x, **self.options)
+
+
+def masked_graph(**options: Any) -> GraphModule:
+    x = torch.randn(BATCH, HEADS, VIDEO, CHANNELS)
+    return trace(Causal(**options), {"x": x})[0]
+
+
+def test_an_unsupported_attention_is_an_error_on_request_naming_path_reason_and_advice():
+    gm = masked_graph(attn_mask=torch.randn(VIDEO, VIDEO))
+    assert len(sparsify(gm, SPARSE).rejections) == 1
+    config = SparseConfig(min_tokens=40, on_unsupported="error")
+    with pytest.raises(UnsupportedError) as refusal:
+        sparsify(gm, config)
+    (rejection,) = sparsify(gm, SPARSE).rejections
+    assert str(refusal.value) == (
+        f"{rejection.path} stays dense: attn_mask is float32 55×55, not a key mask; drop the mask if it is all true, "
+        'or give a boolean key mask of shape (batch, 1, 1, keys), or set on_unsupported="dense" to accept that'
+    )
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {}], ids=["causal", "short"])
+def test_an_attention_that_is_dense_by_design_is_no_error(options):
+    config = SparseConfig(min_tokens=40 if options else 4096, on_unsupported="error")
+    plan = sparsify(masked_graph(**options), config)
+    assert [rejection.by_design for rejection in plan.rejections] == [True]
+
+
+def test_graphs_are_written_with_numbers_where_asked(tmp_path, monkeypatch):
+    gm, _, _ = traced("text first")
+    assert dump_graph(gm, "unasked") is None
+    monkeypatch.setenv("SVG2_DEBUG_DIR", str(tmp_path / "new"))
+    sparsify(gm, SPARSE)
+    before, after = sorted((tmp_path / "new").iterdir())
+    assert re.fullmatch(r"\d{4}_before\.py", before.name) and re.fullmatch(r"\d{4}_sparse\.py", after.name)
+    assert "scaled_dot_product_attention" in before.read_text(encoding="utf-8")
+    assert "torch.ops.svg2.block_sparse_attention" in after.read_text(encoding="utf-8")
+    path = dump_graph(gm, "again")
+    assert path is not None and path.name > after.name
+
+
+def test_a_copy_shares_parameters_and_nothing_else():
+    gm, inputs, expected = traced("Wan")
+    gm.meta["ours"] = "kept"
+    copied = clone(gm)
+    assert copied.code == gm.code and copied.meta is gm.meta
+    assert not {id(node) for node in gm.graph.nodes} & {id(node) for node in copied.graph.nodes}
+    for old, new in zip(gm.graph.nodes, copied.graph.nodes):
+        assert old.op == "output" or (old.meta == new.meta and old.meta is not new.meta)
+        assert getattr(old, "_dynamo_source", None) is getattr(new, "_dynamo_source", None)
+    assert copied._param_name_to_source is gm._param_name_to_source
+    next(node for node in copied.graph.nodes if is_sdpa(node)).meta["mark"] = True
+    assert not any("mark" in node.meta for node in gm.graph.nodes)
+    assert torch.equal(copied(*inputs)[0], expected)
+
+
+def drop_the_inverse_permutation(gm: GraphModule) -> None:
+    node = find(gm, "unpermute_tokens")
+    node.replace_all_uses_with(node.args[0])
+    gm.graph.erase_node(node)
+
+
+def forget_a_rewrite(gm: GraphModule) -> None:
+    node = find(gm, "block_sparse_attention")
+    with gm.graph.inserting_before(node):
+        attention = gm.graph.call_function(attend, node.args[:3])
+    attention.meta = dict(node.meta)
+
+
+def drop_a_sparse_attention(gm: GraphModule) -> None:
+    node = find(gm, "unpermute_tokens")
+    node.replace_all_uses_with(find(gm, "kmeans_").args[0])
+    gm.graph.eliminate_dead_code()
+
+
+def change_the_dtype_of_the_output(gm: GraphModule) -> None:
+    result = find_output(gm)
+    with gm.graph.inserting_after(result):
+        cast = gm.graph.call_method("to", (result, torch.float16))
+    cast.meta["example_value"] = result.meta["example_value"].to(torch.float16)
+    result.replace_all_uses_with(cast, delete_user_cb=lambda user: user.op == "output")
+
+
+def change_the_shape_of_the_output(gm: GraphModule) -> None:
+    result = find_output(gm)
+    with gm.graph.inserting_after(result):
+        cut = gm.graph.call_method("narrow", (result, 0, 0, 1))
+    cut.meta["example_value"] = result.meta["example_value"][:1]
+    result.replace_all_uses_with(cut, delete_user_cb=lambda user: user.op == "output")
+
+
+def add_an_output(gm: GraphModule) -> None:
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    output.args = ((*output.args[0], find(gm, "permute_tokens")),)
+
+
+def share(argument: int, op: str) -> Callable[[GraphModule], None]:
+    def plant(gm: GraphModule) -> None:
+        first, *_, last = [node for node in gm.graph.nodes if target_name(node) == op]
+        last.args = (*last.args[:argument], first.args[argument], *last.args[argument + 1 :])
+
+    return plant
+
+
+def find(gm: GraphModule, name: str) -> Node:
+    return next(node for node in gm.graph.nodes if target_name(node) == name)
+
+
+def find_output(gm: GraphModule) -> Node:
+    return next(node for node in gm.graph.nodes if node.op == "output").all_input_nodes[0]
+
+
+PLANTED: dict[str, tuple[Callable[[GraphModule], None], str]] = {
+    "inverse permutation dropped": (drop_the_inverse_permutation, r"2 sparse attentions entered, 1 inverse"),
+    "attention left": (forget_a_rewrite, r"2 sites accepted, 1 attentions gone"),
+    "attention lost": (drop_a_sparse_attention, r"2 attentions gone, 1 sparse attentions entered"),
+    "output dtype": (change_the_dtype_of_the_output, r"output 0 was torch.float32 .* and is now torch.float16"),
+    "output shape": (change_the_shape_of_the_output, r"output 0 was .*\(2, 64, 16\).* and is now .*\(1, 64, 16\)"),
+    "another output": (add_an_output, r"1 outputs became 2"),
+    "centroids shared": (share(1, "kmeans_"), r"svg2_0_q_centroids is updated by 2"),
+    "calls shared": (share(2, "kmeans_"), r"svg2_0_q_calls is updated by 2"),
+    "statistics shared": (share(7, "select_blocks"), r"svg2_0_statistics is updated by 2"),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_found(bug):
+    plant, message = PLANTED[bug]
+    gm, _, _ = traced("text first")
+    before, plan = snapshot(gm), sparsify(gm, SPARSE)
+    verify(plan.gm, before, plan.sites)
+    plant(plan.gm)
+    with pytest.raises(InternalError, match=f"^verify: .*{message}"):
+        verify(plan.gm, before, plan.sites)
+
+
+def test_a_bug_of_ours_leaves_the_graph_it_failed_on(tmp_path, monkeypatch):
+    def broken(gm: GraphModule, *_: Any) -> None:
+        drop_the_inverse_permutation(gm)
+        verify(gm, *_)
+
+    monkeypatch.setenv("SVG2_DEBUG_DIR", str(tmp_path))
+    monkeypatch.setattr(sparsify_module, "verify", broken)
+    with pytest.raises(InternalError):
+        sparsify(traced("text first")[0], SPARSE)
+    assert [path.name[5:] for path in sorted(tmp_path.iterdir())] == ["before.py", "failed_verify.py"]
