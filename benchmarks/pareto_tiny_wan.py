@@ -19,10 +19,16 @@ import torch
 import svg2_compile
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
-from svg2_compile.measure import TINY_OPTIONS, Video, clustering_share, fastest_attention, generate, warm_up
-from svg2_compile.passes.config import SparseConfig
+from svg2_compile.measure import (
+    TINY_OPTIONS,
+    Video,
+    clustering_share,
+    fastest_attention,
+    generate,
+    sparse_step_count,
+    warm_up,
+)
 from svg2_compile.quality import psnr, ssim
-from svg2_compile.schedule import dense_step_count
 
 TOP_P = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
@@ -75,8 +81,7 @@ def sparse_point(pipeline: Any, eager: Any, video: Video, options: dict[str, Any
     warm_up(pipeline, video)
     sparse = generate(pipeline, video)
     report = svg2_compile.report(pipeline.transformer)
-    sparse_steps = video.steps - dense_step_count(SparseConfig(**options), video.steps)
-    step = sparse.median_step(sparse_steps)
+    step = sparse.median_step(sparse_step_count(video, options))
     return {
         "top_p": options["top_p"],
         "density": report.density or 0.0,

@@ -22,12 +22,11 @@ from svg2_compile.measure import (
     clustering_share,
     fastest_attention,
     generate,
+    sparse_step_count,
     warm_up,
 )
-from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.errors import ConfigError
 from svg2_compile.quality import psnr, ssim
-from svg2_compile.schedule import dense_step_count
 
 FRAMES_PER_SECOND = 12
 
@@ -67,7 +66,7 @@ class DemoSettings:
     @property
     def sparse_steps(self) -> int:
         """Denoising steps that are sparse."""
-        return self.video.steps - dense_step_count(SparseConfig(**self.options), self.video.steps)
+        return sparse_step_count(self.video, self.options)
 
     @property
     def torch_device(self) -> torch.device:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import svg2_compile
 from svg2_compile import tiny_wan
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.schedule import dense_step_count
 
 TINY_OPTIONS: dict[str, Any] = {"q_clusters": 64, "k_clusters": 256, "dense_layers": 0, "min_tokens": 1024}
 """What suits the tiny Wan: the automatic 16 and 55 clusters of 8192 tokens are too coarse (docs/measurements.md)."""
@@ -51,6 +53,11 @@ class Generation:
     def median_step(self, last: int | None = None) -> float:
         """Return the median seconds of the last steps, all by default."""
         return statistics.median(self.step_seconds[-last:] if last else self.step_seconds)
+
+
+def sparse_step_count(video: Video, options: dict[str, Any]) -> int:
+    """Return how many denoising steps of ``video`` are sparse under these options."""
+    return video.steps - dense_step_count(SparseConfig(**options), video.steps)
 
 
 def generate(pipeline: Any, video: Video, after_step: Callable[[], None] | None = None) -> Generation:

@@ -12,7 +12,7 @@ FORBIDDEN = {
     "kernels": ("svg2_compile.passes", "diffusers", "torch.fx", "torch._dynamo", "torch._inductor"),
     "passes": ("diffusers",),
 }
-API = ("backend", "clock", "frames", "options", "region", "reporting", "schedule", "state", "cli", "demo", "tiny_wan")
+API = sorted({path.stem for path in (ROOT / "svg2_compile").glob("*.py")} - {"__init__"} | {"tiny_wan"})
 MODULES = sorted(path for room in ("kernels", "passes", "svg2_compile") for path in (ROOT / room).rglob("*.py"))
 
 
