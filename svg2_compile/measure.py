@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +61,40 @@ class Generation:
 def sparse_step_count(video: Video, options: dict[str, Any]) -> int:
     """Return how many denoising steps of ``video`` are sparse under these options."""
     return video.steps - dense_step_count(SparseConfig(**options), video.steps)
+
+
+def generate_in_turns(
+    pipeline: Any, models: Sequence[torch.nn.Module], video: Video, after_step: Callable[[int], None] | None = None
+) -> list[Generation]:
+    """Generate ``video`` once with each model, one step of each in turn, so that a drifting machine is fair to all.
+
+    ``after_step`` gets the index of the model whose step has ended; what it does is not counted.
+    """
+    turns = [threading.Semaphore(0) for _ in models]
+    turns[0].release()
+
+    def run(index: int) -> Generation:
+        own, following = turns[index], turns[(index + 1) % len(turns)]
+
+        def hand_over() -> None:
+            if after_step is not None:
+                after_step(index)
+            following.release()
+            own.acquire()
+
+        components = {
+            **pipeline.components,
+            "transformer": models[index],
+            "scheduler": copy.deepcopy(pipeline.scheduler),
+        }
+        own.acquire()
+        try:
+            return generate(type(pipeline)(**components), video, hand_over)
+        finally:
+            following.release()
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        return list(pool.map(run, range(len(models))))
 
 
 def generate(pipeline: Any, video: Video, after_step: Callable[[], None] | None = None) -> Generation:
