@@ -20,9 +20,9 @@ from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.errors import InternalError, UnsupportedError
+from svg2_compile.passes.fuse import Q_ORDER
 from svg2_compile.passes.nodes import is_sdpa, target_name, tensor_of
 from svg2_compile.passes.records import size_hint
-from svg2_compile.passes.fuse import Q_ORDER
 from svg2_compile.passes.sparsify import PASSES, Sparsified, sparsify
 from svg2_compile.passes.verify import snapshot, verify
 
