@@ -1,7 +1,7 @@
 """Let the attention op gather its queries and scatter its results itself.
 
-    q'   = permute_tokens(q, order)                                   o, _ = block_sparse_attention(q, ..., order, scale)
-    o, _ = block_sparse_attention(q', ..., None, scale)        →
+    q'   = permute_tokens(q, order)
+    o, _ = block_sparse_attention(q', ..., None, scale)    →    o, _ = block_sparse_attention(q, ..., order, scale)
     o    = unpermute_tokens(o, order)
 
 Saves writing and reading the queries and the results once each. Keys and values stay permuted: an attention reads
