@@ -49,7 +49,7 @@ def main() -> None:
         density = kept_pairs(keep, q_sizes, k_sizes) / (args.heads * args.tokens**2)
         sparse_ms, dense_ms = medians_ms(
             lambda keep=keep: torch.ops.svg2.block_sparse_attention(
-                q, k, v, q_sizes, k_sizes, keep, None, None, None, scale
+                q, k, v, q_sizes, k_sizes, keep, None, None, None, None, scale
             ),
             lambda: F.scaled_dot_product_attention(q, k, v, scale=scale),
             repeats=args.repeats,

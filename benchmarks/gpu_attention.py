@@ -232,7 +232,7 @@ def tune(dim: int, rep_ms: int) -> tuple[AttentionTiles, dict[str, float]]:
     keep = random_blocks(generator, 0.3, k_sizes, 55)
     times: dict[AttentionTiles, float] = {}
     for tiles in CANDIDATES:
-        arguments = (q, k, v, q_sizes, k_sizes, keep, None, None, None, dim**-0.5, tiles)
+        arguments = (q, k, v, q_sizes, k_sizes, keep, None, None, None, None, dim**-0.5, tiles)
         try:
             times[tiles] = median_ms(lambda arguments=arguments: block_sparse_attention_triton(*arguments), rep_ms)
         except triton.runtime.errors.OutOfResources as error:
@@ -258,7 +258,7 @@ def measure(index: int, max_heads: int, densities: list[float], rep_ms: int, bes
     for density in densities:
         keep = random_blocks(generator, density, k_sizes, q_clusters)
         pairs = (keep * q_sizes.long().unsqueeze(-1) * k_sizes.long().unsqueeze(-2)).sum().item()
-        arguments = (q, k, v, q_sizes, k_sizes, keep, None, None, None, dim**-0.5, tiles)
+        arguments = (q, k, v, q_sizes, k_sizes, keep, None, None, None, None, dim**-0.5, tiles)
         ms = median_ms(lambda arguments=arguments: block_sparse_attention_triton(*arguments), rep_ms)
         lists = (q_sizes, k_sizes, keep, tokens, tokens, tiles.block_m, tiles.piece)
         plan_ms = median_ms(lambda lists=lists: work_list_triton(*lists), 20)

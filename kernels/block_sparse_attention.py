@@ -16,6 +16,12 @@ from svg2_compile.kernels.checks import (
 )
 from svg2_compile.kernels.launch import MAX_CLUSTERS, MAX_HEAD_DIM, use_triton
 from svg2_compile.kernels.masked_attention import masked_attention
+from svg2_compile.kernels.permute import (
+    empty_token_major,
+    permute_tokens_cpu,
+    permute_tokens_reference,
+    unpermute_tokens_reference,
+)
 from svg2_compile.kernels.work_list import MAX_KEYS
 
 # PyTorch's CPU flash attention works on blocks of 64 rows from here on, and on slower blocks of 32 below.
@@ -24,7 +30,7 @@ MIN_ROWS_PER_PART = 192
 torch.library.define(
     "svg2::block_sparse_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor q_sizes, Tensor k_sizes, Tensor keep, Tensor? context_k, Tensor? context_v, "
-    "Tensor? context_mask, float scale) -> (Tensor, Tensor)",
+    "Tensor? context_mask, Tensor? q_order, float scale) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -39,6 +45,7 @@ def _check(
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
+    q_order: Tensor | None,
 ) -> None:
     """Check the arguments of ``svg2::block_sparse_attention``."""
     for name, x in (("q", q), ("k", k), ("keep", keep)):
@@ -58,6 +65,9 @@ def _check(
     check_dtype("q_sizes", q_sizes, torch.int32)
     check_dtype("k_sizes", k_sizes, torch.int32)
     check_dtype("keep", keep, torch.bool)
+    if q_order is not None:
+        check_shape("q_order", q_order, q.shape[:3])
+        check_dtype("q_order", q_order, torch.int32)
     check_value(
         (context_k is None) == (context_v is None) and (context_mask is None or context_k is not None),
         lambda: "context_k and context_v must be given together, and context_mask only with them",
@@ -87,6 +97,7 @@ def block_sparse_attention_reference(
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
+    q_order: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return exact attention over the kept blocks, renormalised, and its log-sum-exp.
@@ -95,7 +106,8 @@ def block_sparse_attention_reference(
     Section 1.6: context keys are visible to every query.
 
     Args:
-        q: fp16, bf16, fp32 or fp64 [B, H, N, D], clusters contiguous and in order, any strides.
+        q: fp16, bf16, fp32 or fp64 [B, H, N, D], any strides; clusters contiguous and in order, unless ``q_order``
+            says where they are.
         k: [B, G, N_k, D] in the dtype of ``q``, likewise; query head h uses key head h // (H / G).
         v: [B, G, N_k, D] in the dtype of ``q``, in the order of ``k``; finite for this reference.
         q_sizes: int32 [B, H, C_q], tokens per query cluster; sums to N.
@@ -104,10 +116,14 @@ def block_sparse_attention_reference(
         context_k: [B, G, M, D] in the dtype of ``q``, or None.
         context_v: [B, G, M, D] in the dtype of ``q``, or None.
         context_mask: bool [B or 1, 1, 1, M], True where a context key may be attended to; None admits all.
+        q_order: int32 [B, H, N], a permutation for every head, or None. Given, row ``q_order[b, h, i]`` of ``q`` is the
+            one at place i of the cluster order, and the results are in the order of ``q``: the same as
+            ``unpermute_tokens`` of the attention of ``permute_tokens(q, q_order)``.
         scale: factor of the scores.
 
     Returns:
-        out: [B, H, N, D] in the dtype of ``q``, contiguous; 0 for a row that attends to nothing.
+        out: [B, H, N, D] in the dtype of ``q``, contiguous, or with ``q_order`` stored as (B, N, H, D); 0 for a row
+            that attends to nothing.
         lse: fp32 (fp64 for fp64) [B, H, N], contiguous, natural logarithm; -inf for a row that attends to nothing.
 
     Raises:
@@ -118,7 +134,12 @@ def block_sparse_attention_reference(
         Deterministic (on the CPU, for a given number of threads), no aliasing. In the CPU op, blocks that are not kept
         and masked context keys cannot influence the result, not even with NaN.
     """
-    _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask)
+    _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
+    if q_order is not None:
+        rows = permute_tokens_reference(q, q_order)
+        clustered = (rows, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, None, scale)
+        out, lse = block_sparse_attention_reference(*clustered)
+        return _in_token_order(out, lse, q_order)
     batch, heads, tokens, _ = q.shape
     b = torch.arange(batch, device=q.device)[:, None, None, None]
     h = torch.arange(heads, device=q.device)[:, None, None]
@@ -148,19 +169,22 @@ def block_sparse_attention_cpu(
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
+    q_order: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``block_sparse_attention_reference`` in time proportional to the kept blocks.
 
     Query clusters that keep the same keys share one call of PyTorch's CPU flash attention, on the gathered keys.
     """
-    _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask)
+    _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
     _check_sizes("q_sizes", q_sizes, q.shape[2])
     _check_sizes("k_sizes", k_sizes, k.shape[2])
     # The flash attention reads rows of unit stride, whatever it is given.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full(q.shape[:3], -math.inf, dtype=accumulation_dtype(q))
+    if q_order is not None:
+        q = permute_tokens_cpu(q, q_order)
     repeats = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         keys, values, key_sizes, key_keep = k[b], v[b], k_sizes[b], keep[b]
@@ -182,7 +206,12 @@ def block_sparse_attention_cpu(
                     head_keys = torch.index_select(head_keys, 0, kept, out=gathered_keys[: len(kept)])
                     head_values = torch.index_select(head_values, 0, kept, out=gathered_values[: len(kept)])
                 out[b, h, rows], lse[b, h, rows] = _flash_attention(q[b, h, rows], head_keys, head_values, scale)
-    return out, lse
+    return (out, lse) if q_order is None else _in_token_order(out, lse, q_order)
+
+
+def _in_token_order(out: Tensor, lse: Tensor, q_order: Tensor) -> tuple[Tensor, Tensor]:
+    """Return results in cluster order in the order of the queries."""
+    return unpermute_tokens_reference(out, q_order), torch.empty_like(lse).scatter_(2, q_order.long(), lse)
 
 
 def _runs(q_sizes: Tensor, k_sizes: Tensor, keep: Tensor) -> list[tuple[slice, Tensor | None]]:
@@ -239,9 +268,10 @@ def _block_sparse_attention_cuda(
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
+    q_order: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask)
+    arguments = (q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
     _check(*arguments)
     small = q.shape[3] <= MAX_HEAD_DIM and k.shape[2] < MAX_KEYS and max(keep.shape[2:]) <= MAX_CLUSTERS
     if not (small and use_triton(q)):
@@ -261,10 +291,12 @@ def _block_sparse_attention_fake(
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
+    q_order: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+    _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
+    out = q.new_empty(q.shape) if q_order is None else empty_token_major(q)
+    return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
 
 
 torch.library.register_fake("svg2::block_sparse_attention", _block_sparse_attention_fake)

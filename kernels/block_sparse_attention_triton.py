@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.launch import AotVariant, padded_power_of_two
+from svg2_compile.kernels.permute import empty_token_major
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
 from svg2_compile.kernels.work_list import LENGTH_BITS
 from svg2_compile.kernels.work_list_triton import work_list_triton
@@ -82,6 +83,7 @@ def _attention_kernel(
     context_k_ptr,
     context_v_ptr,
     context_mask_ptr,
+    order_ptr,
     out_ptr,
     lse_ptr,
     tiles_ptr,
@@ -102,6 +104,9 @@ def _attention_kernel(
     stride_cv_b,
     stride_cv_h,
     stride_cv_n,
+    stride_out_b,
+    stride_out_h,
+    stride_out_n,
     stride_mask_b,
     scale_log2,
     heads,
@@ -120,7 +125,10 @@ def _attention_kernel(
     HAS_CONTEXT: tl.constexpr,
     HAS_CONTEXT_MASK: tl.constexpr,
 ):
-    """Attend from one tile of queries to all it keeps. Tiles of one query cluster run together and share keys in L2."""
+    """Attend from one tile of queries to all it keeps. Tiles of one query cluster run together and share keys in L2.
+
+    With ``order_ptr`` the rows of queries and results lie where it says.
+    """
     program = tl.program_id(0)
     bh = (program // tile_slots).to(tl.int64)
     b = bh // heads
@@ -138,9 +146,11 @@ def _attention_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     slot_n = offs_n // PIECE
     offs_piece = offs_n % PIECE
-    q = _load_rows(
-        q_ptr + b * stride_q_b + h * stride_q_h, offs_m, stride_q_n, offs_m < last_row, offs_d, DIM, MASKED=True
-    )
+    inside = offs_m < last_row
+    rows = offs_m
+    if order_ptr is not None:
+        rows = tl.load(order_ptr + bh * tokens + offs_m, mask=inside, other=0)
+    q = _load_rows(q_ptr + b * stride_q_b + h * stride_q_h, rows, stride_q_n, inside, offs_d, DIM, MASKED=True)
     k_ptr += b * stride_k_b + g * stride_k_h
     v_ptr += b * stride_v_b + g * stride_v_h
 
@@ -192,10 +202,9 @@ def _attention_kernel(
     # A row that attends to nothing has sum 0 and maximum -inf: it gets 0 and -inf.
     acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
     lse = (row_max + tl.log2(tl.where(row_sum == 0, 1.0, row_sum))) * LN_2
-    rows = bh * tokens + offs_m
-    inside = offs_m < last_row
-    tl.store(lse_ptr + rows, lse, mask=inside)
-    out_ptrs = out_ptr + rows[:, None] * DIM + offs_d[None, :]
+    tl.store(lse_ptr + bh * tokens + rows, lse, mask=inside)
+    out_rows = out_ptr + b * stride_out_b + h * stride_out_h + rows.to(tl.int64) * stride_out_n
+    out_ptrs = out_rows[:, None] + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (offs_d < DIM)[None, :])
 
 
@@ -209,6 +218,7 @@ def block_sparse_attention_triton(
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
+    q_order: Tensor | None,
     scale: float,
     tiles: AttentionTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -225,7 +235,7 @@ def block_sparse_attention_triton(
     if tiles is None:
         major, minor = torch.cuda.get_device_capability(q.device)
         tiles = attention_tiles(10 * major + minor, padded_power_of_two(dim), q.dtype)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_order is None else empty_token_major(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
@@ -243,6 +253,7 @@ def block_sparse_attention_triton(
             context_keys,
             context_values,
             mask,
+            None if q_order is None else q_order.contiguous(),
             out,
             lse,
             work.tiles,
@@ -253,6 +264,7 @@ def block_sparse_attention_triton(
             *v.stride()[:3],
             *context_keys.stride()[:3],
             *context_values.stride()[:3],
+            *out.stride()[:3],
             0 if mask.shape[0] == 1 else mask.stride(0),
             scale * LOG2_E,
             heads,
@@ -296,7 +308,9 @@ def aot_variants(capability: int) -> list[AotVariant]:
             tiles = attention_tiles(capability, padded_power_of_two(dim), dtype)
             constexprs = _constexprs(dim, tiles, has_context, has_context)
             types = dict.fromkeys(_attention_kernel.arg_names, "i32") | {"scale_log2": "fp32", "lse_ptr": "*fp32"}
-            types |= dict.fromkeys(("tiles_ptr", "pieces_ptr", "counts_ptr"), "*i32") | {"context_mask_ptr": "*u8"}
+            types |= dict.fromkeys(("order_ptr", "tiles_ptr", "pieces_ptr", "counts_ptr"), "*i32") | {
+                "context_mask_ptr": "*u8"
+            }
             rows = ("q_ptr", "k_ptr", "v_ptr", "context_k_ptr", "context_v_ptr", "out_ptr")
             types |= dict.fromkeys(rows, f"*{name}")
             signature = {argument: type_ for argument, type_ in types.items() if argument not in constexprs}

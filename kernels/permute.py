@@ -75,7 +75,7 @@ def unpermute_tokens_reference(x: Tensor, order: Tensor) -> Tensor:
 def empty_token_major(x: Tensor) -> Tensor:
     """Return an empty tensor shaped like ``x`` (B, H, N, D) and stored as (B, N, H, D)."""
     batch, heads, tokens, dim = x.shape
-    return x.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return torch.empty((batch, tokens, heads, dim), dtype=x.dtype, device=x.device).transpose(1, 2)
 
 
 def permute_tokens_cpu(x: Tensor, order: Tensor) -> Tensor:

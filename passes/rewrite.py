@@ -140,6 +140,7 @@ class _SiteRewriter:
             context_k,
             context_v,
             context_mask,
+            None,
             self.scale,
         )
         return self.emit(torch.ops.svg2.unpermute_tokens.default, self.emit(operator.getitem, attention, 0), q_order)

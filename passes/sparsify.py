@@ -1,6 +1,6 @@
 """The passes in their order: one graph in, its sparse twin and the reasons for what stayed dense out.
 
-canonicalize  →  match  →  classify  →  attach_state  →  rewrite  →  verify
+canonicalize  →  match  →  classify  →  attach_state  →  rewrite  →  fuse  →  verify
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.errors import InternalError, UnsupportedError
+from svg2_compile.passes.fuse import fuse
 from svg2_compile.passes.match import match
 from svg2_compile.passes.nodes import tensor_of
 from svg2_compile.passes.records import AttentionSite, Rejection, StateSpec
@@ -29,7 +30,7 @@ from svg2_compile.passes.verify import snapshot, verify
 
 log = logging.getLogger(__name__)
 
-PASSES = ("canonicalize", "match", "classify", "attach_state", "rewrite", "verify")
+PASSES = ("canonicalize", "match", "classify", "attach_state", "rewrite", "fuse", "verify")
 
 T = TypeVar("T")
 
@@ -115,6 +116,7 @@ def sparsify(
         nodes = run("attach_state", lambda: attach(work, sites, fake_mode))
         with fake_mode:
             run("rewrite", lambda: rewrite(work, sites, config, nodes))
+            run("fuse", lambda: fuse(work))
         run("verify", lambda: verify(work, before, sites))
         dump_graph(work, "sparse")
     for name, milliseconds in timings.items():

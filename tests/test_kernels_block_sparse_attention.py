@@ -28,6 +28,7 @@ class Case:
     context_k: torch.Tensor | None = None
     context_v: torch.Tensor | None = None
     context_mask: torch.Tensor | None = None
+    q_order: torch.Tensor | None = None
     scale: float = 0.2
 
     def arguments(self):
@@ -48,7 +49,7 @@ class Case:
         return block_sparse_attention_reference(*self.to(torch.float64).arguments())
 
     def mask(self):
-        """Return who attends to whom, bool [B, H, N, N_k + M], spelled out token by token."""
+        """Return who attends to whom, bool [B, H, N, N_k + M], spelled out token by token, in the order of ``q``."""
         (batch, heads, tokens, _), (_, groups, k_tokens, _) = self.q.shape, self.k.shape
         rows = []
         for b in range(batch):
@@ -56,6 +57,9 @@ class Case:
                 blocks = self.keep[b, h].repeat_interleave(self.k_sizes[b, h * groups // heads].long(), dim=1)
                 rows.append(blocks.repeat_interleave(self.q_sizes[b, h].long(), dim=0))
         mask = torch.stack(rows).view(batch, heads, tokens, k_tokens)
+        if self.q_order is not None:
+            place = self.q_order.argsort(-1).unsqueeze(-1).expand(mask.shape)  # of every query in the cluster order
+            mask = mask.gather(2, place)
         if self.context_k is None:
             return mask
         visible = torch.ones(1, 1, 1, self.context_k.shape[2], dtype=torch.bool)
@@ -110,6 +114,7 @@ def random_sizes(generator, batch, heads, clusters, tokens, kind):
 def random_case(
     seed=0, dtype=torch.float32, batch=2, groups=2, repeats=2, tokens=65, k_tokens=63, dim=24, q_clusters=5,
     k_clusters=7, q_kind="uneven", k_kind="uneven", density=0.5, strided=True, context=15, context_mask=True,
+    shuffled=False,
 ):  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     heads = groups * repeats
@@ -129,6 +134,7 @@ def random_case(
         context_k=normal(groups, context) if context else None,
         context_v=normal(groups, context) if context else None,
         context_mask=torch.rand(batch, 1, 1, context, generator=generator) < 0.5 if context and context_mask else None,
+        q_order=torch.rand(batch, heads, tokens, generator=generator).argsort(-1).int() if shuffled else None,
     )
 
 
@@ -153,6 +159,7 @@ def block_cases(draw, dtypes=DTYPES, **fixed):
         "strided": draw(st.booleans()),
         "context": draw(st.sampled_from([0, 0, 1, 15])),
         "context_mask": draw(st.booleans()),
+        "shuffled": draw(st.booleans()),
     }
     return random_case(**(drawn | fixed))
 
@@ -163,7 +170,7 @@ def test_output_is_as_accurate_as_plain_attention(case):
     out, lse = case.attend()
     assert out.dtype == case.q.dtype
     assert lse.dtype == torch.float32
-    assert out.is_contiguous()
+    assert (out if case.q_order is None else out.transpose(1, 2)).is_contiguous()
     assert lse.is_contiguous()
     assert_as_accurate((out, lse), case.low_precision(), case.exact(), case.largest_score())
 
@@ -214,7 +221,7 @@ def test_dropped_keys_cannot_influence_the_output(case):
 
 
 @PROPERTY
-@given(block_cases(dtypes=[torch.float32], batch=1, groups=1, repeats=1, k_kind="uneven", density=0.5))
+@given(block_cases(dtypes=[torch.float32], batch=1, groups=1, repeats=1, k_kind="uneven", density=0.5, shuffled=False))
 def test_a_dropped_cluster_is_invisible_to_its_row_even_if_others_see_it(case):
     out, _ = case.attend()
     row_of_token = torch.arange(case.q_sizes.shape[-1]).repeat_interleave(case.q_sizes[0, 0].long())
@@ -249,12 +256,22 @@ def test_relabelling_key_clusters_changes_nothing(case, random):
 
 
 @PROPERTY
-@given(block_cases(q_kind="giant"))
+@given(block_cases(q_kind="giant", shuffled=False))
 def test_permuting_queries_within_a_cluster_permutes_the_output(case):
     order = torch.randperm(case.q.shape[2], generator=torch.Generator().manual_seed(0))
     permuted = case.replace(q=case.q[:, :, order]).attend()
     low_precision, exact = ([x[:, :, order] for x in pair] for pair in (case.low_precision(), case.exact()))
     assert_as_accurate(permuted, low_precision, exact, case.largest_score())
+
+
+@PROPERTY
+@given(block_cases(shuffled=True))
+def test_queries_in_their_own_order_are_the_permuted_attention_put_back(case):
+    permuted = case.replace(q=torch.ops.svg2.permute_tokens(case.q, case.q_order), q_order=None)
+    out, lse = permuted.attend()
+    got_out, got_lse = case.attend()
+    assert torch.equal(got_out, torch.ops.svg2.unpermute_tokens(out, case.q_order))
+    assert torch.equal(got_lse.gather(2, case.q_order.long()), lse)
 
 
 @PROPERTY
@@ -302,6 +319,8 @@ def test_rows_of_any_stride():
         ({"keep": torch.ones(2, 4, 5, 7)}, TypeError, "keep must be torch.bool, got torch.float32"),
         ({"q_sizes": torch.ones(2, 4, 5).int()}, ValueError, "q_sizes must be non-negative and sum to 65"),
         ({"k_sizes": torch.ones(2, 2, 7).long()}, TypeError, "k_sizes must be torch.int32"),
+        ({"q_order": torch.zeros(2, 4, 64).int()}, ValueError, r"q_order must have shape \(2, 4, 65\)"),
+        ({"q_order": torch.zeros(2, 4, 65)}, TypeError, "q_order must be torch.int32, got torch.float32"),
         ({"context_v": None}, ValueError, "context_k and context_v must be given together"),
         ({"context_k": None, "context_v": None}, ValueError, "context_mask only with them"),
         ({"context_mask": torch.ones(2, 1, 1, 14).bool()}, ValueError, r"context_mask must have shape \(2, 1, 1, 15\)"),
@@ -314,14 +333,16 @@ def test_bad_input_is_named(changes, error, message):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("context", [0, 15])
-def test_opcheck(dtype, context):
-    case = random_case(dtype=dtype, context=context)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_opcheck(dtype, context, shuffled):
+    case = random_case(dtype=dtype, context=context, shuffled=shuffled)
     torch.library.opcheck(torch.ops.svg2.block_sparse_attention.default, case.arguments())
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_equals_eager(dynamic):
-    case = random_case()
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_compiled_equals_eager(dynamic, shuffled):
+    case = random_case(shuffled=shuffled)
     compiled = torch.compile(
         lambda *args: torch.ops.svg2.block_sparse_attention(*args), fullgraph=True, dynamic=dynamic
     )

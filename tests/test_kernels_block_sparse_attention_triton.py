@@ -156,8 +156,9 @@ def test_a_thousand_tokens(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [16, 64, 80, 128])
 @pytest.mark.parametrize("strided", [False, True])
-def test_any_head_dimension_and_layout(dim, strided, dtype):
-    assert_kernel_is_accurate(random_case(dim=dim, strided=strided, dtype=dtype, context=15))
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_any_head_dimension_layout_and_order(dim, strided, shuffled, dtype):
+    assert_kernel_is_accurate(random_case(dim=dim, strided=strided, shuffled=shuffled, dtype=dtype, context=15))
 
 
 @runs_kernels
@@ -231,7 +232,8 @@ def test_dropped_keys_cannot_influence_the_output(dropped_cluster):
 
 @runs_kernels
 @pytest.mark.parametrize("density", [0.0, 0.5])
-def test_every_element_of_the_output_is_written(monkeypatch, density):
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_every_element_of_the_output_is_written(monkeypatch, shuffled, density):
     empty = torch.empty
 
     def poisoned_empty(*args, **kwargs):
@@ -239,7 +241,7 @@ def test_every_element_of_the_output_is_written(monkeypatch, density):
         # No kernel may rely on what it finds in memory, neither in results nor in lists.
         return tensor.fill_(math.nan if tensor.is_floating_point() else 2**31 - 1)
 
-    case = random_case(density=density, q_kind="half empty")
+    case = random_case(density=density, q_kind="half empty", shuffled=shuffled)
     expected = attend(case)
     monkeypatch.setattr(torch, "empty", poisoned_empty)
     for got, wanted in zip(attend(case), expected, strict=True):

@@ -20,6 +20,7 @@ from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.errors import InternalError, UnsupportedError
+from svg2_compile.passes.fuse import Q_ORDER
 from svg2_compile.passes.nodes import is_sdpa, target_name, tensor_of
 from svg2_compile.passes.records import size_hint
 from svg2_compile.passes.sparsify import PASSES, Sparsified, sparsify
@@ -296,10 +297,10 @@ def test_every_site_becomes_the_same_nodes(name):
     per_site = {
         "kmeans_": 2,
         "sort_labels": 2,
-        "permute_tokens": 3,
+        "permute_tokens": 2,
         "select_blocks": 1,
         "block_sparse_attention": 1,
-        "unpermute_tokens": 1,
+        "unpermute_tokens": 0,
         "context_attention": case.context,
         "add_": int(case.masked),
     }
@@ -319,14 +320,12 @@ def test_queries_and_keys_go_in_their_own_order(name):
     for node in plan.gm.graph.nodes:
         if target_name(node) == "block_sparse_attention":
             q, k, v = node.args[:3]
-            assert clustered(q.args[1]) is q.args[0]
+            q_order = node.args[Q_ORDER]
+            assert clustered(q_order) is q
             assert clustered(k.args[1]) is k.args[0]
             assert v.args[1] is k.args[1]
-            (got,) = [user for user in node.users if user.args[1] == 0]
-            (restored,) = got.users
-            assert target_name(restored) == "unpermute_tokens" and restored.args[1] is q.args[1]
             q_sizes, k_sizes = node.args[3:5]
-            assert (q_sizes.args[0], q_sizes.args[1]) == (q.args[1].args[0], 1)
+            assert (q_sizes.args[0], q_sizes.args[1]) == (q_order.args[0], 1)
             assert (k_sizes.args[0], k_sizes.args[1]) == (k.args[1].args[0], 1)
 
 
@@ -692,9 +691,8 @@ def test_a_copy_shares_parameters_and_nothing_else():
 
 
 def drop_the_inverse_permutation(gm: GraphModule) -> None:
-    node = find(gm, "unpermute_tokens")
-    node.replace_all_uses_with(node.args[0])
-    gm.graph.erase_node(node)
+    node = find(gm, "block_sparse_attention")
+    node.update_arg(Q_ORDER, None)
 
 
 def forget_a_rewrite(gm: GraphModule) -> None:
@@ -705,8 +703,8 @@ def forget_a_rewrite(gm: GraphModule) -> None:
 
 
 def drop_a_sparse_attention(gm: GraphModule) -> None:
-    node = find(gm, "unpermute_tokens")
-    node.replace_all_uses_with(find(gm, "kmeans_").args[0])
+    (result,) = find(gm, "block_sparse_attention").users
+    result.replace_all_uses_with(find(gm, "kmeans_").args[0])
     gm.graph.eliminate_dead_code()
 
 

@@ -14,6 +14,7 @@ MATCH = ("tests/test_passes_match.py",)
 TRACE = ("tests/test_passes_trace_axis.py",)
 CLASSIFY = ("tests/test_passes_classify.py",)
 REWRITE = ("tests/test_passes_rewrite.py",)
+FUSE = ("tests/test_passes_fuse.py",)
 CANONICALIZE = ("tests/test_passes_canonicalize.py",)
 CONFIG = ("tests/test_passes_config.py",)
 API = ("tests/test_clock.py", "tests/test_backend.py")
@@ -50,6 +51,20 @@ MUTANTS = (
         ATTENTION,
         "runs.append((slice(start, stop), None if",
         "runs.append((slice(start, stop - 1), None if",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "results left in the order of the clusters",
+        ATTENTION,
+        "return (out, lse) if q_order is None else _in_token_order(out, lse, q_order)",
+        "return out, lse",
+        REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "log-sum-exp put back by the inverse order",
+        ATTENTION,
+        "torch.empty_like(lse).scatter_(2, q_order.long(), lse)",
+        "lse.gather(2, q_order.long())",
         REFERENCE_AND_CPU,
     ),
     Mutant(
@@ -472,6 +487,27 @@ MUTANTS = (
         "if max(q_clusters, k_clusters) > tokens:",
         "if q_clusters > tokens:",
         CLASSIFY,
+    ),
+    Mutant(
+        "queries folded into the attention without their order",
+        "passes/fuse.py",
+        "= queries.args[0], order",
+        "= queries.args[0], None",
+        FUSE,
+    ),
+    Mutant(
+        "folded though something else reads the permuted queries",
+        "passes/fuse.py",
+        "if not is_permuted or len(queries.users) > 1 or",
+        "if not is_permuted or",
+        FUSE,
+    ),
+    Mutant(
+        "folded whatever order the result is put back in",
+        "passes/fuse.py",
+        " and queries.args[1] is order",
+        "",
+        FUSE,
     ),
     Mutant("the given graph is changed", "passes/sparsify.py", "work = clone(gm)", "work = gm", REWRITE),
     Mutant(
