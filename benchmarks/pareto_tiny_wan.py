@@ -8,6 +8,7 @@ Prints a table, and writes ``pareto_tiny_wan.json`` and ``pareto_tiny_wan.png``.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from dataclasses import asdict, replace
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 
-import svg2_compile
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.measure import (
@@ -62,7 +62,8 @@ def main() -> None:
         models = [torch.compile(eager, fullgraph=True)]
         for top_p in arguments.top_p:
             chosen = {**options, "top_p": top_p}
-            models.append(torch.compile(eager, backend="svg2", options=chosen, fullgraph=True))
+            # a copy each: the report adds up whatever ran on the same parameters
+            models.append(torch.compile(copy.deepcopy(eager), backend="svg2", options=chosen, fullgraph=True))
         for model in models:
             pipeline.transformer = model
             warm_up(pipeline, video)
@@ -85,7 +86,7 @@ def main() -> None:
 def sparse_point(
     pipeline: Any, video: Video, top_p: float, last: int, sparse: Generation, dense: Generation
 ) -> dict[str, Any]:
-    report = svg2_compile.report(pipeline.transformer)
+    report = sparse.report
     step = sparse.median_step(last)
     return {
         "top_p": top_p,

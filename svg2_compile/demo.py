@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import svg2_compile
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.measure import (
@@ -96,10 +95,10 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         sparse_compile = progress.call("compiling dense and sparse", lambda: warm_up(pipeline, video))
         densities = DensityLog(sparse_model)
         dense, sparse = progress.generate_both(pipeline, dense_model, sparse_model, video, densities)
-        report = svg2_compile.report(sparse_model)
         clustering = progress.call("profiling", lambda: clustering_share(pipeline, video))
 
     # of the same steps, because a drifting machine is fair to steps that ran side by side
+    report = sparse.report
     dense_step, sparse_step = (each.median_step(settings.sparse_steps) for each in (dense, sparse))
     result = {
         "settings": {**asdict(settings), "out": str(settings.out), "device": str(device)},

@@ -6,6 +6,7 @@ import copy
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor
 import svg2_compile
 from svg2_compile import tiny_wan
 from svg2_compile.passes.config import SparseConfig
+from svg2_compile.reporting import Report
 from svg2_compile.schedule import dense_step_count
 
 TINY_OPTIONS: dict[str, Any] = {"q_clusters": 64, "k_clusters": 256, "dense_layers": 0, "min_tokens": 1024}
@@ -53,6 +55,9 @@ class Generation:
 
     step_seconds: tuple[float, ...]
 
+    report: Report
+    """Of the model, read before its pipeline and thread are gone, and its statistics with them."""
+
     def median_step(self, last: int | None = None) -> float:
         """Return the median seconds of the last steps, all by default."""
         return statistics.median(self.step_seconds[-last:] if last else self.step_seconds)
@@ -70,28 +75,31 @@ def generate_in_turns(
 
     ``after_step`` gets the index of the model whose step has ended; what it does is not counted.
     """
-    turns = [threading.Semaphore(0) for _ in models]
-    turns[0].release()
+    turns = deque(range(len(models)))
+    changed = threading.Condition()
+
+    def wait(index: int) -> None:
+        changed.wait_for(lambda: turns[0] == index)
 
     def run(index: int) -> Generation:
-        own, following = turns[index], turns[(index + 1) % len(turns)]
-
         def hand_over() -> None:
             if after_step is not None:
                 after_step(index)
-            following.release()
-            own.acquire()
+            with changed:
+                turns.rotate(-1)
+                changed.notify_all()
+                wait(index)
 
-        components = {
-            **pipeline.components,
-            "transformer": models[index],
-            "scheduler": copy.deepcopy(pipeline.scheduler),
-        }
-        own.acquire()
+        scheduler = copy.deepcopy(pipeline.scheduler)
+        components = {**pipeline.components, "transformer": models[index], "scheduler": scheduler}
+        with changed:
+            wait(index)
         try:
             return generate(type(pipeline)(**components), video, hand_over)
         finally:
-            following.release()
+            with changed:
+                turns.popleft()
+                changed.notify_all()
 
     with ThreadPoolExecutor(len(models)) as pool:
         return list(pool.map(run, range(len(models))))
@@ -113,7 +121,7 @@ def generate(pipeline: Any, video: Video, after_step: Callable[[], None] | None 
         return tensors
 
     latents = _call(pipeline, video, callback_on_step_end=on_step_end)
-    return Generation(tiny_wan.decode_pixels(latents), tuple(seconds))
+    return Generation(tiny_wan.decode_pixels(latents), tuple(seconds), svg2_compile.report(pipeline.transformer))
 
 
 def warm_up(pipeline: Any, video: Video) -> float:
