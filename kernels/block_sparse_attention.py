@@ -24,8 +24,8 @@ from svg2_compile.kernels.permute import (
 )
 from svg2_compile.kernels.work_list import MAX_KEYS
 
-# PyTorch's CPU flash attention works on blocks of 64 rows from here on, and on slower blocks of 32 below.
-MIN_ROWS_PER_PART = 192
+# Fewer rows than this are not worth sharing between threads. PyTorch's CPU flash attention deals whole blocks of 32 rows.
+MIN_ROWS_PER_PART = 16
 
 torch.library.define(
     "svg2::block_sparse_attention",
