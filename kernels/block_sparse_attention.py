@@ -24,7 +24,7 @@ from svg2_compile.kernels.permute import (
 )
 from svg2_compile.kernels.work_list import MAX_KEYS
 
-# Fewer rows than this are not worth sharing between threads. PyTorch's CPU flash attention deals whole blocks of 32 rows.
+# Fewer rows than this are not worth sharing between threads. Left alone, the flash attention deals blocks of 32 rows.
 MIN_ROWS_PER_PART = 16
 
 torch.library.define(
