@@ -24,7 +24,7 @@ from svg2_compile.schedule import dense_step_count
 
 TINY_OPTIONS: dict[str, Any] = {
     "q_clusters": 64,
-    "k_clusters": 256,
+    "k_clusters": 512,
     "kmeans_iters_step": 1,
     "dense_layers": 0,
     "min_tokens": 1024,
