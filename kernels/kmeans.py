@@ -50,6 +50,10 @@ def kmeans_reference(
     then moves c_j to the mean of the tokens with a_i = j. The first call (``calls`` is 0) starts from tokens of ``x``,
     one from each of C equal stretches of the sequence; later calls start from ``centroids``.
 
+    Immediately before its last iteration, the first call puts the centroids into the order of
+    ``nearest_neighbour_chain``; neighbours in that order are near each other, so kept clusters form long runs. With one
+    iteration, the starting tokens are ordered. Later calls keep the order.
+
     Args:
         x: fp16, bf16 or fp32 (fp64 for judging) [B, H, N, D], any strides.
         centroids: fp32 (fp64 for fp64 tokens) [B, H, C, D], 1 <= C <= N; overwritten.
@@ -92,7 +96,9 @@ def _cluster(
         for h in range(heads):
             head_tokens = x[b, h].to(centroids.dtype).contiguous()
             means = centroids[b, h] if starts is None else head_tokens[starts[h]]
-            for _ in range(iters_step if starts is None else iters_init):
+            for remaining in reversed(range(iters_step if starts is None else iters_init)):
+                if starts is not None and remaining == 0:
+                    means = means[nearest_neighbour_chain(means)]
                 means = lloyd_iteration(head_tokens, means, labels[b, h])
             centroids[b, h] = means
     calls.add_(1)
@@ -110,6 +116,32 @@ def initial_tokens(heads: int, tokens: int, clusters: int, seed: int, device: to
     length = (cluster + 1) * tokens // clusters - start
     draw = _mix32(_mix32(seed * 0x9E3779B9 % 2**32 + head) + cluster)
     return start + (draw * length >> 32)
+
+
+def nearest_neighbour_chain(centroids: Tensor) -> Tensor:
+    """Return the order of a greedy walk through all centroids: from the first, always to the nearest one left.
+
+    The walk starts at index 0, the centroid of the first stretch of the sequence: a corner of the video, and the only
+    choice that needs no arithmetic, so that no device can round its way to another.
+
+    Args:
+        centroids: fp32 (fp64 for judging) [C, D].
+
+    Returns:
+        int64 [C], a permutation of 0 ... C - 1. Position p holds the index, among those not at 0 ... p - 1, with the
+        smallest ||c - c'||^2 to the centroid c' at p - 1, summed from differences in the dtype of ``centroids``.
+
+    Promises:
+        Ties go to the lowest index. A distance that is not finite counts as the largest finite one.
+    """
+    largest = torch.finfo(centroids.dtype).max
+    is_left = torch.ones(len(centroids), dtype=torch.bool, device=centroids.device)
+    order = [0]
+    for _ in range(1, len(centroids)):
+        is_left[order[-1]] = False
+        distances = (centroids - centroids[order[-1]]).square().sum(-1).nan_to_num(nan=largest, posinf=largest)
+        order.append(int(distances.masked_fill(~is_left, float("inf")).argmin()))
+    return torch.tensor(order, device=centroids.device)
 
 
 def _mix32(x: Tensor) -> Tensor:

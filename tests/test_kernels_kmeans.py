@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels import kmeans
-from svg2_compile.kernels.kmeans import initial_tokens
+from svg2_compile.kernels.kmeans import initial_tokens, kmeans_reference, nearest_neighbour_chain
 
 PROPERTY = settings(max_examples=30, deadline=None)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -22,6 +22,23 @@ def cluster(x, clusters, iterations, seed=0):
     """Return labels and centroids of a first call."""
     centroids, calls = fresh_state(x, clusters)
     return torch.ops.svg2.kmeans_(x, centroids, calls, iterations, 1, seed), centroids
+
+
+def start(x, clusters, seed=0):
+    """Return the centroids that a first call starts from."""
+    starts = initial_tokens(x.shape[1], x.shape[2], clusters, seed, x.device)
+    return x.gather(2, starts.unsqueeze(-1).expand(x.shape[0], -1, -1, x.shape[3])).float()
+
+
+def continued(x, centroids, iterations):
+    """Return labels and centroids of a later call, which starts from ``centroids`` and orders nothing."""
+    centroids = centroids.clone()
+    return torch.ops.svg2.kmeans_(x, centroids, torch.ones(1, dtype=torch.int32), 1, iterations, 0), centroids
+
+
+def partition(labels):
+    """Return labels as the first token with the same one: equal for the same clusters, whatever their order."""
+    return (labels.unsqueeze(-1) == labels.unsqueeze(-2)).int().argmax(-1)
 
 
 def inertia(x, labels, centroids):
@@ -50,7 +67,7 @@ def test_labels_are_the_nearest_centroids(case, iterations):
     x, clusters = case
     # Labels of iteration n + 1 are judged against the centroids they were taken from, those of iteration n.
     _, before = cluster(x, clusters, iterations)
-    labels, _ = cluster(x, clusters, iterations + 1)
+    labels, _ = continued(x, before, 1)
     scores = x.double() @ before.double().mT - before.double().square().sum(-1).unsqueeze(-2) / 2
     lost = scores.amax(-1) - scores.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
     # fp32 rounds each of the D products and sums of a score; only a tie within that may fall either way.
@@ -98,10 +115,87 @@ def test_a_warm_start_continues_where_the_last_call_stopped(case):
     centroids, calls = fresh_state(x, clusters)
     torch.ops.svg2.kmeans_(x, centroids, calls, 2, 3, 0)
     labels = torch.ops.svg2.kmeans_(x, centroids, calls, 2, 3, 0)
-    expected_labels, expected_centroids = cluster(x, clusters, 5)
+    _, expected_centroids = cluster(x, clusters, 2)
+    for _ in range(3):
+        expected_labels, expected_centroids = continued(x, expected_centroids, 1)
     assert torch.equal(labels, expected_labels)
     assert torch.equal(centroids, expected_centroids)
     assert calls.item() == 2
+
+
+@PROPERTY
+@given(token_cases(dtypes=[torch.float32]), st.integers(1, 4))
+def test_a_first_call_orders_the_centroids_before_its_last_iteration(case, iterations):
+    x, clusters = case
+    before = start(x, clusters) if iterations == 1 else continued(x, start(x, clusters), iterations - 1)[1]
+    ordered = torch.stack([torch.stack([means[nearest_neighbour_chain(means)] for means in each]) for each in before])
+    labels, centroids = cluster(x, clusters, iterations)
+    expected_labels, expected_centroids = continued(x, ordered, 1)
+    assert torch.equal(labels, expected_labels)
+    assert torch.equal(centroids, expected_centroids)
+
+
+@PROPERTY
+@given(token_cases(dtypes=[torch.float32]), st.integers(1, 4))
+def test_the_order_does_not_change_the_clusters(case, iterations):
+    x, clusters = case
+    labels, centroids = cluster(x, clusters, iterations)
+    plain_labels, plain_centroids = continued(x, start(x, clusters), iterations)
+    assert torch.equal(partition(labels), partition(plain_labels))
+    rounding = 1e-5 * x.double().square().sum((-1, -2))
+    assert ((inertia(x, labels, centroids) - inertia(x, plain_labels, plain_centroids)).abs() <= rounding).all()
+
+
+@PROPERTY
+@given(st.integers(0, 2**31), st.sampled_from([1, 2, 15, 64, 65]), st.integers(1, 3), st.sampled_from([1, 24]))
+def test_the_chain_goes_to_the_nearest_centroid_not_yet_visited(seed, clusters, values, dim):
+    # Few values: with one dimension, most centroids have duplicates.
+    generator = torch.Generator().manual_seed(seed)
+    centroids = torch.randint(-values, values + 1, (clusters, dim), generator=generator).float()
+    order = nearest_neighbour_chain(centroids).tolist()
+    assert order[0] == 0
+    assert sorted(order) == list(range(clusters))
+    for position in range(1, clusters):
+        left = sorted(order[position:])
+        distances = [(centroids[each] - centroids[order[position - 1]]).square().sum().item() for each in left]
+        assert order[position] == left[distances.index(min(distances))]
+
+
+def test_a_distance_that_is_not_finite_comes_last_and_is_visited_once():
+    centroids = torch.tensor([0.0, float("nan"), 3e38, float("inf"), 1.0]).unsqueeze(-1)
+    assert nearest_neighbour_chain(centroids).tolist() == [0, 4, 1, 2, 3]
+
+
+@PROPERTY
+@given(token_cases(dtypes=[torch.float32]))
+def test_the_reference_orders_like_the_op(case):
+    x, clusters = case
+    centroids, calls = fresh_state(x, clusters)
+    labels = kmeans_reference(x, centroids, calls, 3, 1, 0)
+    assert torch.equal(labels, cluster(x, clusters, 3)[0])
+
+
+def test_kept_clusters_form_longer_runs_in_the_order_of_the_chain():
+    # Tokens on a closed curve, spread over the sequence as a raster spreads an image: neighbours on the curve are far.
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.rand(2000, generator=generator) * 2 * torch.pi
+    waves = torch.arange(1, 5)
+    curve = torch.cat([(angle[:, None] * waves).cos() / waves, (angle[:, None] * waves).sin() / waves], -1)
+    x = curve[None, None]
+    runs = [mean_run(nearest_quarter(each)) for each in (cluster(x, 64, 5)[1], continued(x, start(x, 64), 5)[1])]
+    assert runs[0] >= 4 * runs[1]
+
+
+def nearest_quarter(centroids):
+    """Return bool [C, C], True where a centroid is among the quarter nearest to another."""
+    distances = torch.cdist(centroids[0, 0], centroids[0, 0])
+    return distances <= distances.quantile(0.25, dim=-1, keepdim=True)
+
+
+def mean_run(keep):
+    """Return the mean length of the runs of neighbouring kept clusters."""
+    starts = keep & ~torch.nn.functional.pad(keep, (1, 0))[..., :-1]
+    return (keep.sum() / starts.sum()).item()
 
 
 @PROPERTY

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.kmeans import initial_tokens, kmeans_reference
+from svg2_compile.kernels.kmeans import initial_tokens, kmeans_reference, nearest_neighbour_chain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +53,34 @@ def run(x, clusters, iterations, seed=0):
 
     centroids, calls = fresh_state(x, clusters)
     return kmeans_triton(x, centroids, calls, iterations, 1, seed), centroids
+
+
+def continued(x, centroids, iterations):
+    """Return labels and centroids of a later call, which starts from ``centroids`` and orders nothing."""
+    from svg2_compile.kernels.kmeans_triton import kmeans_triton
+
+    centroids, calls = centroids.clone(), torch.ones(1, dtype=torch.int32, device=x.device)
+    return kmeans_triton(x, centroids, calls, 1, iterations, 0), centroids
+
+
+def start(x, clusters):
+    """Return the centroids that a first call starts from."""
+    starts = initial_tokens(x.shape[1], x.shape[2], clusters, 0, x.device)
+    return x.gather(2, starts.unsqueeze(-1).expand(x.shape[0], -1, -1, x.shape[3])).float()
+
+
+def partition(labels):
+    """Return labels as the first token with the same one: equal for the same clusters, whatever their order."""
+    return (labels.unsqueeze(-1) == labels.unsqueeze(-2)).int().argmax(-1)
+
+
+def assert_is_greedy_chain(centroids):
+    """Assert that every centroid [C, D] is, but for rounding, the nearest to its predecessor of those that follow."""
+    centroids = centroids.double()
+    for position in range(1, len(centroids)):
+        distances = (centroids[position:] - centroids[position - 1]).square().sum(-1)
+        # fp32 rounds each of the D differences, squares and sums, on either side of a comparison.
+        assert distances[0] <= (1 + 4 * centroids.shape[1] * torch.finfo(torch.float32).eps) * distances.min()
 
 
 def poison_new_tensors(monkeypatch):
@@ -103,11 +131,12 @@ def test_labels_and_centroids_of_a_longer_sequence(monkeypatch):
 def check_labels_and_means(x, clusters, monkeypatch):
     _, before = run(x, clusters, 1)
     poison_new_tensors(monkeypatch)
-    labels, centroids = run(x, clusters, 2)
-    assert labels.min() >= 0
-    assert labels.max() < clusters
+    for labels, centroids in (run(x, clusters, 2), continued(x, before, 1)):
+        assert labels.min() >= 0
+        assert labels.max() < clusters
+        assert_centroids_are_means(x, labels, centroids)
+    # A later call does not reorder the centroids that its labels are judged against.
     assert_labels_are_nearest(x, labels, before)
-    assert_centroids_are_means(x, labels, centroids)
 
 
 @runs_kernels
@@ -149,9 +178,56 @@ def test_calls_decide_on_the_device_how_many_iterations_run(iters_init, iters_st
     centroids, calls = fresh_state(x, 5)
     kmeans_triton(x, centroids, calls, iters_init, iters_step, 0)
     labels = kmeans_triton(x, centroids, calls, iters_init, iters_step, 0)
-    expected_labels, expected_centroids = run(x, 5, iters_init + iters_step)
+    _, expected_centroids = run(x, 5, iters_init)
+    for _ in range(iters_step):
+        expected_labels, expected_centroids = continued(x, expected_centroids, 1)
     assert torch.equal(labels, expected_labels)
     assert torch.equal(centroids, expected_centroids)
+    assert torch.equal(partition(labels), partition(run(x, 5, iters_init + iters_step)[0]))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "clusters", "dim", "iterations"), [(257, 15, 24, 1), (64, 20, 80, 2)])
+def test_a_first_call_orders_the_centroids_before_its_last_iteration(tokens, clusters, dim, iterations, dtype):
+    x = random_tokens(tokens, dim, dtype, batch=2, heads=2)
+    before = start(x, clusters) if iterations == 1 else continued(x, start(x, clusters), iterations - 1)[1]
+    labels, centroids = run(x, clusters, iterations)
+    plain_labels, plain_centroids = continued(x, before, 1)
+    assert torch.equal(partition(labels), partition(plain_labels))
+    # Where the clusters went: no cluster is empty, so their tokens tell.
+    order = torch.full_like(labels[..., :clusters], -1).scatter_(-1, labels.long(), plain_labels)
+    assert torch.equal(order.sort(-1).values, torch.arange(clusters, device=DEVICE).int().expand(order.shape))
+    rows = order.long().unsqueeze(-1).expand(centroids.shape)
+    torch.testing.assert_close(centroids, plain_centroids.gather(2, rows), rtol=0, atol=1e-5)
+    assert (order[..., 0] == 0).all()
+    for chain in before.gather(2, rows).flatten(0, 1):
+        assert_is_greedy_chain(chain)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("clusters", "dim"), [(1, 16), (65, 24)])
+def test_the_ordering_kernel_moves_everything_the_assignment_reads(clusters, dim):
+    from svg2_compile.kernels.kmeans_triton import MOVE_COLUMNS, WALK_COLUMNS, order_kernel
+
+    # Small integers: distances are exact, so the chain is the reference's; many centroids have duplicates.
+    generator = torch.Generator().manual_seed(0)
+    centroids = torch.randint(-1, 2, (2, clusters, dim), generator=generator).float()
+    centroids[:, clusters // 2 :, 2:] = 0
+    centroids[1, 7:9], centroids[1, 20:22] = float("nan"), float("inf")
+    rounded, norms = torch.randn(2, 128, 32).half(), torch.randn(2, 128)
+    order = torch.arange(128).repeat(2, 1)
+    order[:, :clusters] = torch.stack([nearest_neighbour_chain(head) for head in centroids])
+    state = [each.clone().to(DEVICE) for each in (centroids, rounded, norms)]
+    columns = {"WALK_COLUMNS": WALK_COLUMNS, "MOVE_COLUMNS": MOVE_COLUMNS}
+    for calls in (1, 0):
+        calls_so_far = torch.full((1,), calls, dtype=torch.int32, device=DEVICE)
+        order_kernel[(1,)](*state, calls_so_far, 2, clusters, 128, DIM=dim, BLOCK_C=128, BLOCK_D=32, **columns)
+        expected = (centroids, rounded[:, :, :dim], norms)
+        if calls == 0:
+            expected = [torch.stack([rows[at[: len(rows)]] for rows, at in zip(each, order)]) for each in expected]
+        for moved, one_expected in zip((state[0], state[1][:, :, :dim], state[2]), expected):
+            torch.testing.assert_close(moved.cpu(), one_expected, rtol=0, atol=0, equal_nan=True)
 
 
 @runs_kernels
@@ -197,8 +273,9 @@ def test_ties_between_tiles_and_columns_go_to_the_lowest_label():
 def test_singletons_are_their_own_centroids():
     x = random_tokens(65, 64, torch.float32)
     labels, centroids = run(x, 65, 2)
-    assert torch.equal(labels, torch.arange(65, device=DEVICE).int().expand(1, 1, 65))
-    assert torch.equal(centroids, x)
+    assert torch.equal(labels.sort(-1).values, torch.arange(65, device=DEVICE).int().expand(1, 1, 65))
+    assert torch.equal(centroids.gather(2, labels.long().unsqueeze(-1).expand(x.shape)), x)
+    assert_is_greedy_chain(centroids[0, 0])
 
 
 @runs_kernels

@@ -229,6 +229,26 @@ MUTANTS = (
         "range(iters_init if starts is None else iters_step)",
         KMEANS,
     ),
+    Mutant(
+        "chain goes to the farthest centroid",
+        CLUSTERING,
+        'masked_fill(~is_left, float("inf")).argmin()',
+        'masked_fill(~is_left, float("-inf")).argmax()',
+        KMEANS,
+    ),
+    Mutant(
+        "chain applied on later calls too",
+        CLUSTERING,
+        "if starts is not None and remaining == 0",
+        "if remaining == 0",
+        KMEANS,
+    ),
+    Mutant(
+        "chain visits centroids again", CLUSTERING, "is_left[order[-1]] = False", "is_left[order[-1]] = True", KMEANS
+    ),
+    Mutant(
+        "chain after the first iteration", CLUSTERING, "and remaining == 0", "and remaining == iters_init - 1", KMEANS
+    ),
     Mutant("seed ignored", CLUSTERING, "_mix32(seed * 0x9E3779B9 % 2**32 + head)", "_mix32(head)", KMEANS),
     Mutant(
         "order of tokens within a cluster reversed",
