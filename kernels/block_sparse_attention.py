@@ -14,7 +14,7 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.launch import MAX_CLUSTERS, MAX_HEAD_DIM, use_triton
+from svg2_compile.kernels.launch import why_not_triton
 from svg2_compile.kernels.masked_attention import masked_attention
 from svg2_compile.kernels.permute import (
     empty_token_major,
@@ -22,7 +22,6 @@ from svg2_compile.kernels.permute import (
     permute_tokens_reference,
     unpermute_tokens_reference,
 )
-from svg2_compile.kernels.work_list import MAX_KEYS
 
 # Fewer rows than this are not worth sharing between threads. Left alone, the flash attention deals blocks of 32 rows.
 MIN_ROWS_PER_PART = 16
@@ -273,8 +272,8 @@ def _block_sparse_attention_cuda(
 ) -> tuple[Tensor, Tensor]:
     arguments = (q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
     _check(*arguments)
-    small = q.shape[3] <= MAX_HEAD_DIM and k.shape[2] < MAX_KEYS and max(keep.shape[2:]) <= MAX_CLUSTERS
-    if not (small and use_triton(q)):
+    sizes = {"dim": q.shape[3], "clusters": max(keep.shape[2:]), "keys": k.shape[2]}
+    if why_not_triton("block_sparse_attention", q.device, q.dtype, **sizes):
         return block_sparse_attention_reference(*arguments, scale)
     from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
 

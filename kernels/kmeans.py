@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.checks import FLOATING, accumulation_dtype, check_dtype, check_rank, check_shape, check_value
-from svg2_compile.kernels.launch import MAX_CLUSTERS, MAX_HEAD_DIM, use_triton
+from svg2_compile.kernels.launch import why_not_triton
 
 # Scores in flight at a time, so that a long sequence never holds its whole N x C matrix.
 MAX_TILE_SCORES = 2**24
@@ -191,7 +191,7 @@ torch.library.impl("svg2::kmeans_", "cpu", kmeans_cpu)
 @torch.library.impl("svg2::kmeans_", "cuda")
 def _kmeans_cuda(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
     _check(x, centroids, calls, iters_init, iters_step)
-    if not use_triton(x) or x.shape[3] > MAX_HEAD_DIM or centroids.shape[2] > MAX_CLUSTERS:
+    if why_not_triton("kmeans_", x.device, x.dtype, dim=x.shape[3], clusters=centroids.shape[2]):
         return kmeans_reference(x, centroids, calls, iters_init, iters_step, seed)
     from svg2_compile.kernels.kmeans_triton import kmeans_triton
 

@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from svg2_compile.kernels.work_list import MAX_KEYS
 
 # The kernels use bf16 arithmetic and assume the shared memory of this generation.
 MIN_CAPABILITY = (8, 0)
@@ -47,11 +48,56 @@ class AotVariant:
         }
 
 
-def use_triton(tensor: Tensor) -> bool:
-    """Return whether the Triton kernels can take ``tensor``: not in fp64, which is for judging only."""
-    if tensor.dtype == torch.float64 or not _triton_is_installed():
-        return False
-    return torch.cuda.get_device_capability(tensor.device) >= MIN_CAPABILITY
+@dataclass(frozen=True, slots=True)
+class TritonLimits:
+    """What the Triton launcher of one op can take; None where there is no such limit."""
+
+    dtypes: tuple[torch.dtype, ...] | None = None
+    dim: int | None = None
+    """Largest row."""
+    clusters: int | None = None
+    """Most clusters on either side."""
+    keys: int | None = None
+    """Most keys of a head."""
+
+
+# fp64 is for judging only.
+_FAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_LIMITS = {
+    "kmeans_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
+    "sort_labels": TritonLimits(clusters=MAX_CLUSTERS),
+    "permute_tokens": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM),
+    "select_blocks": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
+    "block_sparse_attention": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS, MAX_KEYS - 1),
+}
+
+
+def why_not_triton(
+    op: str, device: torch.device, dtype: torch.dtype, *, dim: int = 0, clusters: int = 0, keys: int = 0
+) -> str | None:
+    """Return why the Triton kernels of ``op`` cannot take such tensors, or None where they can.
+
+    Dispatch and ``svg2 doctor`` both ask here. Numbers that the op has no limit for do not matter.
+    """
+    limits = TRITON_LIMITS[op]
+    if limits.dtypes is not None and dtype not in limits.dtypes:
+        return f"{str(dtype).removeprefix('torch.')} has no kernel"
+    for name, limit, size in (
+        ("head dimension", limits.dim, dim),
+        ("clusters", limits.clusters, clusters),
+        ("keys", limits.keys, keys),
+    ):
+        if limit is not None and size > limit:
+            return f"{name}: at most {limit:,}, got {size:,}"
+    if device.type != "cuda":
+        return f"no kernel for the {device.type}"
+    if not _triton_is_installed():
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        least, got = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
+        return f"compute capability {least} or newer is needed, the GPU has {got}"
+    return None
 
 
 @cache

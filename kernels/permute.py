@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from svg2_compile.kernels.checks import FLOATING, check_dtype, check_rank, check_shape
-from svg2_compile.kernels.launch import MAX_HEAD_DIM, use_triton
+from svg2_compile.kernels.checks import check_dtype, check_rank, check_shape
+from svg2_compile.kernels.launch import why_not_triton
 
 torch.library.define("svg2::permute_tokens", "(Tensor x, Tensor order) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define("svg2::unpermute_tokens", "(Tensor x, Tensor order) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
@@ -99,7 +99,7 @@ torch.library.impl("svg2::unpermute_tokens", "cpu", unpermute_tokens_reference)
 @torch.library.impl("svg2::permute_tokens", "cuda")
 def _permute_tokens_cuda(x: Tensor, order: Tensor) -> Tensor:
     _check(x, order)
-    if not _fits_triton(x):
+    if why_not_triton("permute_tokens", x.device, x.dtype, dim=x.shape[3]):
         return permute_tokens_reference(x, order)
     from svg2_compile.kernels.permute_triton import permute_tokens_triton
 
@@ -109,16 +109,11 @@ def _permute_tokens_cuda(x: Tensor, order: Tensor) -> Tensor:
 @torch.library.impl("svg2::unpermute_tokens", "cuda")
 def _unpermute_tokens_cuda(x: Tensor, order: Tensor) -> Tensor:
     _check(x, order)
-    if not _fits_triton(x):
+    if why_not_triton("permute_tokens", x.device, x.dtype, dim=x.shape[3]):
         return unpermute_tokens_reference(x, order)
     from svg2_compile.kernels.permute_triton import unpermute_tokens_triton
 
     return unpermute_tokens_triton(x, order)
-
-
-def _fits_triton(x: Tensor) -> bool:
-    """Return whether the Triton kernels can move the rows of ``x``."""
-    return x.dtype in FLOATING and use_triton(x) and x.shape[3] <= MAX_HEAD_DIM
 
 
 def _permute_tokens_fake(x: Tensor, order: Tensor) -> Tensor:

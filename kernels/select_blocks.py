@@ -14,7 +14,7 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.launch import MAX_CLUSTERS, MAX_HEAD_DIM, use_triton
+from svg2_compile.kernels.launch import why_not_triton
 
 # The last axis of ``statistics``: how often it was added to, and the sums over these calls of the density, of the kept
 # probability mass (mean over query tokens), and of the kept mass of the worst query cluster.
@@ -144,7 +144,8 @@ def _select_blocks_cuda(
 ) -> Tensor:
     _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
     clusters = max(q_centroids.shape[2], k_centroids.shape[2])
-    if not use_triton(q_centroids) or q_centroids.shape[3] > MAX_HEAD_DIM or clusters > MAX_CLUSTERS:
+    dim = q_centroids.shape[3]
+    if why_not_triton("select_blocks", q_centroids.device, q_centroids.dtype, dim=dim, clusters=clusters):
         return select_blocks_reference(
             q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics
         )

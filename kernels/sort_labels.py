@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.checks import check_dtype, check_rank, check_value
-from svg2_compile.kernels.launch import MAX_CLUSTERS, use_triton
+from svg2_compile.kernels.launch import why_not_triton
 
 torch.library.define(
     "svg2::sort_labels", "(Tensor labels, int clusters) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
@@ -51,7 +51,7 @@ torch.library.impl("svg2::sort_labels", "cpu", sort_labels_reference)
 @torch.library.impl("svg2::sort_labels", "cuda")
 def _sort_labels_cuda(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     _check(labels, clusters)
-    if not use_triton(labels) or clusters > MAX_CLUSTERS:
+    if why_not_triton("sort_labels", labels.device, labels.dtype, clusters=clusters):
         return sort_labels_reference(labels, clusters)
     from svg2_compile.kernels.sort_labels_triton import sort_labels_triton
 

@@ -43,6 +43,30 @@ def demo(
         raise typer.Exit(2) from None
 
 
+@app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU is used if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "bfloat16",
+    head_dim: Annotated[int, typer.Option(help="Length of a head's rows.", min=1)] = 128,
+    clusters: Annotated[int, typer.Option(help="Clusters per head, the larger of queries and keys.", min=1)] = 500,
+    tokens: Annotated[int, typer.Option(help="Tokens of the sequence.", min=1)] = 75_600,
+) -> None:
+    """Show which implementation of every op runs here, why not Triton, and what the machine is."""
+    from rich.console import Console
+
+    from svg2_compile.doctor import DTYPES, Workload, default_device, diagnose, print_diagnosis
+
+    if dtype not in DTYPES:
+        typer.secho(f"svg2 doctor: --dtype must be one of {', '.join(DTYPES)}, got {dtype}", fg="red", err=True)
+        raise typer.Exit(2)
+    try:
+        workload = Workload(default_device(device), DTYPES[dtype], head_dim, clusters, tokens)
+        print_diagnosis(diagnose(workload), Console())
+    except (AssertionError, RuntimeError) as error:
+        typer.secho(f"svg2 doctor: device {device}: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+
+
 def main() -> None:
     """Run the command line."""
     app()

@@ -1,0 +1,30 @@
+"""What a work list makes the attention kernel multiply."""
+
+from torch import Tensor
+
+
+def query_tiles(q_sizes: Tensor, block_m: int) -> Tensor:
+    """Return the tiles of rows of every query cluster, [B, H, C_q]."""
+    return (q_sizes.long() + block_m - 1) // block_m
+
+
+def key_tiles(counts: Tensor, block_n: int, piece: int) -> Tensor:
+    """Return the tiles of keys that each tile of a query cluster goes through, [B, H, C_q], from the list's counts.
+
+    Full tiles, then tiles of what is left over.
+    """
+    per_tile = block_n // piece
+    full, total = counts.long().unbind(-1)
+    return full // per_tile + (total - full // per_tile * per_tile + per_tile - 1) // per_tile
+
+
+def issued_pairs(q_sizes: Tensor, counts: Tensor, block_m: int, block_n: int, piece: int) -> int:
+    """Return the pairs of query and key that are multiplied, padding included."""
+    tiles = query_tiles(q_sizes, block_m) * key_tiles(counts, block_n, piece)
+    return int(tiles.sum()) * block_m * block_n
+
+
+def selected_pairs(q_sizes: Tensor, k_sizes: Tensor, keep: Tensor) -> int:
+    """Return the pairs of query and key that are kept; query heads share the key heads."""
+    k_sizes = k_sizes.repeat_interleave(q_sizes.shape[1] // k_sizes.shape[1], 1).long()
+    return int(((keep * k_sizes.unsqueeze(2)).sum(-1) * q_sizes.long()).sum())

@@ -1,0 +1,140 @@
+"""``svg2 doctor``: which implementation of every op fits here, why not the others, and what the machine is."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from svg2_compile.environment import describe_environment
+from svg2_compile.kernels.launch import MIN_CAPABILITY, TRITON_LIMITS, why_not_triton
+
+# Text rows attend densely, with PyTorch's fused attention on any device.
+FUSED_OPS = {"context_attention": "sdpa"}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The attention that is asked about."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    """Of the tokens."""
+    dim: int = 128
+    """Head dimension."""
+    clusters: int = 500
+    """Most clusters on either side."""
+    tokens: int = 75_600
+    """Keys of a head."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What runs for one op."""
+
+    op: str
+    implementation: str
+    """``triton``, ``cpu``, ``sdpa``, or ``reference``, the plain PyTorch that runs where nothing faster fits."""
+    why_not_triton: str | None
+    """None where Triton runs, and where there is no Triton kernel to miss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All that the doctor says."""
+
+    environment: dict[str, str]
+    choices: list[Choice]
+    warnings: list[str]
+
+
+def default_device(name: str = "auto") -> torch.device:
+    """Return the device of that name; ``auto`` is a GPU if there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def diagnose(workload: Workload) -> Diagnosis:
+    """Return what would run for ``workload``, by the predicate that dispatch uses, and what to know about it."""
+    choices = [_choose(op, workload) for op in TRITON_LIMITS]
+    choices += [Choice(op, implementation, None) for op, implementation in FUSED_OPS.items()]
+    return Diagnosis(_environment(workload.device), choices, _warnings(workload, choices))
+
+
+def _choose(op: str, workload: Workload) -> Choice:
+    dtype = _dtype_seen_by(op, workload.dtype)
+    reason = why_not_triton(
+        op, workload.device, dtype, dim=workload.dim, clusters=workload.clusters, keys=workload.tokens
+    )
+    fallback = "reference" if workload.device.type == "cuda" else "cpu"
+    return Choice(op, fallback if reason else "triton", reason)
+
+
+def _dtype_seen_by(op: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of an op's first tensor: labels are int32, centroids at least fp32, the rest are tokens."""
+    if op == "sort_labels":
+        return torch.int32
+    return torch.promote_types(dtype, torch.float32) if op == "select_blocks" else dtype
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    """Return the machine, the versions, and of a GPU its capability and driver."""
+    facts = describe_environment()
+    for package in ("triton", "diffusers"):
+        if importlib.util.find_spec(package) is None:
+            facts[package] = "not installed"
+    if device.type != "cuda":
+        return facts | {"GPU": "in use: no" if torch.cuda.is_available() else "none"}
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    gpu = {"GPU": torch.cuda.get_device_name(device), "compute capability": capability, "driver": _driver()}
+    return facts | gpu | {"CUDA of torch": str(torch.version.cuda)}
+
+
+def _driver() -> str:
+    """Return the version of NVIDIA's driver as its own tool tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer[0].strip() if answer else "unknown"
+
+
+def _warnings(workload: Workload, choices: list[Choice]) -> list[str]:
+    """Return what makes the workload slow or impossible here."""
+    found = []
+    if workload.device.type != "cuda":
+        found.append("No GPU is used: attention is sparse in time on the CPU too, but video models are slow there.")
+    slow = [choice.op for choice in choices if choice.implementation == "reference"]
+    if slow:
+        found.append(f"The plain reference runs for {', '.join(slow)}: correct, slow, with memory for all pairs.")
+    if workload.device.type == "cuda" and workload.dtype == torch.float32:
+        found.append("fp32 is multiplied exactly, without tensor cores: bf16 or fp16 is many times faster.")
+    if importlib.util.find_spec("triton") is None:
+        least = ".".join(map(str, MIN_CAPABILITY))
+        found.append(
+            f"Triton is not installed; GPUs of compute capability {least} or newer need it: pip install triton."
+        )
+    if importlib.util.find_spec("diffusers") is None:
+        found.append("diffusers is not installed: steps are not recognised, use svg2_compile.denoise_step.")
+    return found
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """Print the two tables and the warnings."""
+    ops = Table("op", "runs", "why not triton", title="Implementations")
+    for choice in diagnosis.choices:
+        ops.add_row(choice.op, choice.implementation, choice.why_not_triton or "–")
+    environment = Table("what", "is", title="Environment")
+    for name, value in diagnosis.environment.items():
+        environment.add_row(name, value)
+    console.print(ops)
+    console.print(environment)
+    for warning in diagnosis.warnings:
+        console.print(f"warning: {warning}", style="yellow")

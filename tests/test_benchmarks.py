@@ -1,0 +1,139 @@
+"""The GPU benchmarks as far as a machine without a GPU can take them, and the arithmetic behind their figures."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Import a module of the benchmarks folder by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def run(script, *arguments):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", str(BENCHMARKS / script), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", ["gpu_kernels.py", "tune_attention.py"])
+def test_without_a_gpu_it_says_so_and_succeeds(script):
+    result = run(script)
+    assert result.returncode == 0, result.stderr
+    assert "no GPU: " in result.stdout
+
+
+def test_without_a_gpu_nothing_is_written(tmp_path):
+    result = run("gpu_kernels.py", "--quick", "--heads", "3", "--out", str(tmp_path / "out.json"))
+    assert result.returncode == 0, result.stderr
+    assert "Wan 14B 720p" in result.stdout
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_red_tests_are_not_followed_by_timings(module, monkeypatch, capsys):
+    gpu_kernels = module("gpu_kernels")
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels.py"])
+    monkeypatch.setattr(gpu_kernels, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu_kernels, "tests_are_green", lambda: False)
+    monkeypatch.setattr(gpu_kernels, "measure", lambda *arguments: pytest.fail("timed on red tests"))
+    assert gpu_kernels.main() == 1
+    assert "nothing is timed" in capsys.readouterr().out
+
+
+def test_a_failing_test_is_red(module, monkeypatch, tmp_path):
+    gpu_kernels = module("gpu_kernels")
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(gpu_kernels, "ROOT", tmp_path)
+    assert not gpu_kernels.tests_are_green()
+    file = tmp_path / "tests" / "test_kernels_some_triton.py"
+    file.write_text("def test_it():\n    assert True\n")
+    assert gpu_kernels.tests_are_green()
+    file.write_text("def test_it():\n    assert False\n")
+    assert not gpu_kernels.tests_are_green()
+
+
+def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(module, monkeypatch, capsys):
+    from svg2_compile.kernels.tuning import AttentionTiles
+    from svg2_compile.kernels.work_list import work_list_reference
+
+    gpu_kernels = module("gpu_kernels")
+
+    def call_once(function, rep_ms):
+        """Attention takes 2 ms, everything else 1."""
+        function()
+        return 2.0 if getattr(function, "func", None) is torch.ops.svg2.block_sparse_attention else 1.0
+
+    def work_list(plan, keep, tiles):
+        return work_list_reference(plan.q_sizes, plan.k_sizes, keep, 300, 300, tiles.block_m, tiles.piece).counts
+
+    monkeypatch.setattr(gpu_kernels, "median_ms", call_once)
+    monkeypatch.setattr(gpu_kernels, "dense_ms", lambda *tensors: {"cuDNN": 1.0, "flash": "failed: for a test"})
+    monkeypatch.setattr(gpu_kernels, "tiles_for", lambda dim: AttentionTiles(128, 64, 16, 8, 3))
+    monkeypatch.setattr(gpu_kernels, "make_work_list", work_list)
+    shape = gpu_kernels.Shape("Wan 14B 720p", 2, 300, 128, ((3, 10),))
+    result = gpu_kernels.measure(shape, 2, (0.4,), 1.0, device="cpu")
+    json.dumps(result)
+    (overhead,), (attention,) = result["overhead"], result["attention"]
+    # Two sorts, two permutations, selection, list, and k-means of q and k, 1 ms each.
+    assert overhead["percent_of_dense"] == {1: 800.0, 2: 800.0}
+    assert overhead["verdicts"][2] == "below gate (5/3/2.3)"
+    assert attention["eps_sel"] == pytest.approx(attention["density"])
+    assert attention["eps_tile"] > attention["eps_sel"]
+    assert attention["speedup"] == 0.5
+    assert "failed: for a test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("clusters", [1, 7, 500])
+def test_sizes_add_up_and_labels_have_them(module, clusters):
+    blocks = module("random_blocks")
+    generator = torch.Generator().manual_seed(0)
+    sizes = blocks.lognormal_sizes(generator, 2, 3, clusters, 1003)
+    assert (sizes.sum(-1) == 1003).all()
+    assert (sizes >= 0).all()
+    labels = blocks.shuffled_labels(generator, sizes)
+    counted = torch.nn.functional.one_hot(labels.long(), clusters).sum(2)
+    assert torch.equal(counted.int(), sizes)
+
+
+def test_random_blocks_reach_the_density(module):
+    blocks, costs = module("random_blocks"), module("plan_costs")
+    generator = torch.Generator().manual_seed(0)
+    q_sizes = blocks.lognormal_sizes(generator, 1, 2, 20, 30_000)
+    k_sizes = blocks.lognormal_sizes(generator, 1, 2, 200, 30_000)
+    keep = blocks.random_blocks(generator, 0.25, k_sizes, 20)
+    assert costs.selected_pairs(q_sizes, k_sizes, keep) / (2 * 30_000**2) == pytest.approx(0.25, abs=0.01)
+
+
+def test_issued_pairs_are_counted_tile_by_tile(module):
+    from svg2_compile.kernels.work_list import work_list_reference
+
+    costs = module("plan_costs")
+    q_sizes = torch.tensor([[[130, 0, 70]]], dtype=torch.int32)
+    k_sizes = torch.tensor([[[40, 10, 150]]], dtype=torch.int32)
+    keep = torch.tensor([[[[True, False, True], [True, True, True], [False, True, False]]]])
+    counts = work_list_reference(q_sizes, k_sizes, keep, 200, 200, 128, 16).counts
+    # 40 and 150 keys are 2 + 9 full pieces and 2 ragged ones: 2 full tiles, 5 pieces in 2 more; 10 keys are one tile.
+    assert costs.key_tiles(counts, 64, 16)[0, 0].tolist() == [4, 4, 1]
+    assert costs.issued_pairs(q_sizes, counts, 128, 64, 16) == 128 * 64 * (2 * 4 + 1)
+    assert costs.selected_pairs(q_sizes, k_sizes, keep) == 130 * 190 + 70 * 10
+
+
+def test_verdicts_know_which_way_is_better(module):
+    goal = module("gpu_targets").Goal
+    assert [goal(0.6, 0.8, 0.9).verdict(value) for value in (0.59, 0.6, 0.8, 0.95)] == [
+        "below gate",
+        "gate",
+        "target",
+        "stretch",
+    ]
+    assert [goal(3, 2, 1).verdict(value) for value in (3.1, 3, 1.5, 0.5)] == ["below gate", "gate", "target", "stretch"]
