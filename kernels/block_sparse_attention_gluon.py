@@ -27,6 +27,9 @@ from svg2_compile.kernels.permute import empty_token_major
 from svg2_compile.kernels.work_list import LENGTH_BITS, MAX_PIECE
 from svg2_compile.kernels.work_list_triton import work_list_triton
 
+# Gluon renames as it grows: Triton 3.6 has the second names.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LOG2_E = math.log2(math.e)
 LN_2 = gl.constexpr(math.log(2))
 BLOCK_M = 128
@@ -48,7 +51,7 @@ def _key_row(pieces_ptr, slot, num_pieces, LENGTH_BITS: gl.constexpr):
 def _load_tile(desc, row, smem, barrier, tile, PIECE: gl.constexpr, PIECES: gl.constexpr):
     """Fill a tile of keys or values with consecutive rows."""
     for i in gl.static_range(PIECES):
-        tma.async_copy_global_to_shared(desc, [row + i * PIECE, 0], barrier, smem.index(tile).slice(i * PIECE, PIECE))
+        load_box(desc, [row + i * PIECE, 0], barrier, smem.index(tile).slice(i * PIECE, PIECE))
 
 
 @gluon.jit
@@ -83,13 +86,13 @@ def _produce(
         mbarrier.wait(bars.index(STAGES + stage), phase ^ 1)
         mbarrier.expect(bars.index(stage), BYTES)
         for i in gl.static_range(PIECES):
-            tma.async_copy_global_to_shared(
+            load_box(
                 k_desc, [rows[i], 0], bars.index(stage), k_smem.index(stage).slice(i * PIECE, PIECE)
             )
         mbarrier.wait(bars.index(3 * STAGES + stage), phase ^ 1)
         mbarrier.expect(bars.index(2 * STAGES + stage), BYTES)
         for i in gl.static_range(PIECES):
-            tma.async_copy_global_to_shared(
+            load_box(
                 v_desc, [rows[i], 0], bars.index(2 * STAGES + stage), v_smem.index(stage).slice(i * PIECE, PIECE)
             )
     for tile in range(piece_tiles, tiles):
@@ -148,7 +151,11 @@ def _softmax(scores, valid, scale_log2, row_max, row_sum, MASKED: gl.constexpr):
 @gluon.jit
 def _step(
     tile,
-    valid,
+    piece_tiles,
+    num_pieces,
+    pieces_ptr,
+    context,
+    context_mask_ptr,
     q,
     k_smem,
     v_smem,
@@ -161,6 +168,8 @@ def _step(
     s_layout: gl.constexpr,
     o_layout: gl.constexpr,
     STAGES: gl.constexpr,
+    PIECE: gl.constexpr,
+    LENGTH_BITS: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """Score tile ``tile`` and accumulate the one before it."""
@@ -173,6 +182,11 @@ def _step(
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     scores = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     acc = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
+    valid = None
+    if MASKED:
+        valid = _is_valid(
+            tile, piece_tiles, num_pieces, pieces_ptr, context, context_mask_ptr, s_layout, BLOCK_N, PIECE, LENGTH_BITS
+        )
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(bars.index(STAGES + stage), count=1)
     new_weights, decay, row_max, row_sum = _softmax(scores, valid, scale_log2, row_max, row_sum, MASKED)
@@ -231,7 +245,7 @@ def _consume(
     q = q_smem.index(half)
     q.store(gl.load(q_ptrs, mask=(offs_m < last_row)[:, None], other=0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
     row_max = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
     row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
@@ -251,7 +265,11 @@ def _consume(
         for tile in range(1, full_tiles):
             acc, weights, row_max, row_sum = _step(
                 tile,
-                valid,
+                piece_tiles,
+                num_pieces,
+                pieces_ptr,
+                context,
+                context_mask_ptr,
                 q,
                 k_smem,
                 v_smem,
@@ -264,24 +282,18 @@ def _consume(
                 s_layout,
                 o_layout,
                 STAGES,
+                PIECE,
+                LENGTH_BITS,
                 False,
             )
         for tile in range(gl.maximum(full_tiles, 1), tiles):
-            valid = _is_valid(
+            acc, weights, row_max, row_sum = _step(
                 tile,
                 piece_tiles,
                 num_pieces,
                 pieces_ptr,
                 context,
                 context_mask_ptr,
-                s_layout,
-                BLOCK_N,
-                PIECE,
-                LENGTH_BITS,
-            )
-            acc, weights, row_max, row_sum = _step(
-                tile,
-                valid,
                 q,
                 k_smem,
                 v_smem,
@@ -294,6 +306,8 @@ def _consume(
                 s_layout,
                 o_layout,
                 STAGES,
+                PIECE,
+                LENGTH_BITS,
                 True,
             )
         acc = warpgroup_mma(weights, v_smem.index((tiles - 1) % STAGES), acc, is_async=True)
