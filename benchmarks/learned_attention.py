@@ -38,14 +38,13 @@ console = Console()
 
 
 class AttentionCapture(TorchFunctionMode):
-    """Measures every self-attention of ``tokens`` tokens that runs inside, in the order of the calls."""
+    """Measures query, key and scale of every self-attention of ``tokens`` tokens that runs inside, in their order."""
 
-    def __init__(self, tokens: int, rows: Tensor, mass: float) -> None:
+    def __init__(self, tokens: int, measure: Callable[[Tensor, Tensor, float | None], Tensor]) -> None:
         super().__init__()
         self.tokens = tokens
-        self.rows = rows
-        self.mass = mass
-        self.shares: list[Tensor] = []
+        self.measure = measure
+        self.measured: list[Tensor] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,8 +55,7 @@ class AttentionCapture(TorchFunctionMode):
             if given["query"].shape[-2] == given["key"].shape[-2] == self.tokens:
                 if given.get("attn_mask") is not None or given.get("is_causal"):
                     raise SystemExit("a self-attention has a mask; this script counts all keys of unmasked attention")
-                query = given["query"][:, :, self.rows]
-                self.shares.append(share_of_keys(query, given["key"], given.get("scale"), self.mass))
+                self.measured.append(self.measure(given["query"], given["key"], given.get("scale")))
         return func(*args, **kwargs)
 
 
@@ -133,26 +131,33 @@ def clean_latents(names: list[str], scenes: dict[str, Tensor]) -> dict[str, Tens
     }
 
 
+def mixed_with_noise(latents: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Return the network's input at a noise level in (0, 1), always with the same noise, and the timestep."""
+    picture, place = latents[:, : model.CHANNELS], latents[:, model.CHANNELS :]
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(1))
+    return torch.cat([torch.lerp(picture, noise, level), place], dim=1), torch.tensor([1000 * level])
+
+
 @torch.no_grad()
 def measure(network: nn.Module, clean: dict[str, Tensor], tokens: int, options: argparse.Namespace) -> Tensor:
     """Return the share of keys for every noise level, scene, layer and head, ``[levels, scenes, L, H]`` fp32."""
     prompts = tiny_wan.load_prompts()
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(tokens, generator=generator)[: options.rows].to(options.device)
-    channels = model.CHANNELS
+
+    def share(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+        return share_of_keys(query[:, :, rows], key, scale, options.mass)
+
     levels = []
     for level in options.noise_levels:
         scenes = []
         for name, latents in clean.items():
-            picture = latents[:, :channels]
-            noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(1))
-            mixed = torch.cat([torch.lerp(picture, noise, level), latents[:, channels:]], dim=1).to(options.device)
-            timestep = torch.tensor([1000 * level], device=options.device)
-            with AttentionCapture(tokens, rows, options.mass) as capture:
+            mixed, timestep = (x.to(options.device) for x in mixed_with_noise(latents, level))
+            with AttentionCapture(tokens, share) as capture:
                 network(mixed, timestep, prompts[name][None].to(options.device), return_dict=False)
-            if len(capture.shares) != model.CONFIG["num_layers"]:
-                raise SystemExit(f"expected one self-attention a layer, got {len(capture.shares)}")
-            scenes.append(torch.stack(capture.shares).cpu())
+            if len(capture.measured) != model.CONFIG["num_layers"]:
+                raise SystemExit(f"expected one self-attention a layer, got {len(capture.measured)}")
+            scenes.append(torch.stack(capture.measured).cpu())
         levels.append(torch.stack(scenes))
     return torch.stack(levels)
 

@@ -11,7 +11,7 @@ labels until they are sorted, the order of the queries until the end. Needs trit
 from __future__ import annotations
 
 import argparse
-import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,13 +24,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from marked_table import write_between
+
 from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.tuning import attention_tiles
 
 # name, heads, tokens, head dimension
 MODELS = (("Wan 14B 720p", 40, 75_600, 128), ("HunyuanVideo 720p", 24, 118_800, 128))
 CLUSTERS = ((100, 500), (300, 1000))
-START, STOP = "<!-- memory -->", "<!-- end of memory -->"
 
 
 class Ledger(TorchDispatchMode):
@@ -169,9 +172,7 @@ def main() -> None:
     text = table()
     print(text)
     if args.write:
-        page = args.write.read_text(encoding="utf-8")
-        pattern = f"{re.escape(START)}.*?{re.escape(STOP)}"
-        args.write.write_text(re.sub(pattern, f"{START}\n{text}\n{STOP}", page, flags=re.S), encoding="utf-8")
+        write_between(args.write, "memory", text)
 
 
 if __name__ == "__main__":

@@ -1,88 +1,191 @@
-"""What the work lists of block-sparse attention cost: padding, balance and memory, computed on the CPU.
+"""What the work lists of block-sparse attention cost: padding, balance, bytes and memory, computed on the CPU.
 
-Run from anywhere: ``python -P benchmarks/planning_simulator.py``. Cluster sizes are lognormal with a standard deviation
-of 0.8 of the mean; every query cluster keeps random key clusters up to the density, which is the worst case: real
-neighbours are kept together and make longer runs. Processors take the next tile of queries when they are free, in
-the order in which the kernel is launched, and a tile takes as long as it has tiles of keys. Heads are sampled for the
-padding; for the balance the sampled heads repeat until there are as many as in the model.
+    python -P benchmarks/planning_simulator.py --write docs/kernels.md
+
+For the large models, cluster sizes are lognormal with a standard deviation of 0.8 of the mean; every query cluster
+keeps random key clusters up to the density: neighbours that are kept together would make longer runs.
+Heads are sampled; for the balance the sampled heads repeat until there are as many as in the model. For the trained
+tiny Wan, queries and keys of all layers and heads are taken from the middle of denoising a real clip, clustered and
+selected by the ops themselves; its rows are one layer's launch in size, all layers in the means, the worst layer in the
+balance. ``--skip-trained`` leaves them out; ``--frames-file`` is that of learned_attention.py.
+
+Processors take the next tile of queries when they are free, in the order in which the kernel is launched, and a tile
+takes as long as it has tiles of keys. L2: K and V of the kept keys, once a tile of queries. HBM: K and V of the keys
+that any of a wave of tiles of a head keeps, once a wave; queries and results once; nothing is reused between waves.
 """
 
 import argparse
 import heapq
-import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from marked_table import write_between
+from plan_costs import key_tiles, query_tiles
+from random_blocks import lognormal_sizes, random_blocks
+
 from svg2_compile.kernels.work_list import max_pieces, max_tiles, work_list_reference
 
-# name, heads, tokens
-MODELS = (("Wan 14B 720p", 40, 75_600), ("HunyuanVideo 720p", 24, 118_800))
+# name, heads, tokens, head dimension
+MODELS = (("Wan 14B 720p", 40, 75_600, 128), ("HunyuanVideo 720p", 24, 118_800, 128))
 CLUSTERS = ((100, 500), (300, 1000))
+ELEMENT_BYTES = 2
+MAX_K_PADDING, MAX_IMBALANCE = 1.10, 1.05
+COLUMNS = ("model", "clusters", "density", f"K padding, at most {MAX_K_PADDING:.2f}", "whole tiles", "Q padding")
+COLUMNS += ("runs", f"imbalance, at most {MAX_IMBALANCE:.2f}", "L2, GB", "HBM, GB", "lists, MiB", "list use", "fullest")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the plan is for."""
+
+    block_m: int
+    block_n: int
+    piece: int
+    processors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The selections of some heads of a model; each launch has ``heads`` of them."""
+
+    name: str
+    heads: int
+    dim: int
+    q_sizes: Tensor
+    """[L, H, C_q], layers as batch."""
+    k_sizes: Tensor
+    """[L, H, C_k]."""
+    keep: Tensor
+    """[L, H, C_q, C_k]."""
 
 
 def main() -> None:
-    """Print one table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print one table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.15, 0.25, 0.4])
     parser.add_argument("--block-m", type=int, default=128)
     parser.add_argument("--block-n", type=int, default=64)
     parser.add_argument("--piece", type=int, default=16)
     parser.add_argument("--processors", type=int, default=132)
     parser.add_argument("--sampled-heads", type=int, default=1)
+    parser.add_argument("--skip-trained", action="store_true")
+    parser.add_argument("--frames-file", type=Path)
+    parser.add_argument("--write", type=Path, help="a Markdown file with the markers of the table")
     args = parser.parse_args()
-    print(
+    machine = Machine(args.block_m, args.block_n, args.piece, args.processors)
+    lines = [
         f"Tiles {args.block_m} x {args.block_n}, pieces of {args.piece} keys, {args.processors} processors, "
-        f"{args.sampled_heads} heads sampled, torch {torch.__version__}.\n"
-    )
-    print("| model | clusters | density | K padding | whole tiles | Q padding | runs | imbalance | lists, MiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name, heads, tokens in MODELS:
+        f"{args.sampled_heads} heads sampled of the large models, torch {torch.__version__}.",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "|" + " --- |" * len(COLUMNS),
+    ]
+    print("\n".join(lines))
+    selections = lognormal_selections(args.densities, args.sampled_heads)
+    if not args.skip_trained:
+        from tiny_wan_selections import captured_layers, select
+
+        layers = captured_layers(args.frames_file)
+        selections += [
+            Selection(f"tiny Wan, trained{how}", layers.heads, layers.dim, *select(layers, clusters))
+            for how, clusters in (("", (64, 256)), (", auto", "auto"))
+        ]
+    for selection in selections:
+        lines.append(row(machine, selection))
+        print(lines[-1], flush=True)
+    if args.write:
+        write_between(args.write, "simulator", "\n".join(lines))
+
+
+def lognormal_selections(densities: list[float], sampled_heads: int) -> list[Selection]:
+    """Return random selections for the large models."""
+    selections = []
+    for name, heads, tokens, dim in MODELS:
         for q_clusters, k_clusters in CLUSTERS:
-            for density in args.densities:
-                cells = row(args, heads, tokens, q_clusters, k_clusters, density)
-                print(f"| {name} | {q_clusters} / {k_clusters} | {cells} |", flush=True)
+            for density in densities:
+                generator = torch.Generator().manual_seed(0)
+                q_sizes, k_sizes = (
+                    lognormal_sizes(generator, 1, sampled_heads, clusters, tokens)
+                    for clusters in (q_clusters, k_clusters)
+                )
+                keep = random_blocks(generator, density, k_sizes, q_clusters)
+                selections.append(Selection(name, heads, dim, q_sizes, k_sizes, keep))
+    return selections
 
 
-def row(args: argparse.Namespace, heads: int, tokens: int, q_clusters: int, k_clusters: int, density: float) -> str:
-    """Return the cells of one line."""
-    generator = torch.Generator().manual_seed(0)
-    q_sizes, k_sizes = (
-        lognormal_sizes(generator, args.sampled_heads, clusters, tokens) for clusters in (q_clusters, k_clusters)
+def row(machine: Machine, selection: Selection) -> str:
+    """Return one line of the table."""
+    q_sizes, k_sizes, keep = selection.q_sizes, selection.k_sizes, selection.keep
+    layers, sampled, q_clusters, k_clusters = keep.shape
+    tokens = int(q_sizes[0, 0].sum())
+    work = work_list_reference(q_sizes, k_sizes, keep, tokens, tokens, machine.block_m, machine.piece)
+    kept = (keep * k_sizes.unsqueeze(2)).sum(-1)  # [L, H, C_q]
+    k_tiles = key_tiles(work.counts, machine.block_n, machine.piece)
+    q_tiles = query_tiles(q_sizes, machine.block_m)
+    k_padding = float((q_tiles * k_tiles).sum() * machine.block_n / (q_tiles * kept).sum())
+    whole_tiles, runs = run_by_run(machine, keep, k_sizes)
+    plain_padding = float((q_tiles * whole_tiles).sum() * machine.block_n / (q_tiles * kept).sum())
+    q_padding = q_tiles.sum() * machine.block_m / q_sizes.sum()
+    balance = max(layer_imbalance(machine, selection.heads, q_tiles[i], k_tiles[i]) for i in range(layers))
+    scale = selection.heads / (layers * sampled)  # to one layer of the model
+    l2 = float((q_tiles * kept).sum()) * 2 * selection.dim * ELEMENT_BYTES * scale
+    waves = [
+        wave_keys(machine, q_tiles[i, h], k_sizes[i, h], keep[i, h]) for i in range(layers) for h in range(sampled)
+    ]
+    hbm = (sum(waves) + layers * sampled * tokens) * 2 * selection.dim * ELEMENT_BYTES * scale
+    piece_slots = max_pieces(tokens, k_clusters, machine.piece)
+    lists = selection.heads * (max_tiles(tokens, q_clusters, machine.block_m) * 12 + q_clusters * (piece_slots * 4 + 8))
+    used = work.counts[..., 1] / piece_slots
+    density = (q_sizes.double() * kept).sum() / (layers * sampled * tokens**2)
+    cells = (
+        selection.name,
+        f"{q_clusters} / {k_clusters}",
+        f"{density:.3f}",
+        judged(k_padding, MAX_K_PADDING),
+        f"{plain_padding:.3f}",
+        f"{q_padding:.3f}",
+        f"{runs:.0f}",
+        judged(balance, MAX_IMBALANCE),
+        f"{l2 / 1e9:.3g}",
+        f"{hbm / 1e9:.3g}",
+        f"{lists / 2**20:.0f}",
+        f"{100 * used.mean():.0f} %",
+        f"{100 * used.max():.0f} %",
     )
-    keep = random_blocks(generator, density, k_sizes, q_clusters)
-    work = work_list_reference(q_sizes, k_sizes, keep, tokens, tokens, args.block_m, args.piece)
-    kept = (keep * k_sizes.unsqueeze(2)).sum(-1)  # [1, H, C_q]
-    full, total = work.counts.unbind(-1)
-    per_tile = args.block_n // args.piece
-    # Full tiles, then tiles of what is left over.
-    key_tiles = full // per_tile + (total - full // per_tile * per_tile + per_tile - 1) // per_tile
-    q_tiles = (q_sizes + args.block_m - 1) // args.block_m
-    issued = (q_tiles * key_tiles).sum() * args.block_n
-    k_padding = issued / (q_tiles * kept).sum()
+    return f"| {' | '.join(cells)} |"
+
+
+def run_by_run(machine: Machine, keep: Tensor, k_sizes: Tensor) -> tuple[Tensor, float]:
+    """Return the tiles of keys, [L, H, C_q], if every run were cut into its own, and the mean number of runs."""
     run_starts = keep & ~torch.nn.functional.pad(keep, (1, 0))[..., :-1]
-    # The plain way, for comparison: every run is cut into tiles of its own.
     run_of_cluster = run_starts.cumsum(-1) * keep
-    run_lengths = torch.zeros((*keep.shape[:3], k_clusters + 1), dtype=torch.int64)
+    run_lengths = torch.zeros((*keep.shape[:3], keep.shape[3] + 1), dtype=torch.int64)
     run_lengths.scatter_add_(-1, run_of_cluster, (keep * k_sizes.unsqueeze(2)).long())
-    whole_tiles = ((run_lengths[..., 1:] + args.block_n - 1) // args.block_n).sum(-1)
-    plain_padding = (q_tiles * whole_tiles).sum() * args.block_n / (q_tiles * kept).sum()
-    q_padding = q_tiles.sum() * args.block_m / q_sizes.sum()
+    tiles = ((run_lengths[..., 1:] + machine.block_n - 1) // machine.block_n).sum(-1)
+    return tiles, float(run_starts.sum(-1).double().mean())
+
+
+def wave_keys(machine: Machine, q_tiles: Tensor, k_sizes: Tensor, keep: Tensor) -> int:
+    """Return the keys of one head that come from outside the cache: once for every wave of tiles that wants them."""
+    cluster_of_tile = torch.arange(len(q_tiles)).repeat_interleave(q_tiles)
+    return sum(int(k_sizes[keep[wave].any(0)].sum()) for wave in cluster_of_tile.split(machine.processors))
+
+
+def layer_imbalance(machine: Machine, heads: int, q_tiles: Tensor, k_tiles: Tensor) -> float:
+    """Return the imbalance of one launch, [H, C_q] of the sampled heads each."""
     jobs = [
         cost
         for h in range(heads)
-        for count, cost in zip(q_tiles[0, h % len(q_tiles[0])].tolist(), key_tiles[0, h % len(q_tiles[0])].tolist())
+        for count, cost in zip(q_tiles[h % len(q_tiles)].tolist(), k_tiles[h % len(q_tiles)].tolist())
         for cost in [cost] * count
     ]
-    lists = heads * (
-        max_tiles(tokens, q_clusters, args.block_m) * 12
-        + q_clusters * (max_pieces(tokens, k_clusters, args.piece) * 4 + 8)
-    )
-    reached = (q_sizes.double() * kept).sum() / (args.sampled_heads * tokens**2)
-    return (
-        f"{reached:.3f} | {k_padding:.3f} | {plain_padding:.3f} | {q_padding:.3f} | "
-        f"{run_starts.sum(-1).double().mean():.0f} | {imbalance(jobs, args.processors):.3f} | {lists / 2**20:.0f}"
-    )
+    return imbalance(jobs, machine.processors)
 
 
 def imbalance(jobs: list[int], processors: int) -> float:
@@ -93,21 +196,9 @@ def imbalance(jobs: list[int], processors: int) -> float:
     return max(busy_until) / (sum(jobs) / processors)
 
 
-def lognormal_sizes(generator: torch.Generator, heads: int, clusters: int, tokens: int) -> Tensor:
-    """Return int32 [1, H, C] sizes that sum to ``tokens``, lognormal with a standard deviation of 0.8 of the mean."""
-    sigma = math.sqrt(math.log(1 + 0.8**2))
-    edges = (torch.randn((1, heads, clusters), generator=generator) * sigma).exp().double().cumsum(-1)
-    edges = (edges / edges[..., -1:] * tokens).round().int()
-    return torch.diff(edges, prepend=torch.zeros_like(edges[..., :1]))
-
-
-def random_blocks(generator: torch.Generator, density: float, k_sizes: Tensor, q_clusters: int) -> Tensor:
-    """Return bool [1, H, C_q, C_k]: per query cluster, random key clusters of about that share of the keys."""
-    shape = (1, k_sizes.shape[1], q_clusters, k_sizes.shape[2])
-    order = torch.rand(shape, generator=generator).argsort(-1)
-    sizes = k_sizes.unsqueeze(2).expand(shape).gather(-1, order)
-    kept = sizes.cumsum(-1) - sizes / 2 < density * sizes.sum(-1, keepdim=True)
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order, kept)
+def judged(value: float, limit: float) -> str:
+    """Return the figure and whether it keeps to its limit."""
+    return f"{value:.3f} {'pass' if value <= limit else 'miss'}"
 
 
 if __name__ == "__main__":

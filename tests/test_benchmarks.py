@@ -137,3 +137,38 @@ def test_verdicts_know_which_way_is_better(module):
         "stretch",
     ]
     assert [goal(3, 2, 1).verdict(value) for value in (3.1, 3, 1.5, 0.5)] == ["below gate", "gate", "target", "stretch"]
+
+
+def test_the_balance_is_that_of_a_queue(module):
+    imbalance = module("planning_simulator").imbalance
+    assert imbalance([1, 1, 1, 1], 2) == 1
+    assert imbalance([1, 1, 2], 2) == 3 / 2
+    assert imbalance([4], 2) == 2
+
+
+def test_a_wave_reads_once_what_any_of_its_tiles_keeps(module):
+    simulator = module("planning_simulator")
+    q_tiles, k_sizes = torch.tensor([2, 0, 1]), torch.tensor([5, 7, 11])
+    keep = torch.tensor([[True, False, False], [True, True, True], [True, False, True]])
+    # Waves of two tiles: the first cluster's, then the last one's; the cluster without a tile reads nothing.
+    assert simulator.wave_keys(simulator.Machine(128, 64, 16, 2), q_tiles, k_sizes, keep) == 5 + 16
+    assert simulator.wave_keys(simulator.Machine(128, 64, 16, 3), q_tiles, k_sizes, keep) == 16
+
+
+def test_keeping_everything_in_whole_tiles_pads_nothing(module):
+    simulator = module("planning_simulator")
+    sizes = torch.full((1, 2, 2), 128, dtype=torch.int32)
+    selection = simulator.Selection("a model", 2, 64, sizes, sizes, torch.ones(1, 2, 2, 2, dtype=torch.bool))
+    cells = [cell.strip() for cell in simulator.row(simulator.Machine(128, 64, 16, 4), selection).split("|")[1:-1]]
+    assert cells[:8] == ["a model", "2 / 2", "1.000", "1.000 pass", "1.000", "1.000", "1", "1.000 pass"]
+    # 2 heads, 2 tiles, 256 keys of 64 numbers of 2 bytes, K and V; from afar K, V, Q and the result once.
+    assert cells[8:10] == [f"{2 * 2 * 256 * 256 / 1e9:.3g}", f"{2 * 2 * 256 * 256 / 1e9:.3g}"]
+
+
+def test_a_table_replaces_the_one_between_its_markers(module, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n")
+    module("marked_table").write_between(page, "x", r"new \1")
+    assert page.read_text() == "a\n<!-- x -->\nnew \\1\n<!-- end of x -->\nb\n"
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        module("marked_table").write_between(page, "y", "")
