@@ -38,8 +38,8 @@ from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
 
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.launch import padded_power_of_two, why_not_triton
-from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
+from svg2_compile.kernels.launch import padded_power_of_two, why_not_gluon, why_not_triton
+from svg2_compile.kernels.tuning import GLUON, AttentionTiles, attention_tiles
 from svg2_compile.kernels.work_list import MAX_KEYS, max_pieces, max_tiles, work_list_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,6 +288,8 @@ def measure_overhead(
 
 def tiles_for(dim: int) -> AttentionTiles:
     """Return the tiles that the attention takes on this GPU for bf16."""
+    if why_not_gluon(torch.device("cuda"), torch.bfloat16, dim=dim, rows=1) is None:
+        return GLUON
     major, minor = torch.cuda.get_device_capability()
     return attention_tiles(10 * major + minor, padded_power_of_two(dim), torch.bfloat16)
 

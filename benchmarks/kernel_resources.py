@@ -19,6 +19,7 @@ import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 import svg2_compile.kernels
 from svg2_compile.kernels.launch import AotVariant
@@ -44,6 +45,8 @@ class Resources:
     shared_limit_bytes: int
     serialized: bool
     """Whether the asynchronous matrix instructions of Hopper wait for each other one by one."""
+    overlapped_loops: int
+    """Loops in which the exponentials of a tile stand between the issue of a product and the wait for it, unspilled."""
 
 
 def main() -> None:
@@ -74,7 +77,8 @@ def main() -> None:
 
 def triton_modules() -> list[str]:
     """Return the names of the modules with kernels."""
-    return sorted(path.stem for path in Path(svg2_compile.kernels.__path__[0]).glob("*_triton.py"))
+    folder = Path(svg2_compile.kernels.__path__[0])
+    return sorted(path.stem for pattern in ("*_triton.py", "*_gluon.py") for path in folder.glob(pattern))
 
 
 def variants_of(module: ModuleType, arch: int) -> list[AotVariant]:
@@ -86,8 +90,9 @@ def variants_of(module: ModuleType, arch: int) -> list[AotVariant]:
 
 def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:
     """Compile one kernel and read its resources from the machine code."""
+    source = GluonASTSource if variant.fn.is_gluon() else ASTSource
     kernel = triton.compile(
-        ASTSource(**variant.source_arguments()),
+        source(**variant.source_arguments()),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
     )
@@ -105,6 +110,7 @@ def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:
         shared_bytes=kernel.metadata.shared,
         shared_limit_bytes=SHARED_LIMITS[arch],
         serialized=is_serialized(code),
+        overlapped_loops=count_overlapped_loops(code),
     )
 
 
@@ -112,6 +118,17 @@ def is_serialized(code: str) -> bool:
     """Return whether nearly every matrix instruction of Hopper is followed by a wait of its own."""
     products = len(re.findall(r"\bHGMMA\b|HGMMA\.", code))
     return products > 0 and len(re.findall(r"WARPGROUP\.DEPBAR", code)) > products / 2
+
+
+def count_overlapped_loops(code: str) -> int:
+    """Return how often two products in flight are followed by a wait, most exponentials of a tile, and a wait again.
+
+    Nothing may be spilled on the way: then the tensor cores work on the values of one tile while the exponentials of
+    the next are computed.
+    """
+    kinds = {"HGMMA": "p", "MUFU.EX2": "e", "WARPGROUP.DEPBAR": "w", "STL": "s", "LDL": "s"}
+    found = re.findall(r"\b(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR|STL|LDL)\b", code)
+    return len(re.findall(r"p{12,}we{40,}w", "".join(kinds[name] for name in found)))
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -14,7 +14,7 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.launch import why_not_triton
+from svg2_compile.kernels.launch import why_not_gluon, why_not_triton
 from svg2_compile.kernels.masked_attention import masked_attention
 from svg2_compile.kernels.permute import (
     empty_token_major,
@@ -130,8 +130,9 @@ def block_sparse_attention_reference(
         ValueError: shapes disagree, H is no multiple of G, or the context arguments are incomplete.
 
     Promises:
-        Deterministic (on the CPU, for a given number of threads), no aliasing. In the CPU op, blocks that are not kept
-        and masked context keys cannot influence the result, not even with NaN.
+        Deterministic (on the CPU, for a given number of threads), no aliasing. In the CPU op and in Triton's, blocks
+        that are not kept and masked context keys cannot influence the result, not even with NaN; on Hopper they must
+        be finite.
     """
     _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
     if q_order is not None:
@@ -275,6 +276,11 @@ def _block_sparse_attention_cuda(
     sizes = {"dim": q.shape[3], "clusters": max(keep.shape[2:]), "keys": k.shape[2]}
     if why_not_triton("block_sparse_attention", q.device, q.dtype, **sizes):
         return block_sparse_attention_reference(*arguments, scale)
+    rows = k.shape[0] * k.shape[1] * k.shape[2]
+    if why_not_gluon(q.device, q.dtype, dim=q.shape[3], rows=rows) is None:
+        from svg2_compile.kernels.block_sparse_attention_gluon import block_sparse_attention_gluon
+
+        return block_sparse_attention_gluon(*arguments, scale)
     from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
 
     return block_sparse_attention_triton(*arguments, scale)

@@ -1,12 +1,12 @@
 """Block-sparse attention for Hopper: warps that load and warps that multiply, over the same work list as in Triton.
 
-One program per tile of 128 queries. A warp walks the pieces of 16 keys and lets the tensor memory accelerator put eight
-of them into one tile of keys, wherever they lie; two groups of four warps each attend from 64 queries. Tensor cores work
-on the values of one tile while the exponentials of the next are computed.
+One program per tile of 128 queries. A warp walks the pieces of 16 keys and lets the tensor memory accelerator put
+eight of them into one tile of keys, wherever they lie; two groups of four warps each attend from 64 queries. Tensor
+cores work on the values of one tile while the exponentials of the next are computed.
 """
 
 # Gluon has no types.
-# mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call, assignment"
 
 import math
 
@@ -23,8 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from svg2_compile.kernels.launch import AotVariant
 from svg2_compile.kernels.permute import empty_token_major
-from svg2_compile.kernels.work_list import LENGTH_BITS, MAX_PIECE
+from svg2_compile.kernels.tuning import GLUON
+from svg2_compile.kernels.work_list import LENGTH_BITS
 from svg2_compile.kernels.work_list_triton import work_list_triton
 
 # Gluon renames as it grows: Triton 3.6 has the second names.
@@ -32,10 +34,6 @@ thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LOG2_E = math.log2(math.e)
 LN_2 = gl.constexpr(math.log(2))
-BLOCK_M = 128
-BLOCK_N = 128
-STAGES = 2
-CONSUMER_WARPS = 4
 CONSUMER_REGISTERS = 232
 PRODUCER_REGISTERS = 40
 
@@ -82,19 +80,15 @@ def _produce(
         phase = (tile // STAGES) & 1
         rows = ()
         for i in gl.static_range(PIECES):
-            rows = rows + (first_key + _key_row(pieces_ptr, tile * PIECES + i, num_pieces, LENGTH_BITS),)
+            rows = rows + (first_key + _key_row(pieces_ptr, tile * PIECES + i, num_pieces, LENGTH_BITS),)  # noqa: RUF005
         mbarrier.wait(bars.index(STAGES + stage), phase ^ 1)
         mbarrier.expect(bars.index(stage), BYTES)
         for i in gl.static_range(PIECES):
-            load_box(
-                k_desc, [rows[i], 0], bars.index(stage), k_smem.index(stage).slice(i * PIECE, PIECE)
-            )
+            load_box(k_desc, [rows[i], 0], bars.index(stage), k_smem.index(stage).slice(i * PIECE, PIECE))
         mbarrier.wait(bars.index(3 * STAGES + stage), phase ^ 1)
         mbarrier.expect(bars.index(2 * STAGES + stage), BYTES)
         for i in gl.static_range(PIECES):
-            load_box(
-                v_desc, [rows[i], 0], bars.index(2 * STAGES + stage), v_smem.index(stage).slice(i * PIECE, PIECE)
-            )
+            load_box(v_desc, [rows[i], 0], bars.index(2 * STAGES + stage), v_smem.index(stage).slice(i * PIECE, PIECE))
     for tile in range(piece_tiles, tiles):
         stage = tile % STAGES
         phase = (tile // STAGES) & 1
@@ -259,7 +253,7 @@ def _consume(
         )
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(bars.index(STAGES), count=1)
-        weights, decay, row_max, row_sum = _softmax(scores, valid, scale_log2, row_max, row_sum, True)
+        weights, _, row_max, row_sum = _softmax(scores, valid, scale_log2, row_max, row_sum, True)
         weights = gl.convert_layout(weights.to(v_smem.dtype), operand_layout)
         mbarrier.wait(bars.index(2 * STAGES), 0)
         for tile in range(1, full_tiles):
@@ -543,7 +537,7 @@ def block_sparse_attention_gluon(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    work = work_list_triton(q_sizes, k_sizes, keep, tokens, k_tokens, BLOCK_M, MAX_PIECE)
+    work = work_list_triton(q_sizes, k_sizes, keep, tokens, k_tokens, GLUON.block_m, GLUON.piece)
     keys, values = _rows(k), _rows(v)
     # Without a context its arguments are never read.
     context = 0 if context_k is None else context_k.shape[2]
@@ -576,7 +570,7 @@ def block_sparse_attention_gluon(
             keep.shape[2],
             work.tiles.shape[2],
             work.pieces.shape[3],
-            num_warps=CONSUMER_WARPS,
+            num_warps=GLUON.num_warps,
             **_constexprs(dim),
         )
     return out, lse
@@ -586,7 +580,7 @@ def _rows(x: Tensor) -> TensorDescriptor:
     """Return [B, G, N, D] as rows of all heads, to be loaded piece by piece."""
     rows = x.contiguous().view(-1, x.shape[3])
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    block = [MAX_PIECE, x.shape[3]]
+    block = [GLUON.piece, x.shape[3]]
     return TensorDescriptor.from_tensor(rows, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
@@ -594,11 +588,43 @@ def _constexprs(dim: int) -> dict[str, int]:
     """Return the compile-time arguments."""
     return {
         "DIM": dim,
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_N": BLOCK_N,
-        "PIECE": MAX_PIECE,
-        "STAGES": STAGES,
+        "BLOCK_M": GLUON.block_m,
+        "BLOCK_N": GLUON.block_n,
+        "PIECE": GLUON.piece,
+        "STAGES": GLUON.num_stages,
         "LENGTH_BITS": LENGTH_BITS,
         "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
     }
+
+
+def aot_variants(capability: int) -> list[AotVariant]:
+    """Return the kernel as launched on Hopper, with everything in it and with the least; nothing elsewhere."""
+    if capability != 90:
+        return []
+    variants = []
+    for dtype, name in ((gl.bfloat16, "bf16"), (gl.float16, "fp16")):
+        for dim, has_context_mask in ((64, True), (64, False), (128, True), (128, False)):
+            layout = gl.NVMMASharedLayout.get_default_for([GLUON.piece, dim], dtype)
+            constexprs: dict[str, object] = {**_constexprs(dim)}
+            if not has_context_mask:
+                constexprs["context_mask_ptr"] = None
+            types = dict.fromkeys(_attention_kernel.arg_names, "i32") | {"scale_log2": "fp32", "lse_ptr": "*fp32"}
+            types |= dict.fromkeys(("order_ptr", "tiles_ptr", "pieces_ptr", "counts_ptr"), "*i32")
+            types |= {"q_ptr": f"*{name}", "out_ptr": f"*{name}", "context_mask_ptr": "*u8"}
+            descriptors = ("k_desc", "v_desc", "context_k_desc", "context_v_desc")
+            types |= dict.fromkeys(descriptors, f"tensordesc<{name}[{GLUON.piece}, {dim}],{layout!r}>")
+            signature = {argument: type_ for argument, type_ in types.items() if argument not in constexprs}
+            aligned = (x for x in signature if x.endswith(("_ptr", "_b", "_h", "_n")) and "mask" not in x)
+            variants.append(
+                AotVariant(
+                    name=f"attention_{name}_{dim}{'_context_mask' if has_context_mask else ''}",
+                    fn=_attention_kernel,
+                    signature=signature,
+                    constexprs=constexprs,
+                    num_warps=GLUON.num_warps,
+                    num_stages=GLUON.num_stages,
+                    divisible_by_16=tuple(aligned),
+                )
+            )
+    return variants

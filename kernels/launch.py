@@ -1,5 +1,6 @@
 """What the Triton launchers share. Imports without Triton."""
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,6 +98,38 @@ def why_not_triton(
     if capability < MIN_CAPABILITY:
         least, got = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
         return f"compute capability {least} or newer is needed, the GPU has {got}"
+    return None
+
+
+# What the Gluon attention is written for: warp-group products and the tensor memory accelerator as Hopper has them.
+GLUON_CAPABILITY = (9, 0)
+GLUON_DTYPES = (torch.float16, torch.bfloat16)
+GLUON_DIMS = (64, 128)
+
+
+def why_not_gluon(device: torch.device, dtype: torch.dtype, *, dim: int, rows: int) -> str | None:
+    """Return why the Gluon attention cannot take such tensors where Triton's can, or None where it can.
+
+    ``rows`` are the keys of all heads and batch elements together.
+    """
+    if dtype not in GLUON_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no Gluon kernel"
+    if dim not in GLUON_DIMS:
+        return f"head dimension: 64 or 128, got {dim}"
+    if not 0 < rows < 2**31:
+        return f"keys of all heads: 1 to 2^31 - 1, got {rows:,}"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != GLUON_CAPABILITY:
+        return "made for compute capability 9.0"
+    return _why_no_gluon_module()
+
+
+@cache
+def _why_no_gluon_module() -> str | None:
+    """Return what this version of Triton lacks; Gluon is experimental and changes."""
+    try:
+        importlib.import_module("svg2_compile.kernels.block_sparse_attention_gluon")
+    except (ImportError, AttributeError) as error:
+        return f"this Triton has another Gluon: {error}"
     return None
 
 

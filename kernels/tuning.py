@@ -36,6 +36,9 @@ TUNED: dict[tuple[int, int], AttentionTiles] = {
     (100, 128): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
 }
 
+# Of the Gluon attention: warps of one group of 64 queries, and tiles of keys in flight.
+GLUON = AttentionTiles(block_m=128, block_n=128, piece=16, num_warps=4, num_stages=2)
+
 
 def attention_tiles(capability: int, block_d: int, dtype: torch.dtype) -> AttentionTiles:
     """Return the tile sizes for a compute capability such as 90, a padded head dimension and a dtype."""

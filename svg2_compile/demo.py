@@ -87,8 +87,8 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     with _Progress(console, video.steps) as progress, fastest_attention(device):
         noise_floor = progress.generate("dense, eager", pipeline, video)
 
-        dense_model = torch.compile(eager, fullgraph=True)
-        sparse_model = torch.compile(eager, backend="svg2", options=settings.options, fullgraph=True)
+        dense_model: Any = torch.compile(eager, fullgraph=True)
+        sparse_model: Any = torch.compile(eager, backend="svg2", options=settings.options, fullgraph=True)
         pipeline.transformer = dense_model
         dense_compile = progress.call("compiling dense", lambda: warm_up(pipeline, video))
         pipeline.transformer = sparse_model

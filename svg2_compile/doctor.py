@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svg2_compile.environment import describe_environment
-from svg2_compile.kernels.launch import MIN_CAPABILITY, TRITON_LIMITS, why_not_triton
+from svg2_compile.kernels.launch import MIN_CAPABILITY, TRITON_LIMITS, why_not_gluon, why_not_triton
 
 # Text rows attend densely, with PyTorch's fused attention on any device.
 FUSED_OPS = {"context_attention": "sdpa"}
@@ -39,9 +39,11 @@ class Choice:
 
     op: str
     implementation: str
-    """``triton``, ``cpu``, ``sdpa``, or ``reference``, the plain PyTorch that runs where nothing faster fits."""
+    """``gluon``, ``triton``, ``cpu``, ``sdpa``, or ``reference``, plain PyTorch for where nothing faster fits."""
     why_not_triton: str | None
-    """None where Triton runs, and where there is no Triton kernel to miss."""
+    """None where Triton or Gluon runs, and where there is no Triton kernel to miss."""
+    why_not_gluon: str | None = None
+    """None where Gluon runs, where Triton does not either, and where there is no Gluon kernel to miss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,10 @@ def _choose(op: str, workload: Workload) -> Choice:
         op, workload.device, dtype, dim=workload.dim, clusters=workload.clusters, keys=workload.tokens
     )
     fallback = "reference" if workload.device.type == "cuda" else "cpu"
-    return Choice(op, fallback if reason else "triton", reason)
+    if reason or op != "block_sparse_attention":
+        return Choice(op, fallback if reason else "triton", reason)
+    no_gluon = why_not_gluon(workload.device, dtype, dim=workload.dim, rows=workload.tokens)
+    return Choice(op, "triton" if no_gluon else "gluon", None, no_gluon)
 
 
 def _dtype_seen_by(op: str, dtype: torch.dtype) -> torch.dtype:
@@ -128,9 +133,9 @@ def _warnings(workload: Workload, choices: list[Choice]) -> list[str]:
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     """Print the two tables and the warnings."""
-    ops = Table("op", "runs", "why not triton", title="Implementations")
+    ops = Table("op", "runs", "why not triton", "why not gluon", title="Implementations")
     for choice in diagnosis.choices:
-        ops.add_row(choice.op, choice.implementation, choice.why_not_triton or "–")
+        ops.add_row(choice.op, choice.implementation, choice.why_not_triton or "–", choice.why_not_gluon or "–")
     environment = Table("what", "is", title="Environment")
     for name, value in diagnosis.environment.items():
         environment.add_row(name, value)

@@ -22,6 +22,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(launch, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(launch, "_why_no_gluon_module", lambda: None)
     monkeypatch.setattr(doctor, "_driver", lambda: "1.2")
 
 
@@ -36,9 +37,10 @@ def test_nothing_is_triton_on_a_cpu():
     assert found["kmeans_"].why_not_triton == "no kernel for the cpu"
 
 
-def test_everything_is_triton_on_hopper(hopper):
+def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
     found = choices()
     assert found.pop("context_attention").implementation == "sdpa"
+    assert found.pop("block_sparse_attention").implementation == "gluon"
     assert {choice.implementation for choice in found.values()} == {"triton"}
 
 
@@ -61,6 +63,25 @@ def test_the_limits_are_named_op_by_op(hopper, changes, slow):
     assert all(found[op].why_not_triton for op in slow)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dim": 80}, "head dimension: 64 or 128, got 80"),
+        ({"dtype": torch.float32}, "float32 has no Gluon kernel"),
+    ],
+)
+def test_what_gluon_cannot_take_is_triton_with_a_reason(hopper, changes, reason):
+    choice = choices(**changes)["block_sparse_attention"]
+    assert (choice.implementation, choice.why_not_gluon) == ("triton", reason)
+
+
+def test_other_gpus_and_other_versions_of_gluon_get_triton(hopper, monkeypatch):
+    monkeypatch.setattr(launch, "_why_no_gluon_module", lambda: "this Triton has another Gluon")
+    assert choices()["block_sparse_attention"].why_not_gluon == "this Triton has another Gluon"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert choices()["block_sparse_attention"].why_not_gluon == "made for compute capability 9.0"
+
+
 def test_an_old_gpu_and_a_missing_triton_are_named(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0" in choices()["sort_labels"].why_not_triton
@@ -73,6 +94,7 @@ def test_dispatch_asks_the_same_predicate(monkeypatch):
 
     for module in (block_sparse_attention, kmeans, permute, select_blocks, sort_labels):
         assert module.why_not_triton is doctor.why_not_triton
+    assert block_sparse_attention.why_not_gluon is doctor.why_not_gluon
 
 
 def test_the_command_prints_ops_versions_and_warnings():

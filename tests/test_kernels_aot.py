@@ -40,6 +40,24 @@ def test_attention_spills_nothing_on_ampere_and_hopper(tmp_path):
     assert {kernel["stack_bytes"] for kernel in kernels} == {0}
 
 
+def test_the_hopper_attention_computes_exponentials_while_tensor_cores_work(tmp_path):
+    chosen = () if EVERYTHING else ("--match", "^attention_bf16_(64|128_context_mask)$")
+    kernels = resources(tmp_path / "kernels.json", "--modules", "block_sparse_attention_gluon", "--arch", "90", *chosen)
+    assert_fits(kernels)
+    # The loop over full tiles, once for either group of warps; the loop over masked tiles may spill.
+    assert {kernel["kernel"]: kernel["overlapped_loops"] >= 2 for kernel in kernels} == {
+        kernel["kernel"]: True for kernel in kernels
+    }
+    if triton_version() < (3, 7):
+        assert {kernel["stack_bytes"] for kernel in kernels} == {0}
+
+
+def triton_version():
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 def test_work_lists_spill_nothing_on_ampere_and_hopper(tmp_path):
     kernels = resources(tmp_path / "kernels.json", "--modules", "work_list_triton", "--arch", "80", "90")
     assert_fits(kernels)

@@ -10,6 +10,9 @@ from svg2_compile.kernels import kmeans
 from svg2_compile.kernels.kmeans import initial_tokens, kmeans_reference, nearest_neighbour_chain
 
 PROPERTY = settings(max_examples=30, deadline=None)
+both_implementations = pytest.mark.parametrize(
+    "kmeans_", [torch.ops.svg2.kmeans_, kmeans_reference], ids=["op", "reference"]
+)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -18,10 +21,10 @@ def fresh_state(x, clusters):
     return torch.zeros(batch, heads, clusters, dim), torch.zeros(1, dtype=torch.int32)
 
 
-def cluster(x, clusters, iterations, seed=0):
+def cluster(x, clusters, iterations, seed=0, kmeans_=torch.ops.svg2.kmeans_):
     """Return labels and centroids of a first call."""
     centroids, calls = fresh_state(x, clusters)
-    return torch.ops.svg2.kmeans_(x, centroids, calls, iterations, 1, seed), centroids
+    return kmeans_(x, centroids, calls, iterations, 1, seed), centroids
 
 
 def start(x, clusters, seed=0):
@@ -30,10 +33,10 @@ def start(x, clusters, seed=0):
     return x.gather(2, starts.unsqueeze(-1).expand(x.shape[0], -1, -1, x.shape[3])).float()
 
 
-def continued(x, centroids, iterations):
+def continued(x, centroids, iterations, kmeans_=torch.ops.svg2.kmeans_):
     """Return labels and centroids of a later call, which starts from ``centroids`` and orders nothing."""
     centroids = centroids.clone()
-    return torch.ops.svg2.kmeans_(x, centroids, torch.ones(1, dtype=torch.int32), 1, iterations, 0), centroids
+    return kmeans_(x, centroids, torch.ones(1, dtype=torch.int32), 1, iterations, 0), centroids
 
 
 def partition(labels):
@@ -61,13 +64,14 @@ def token_cases(draw, dtypes=DTYPES):
     return (x.contiguous() if draw(st.booleans()) else x), clusters
 
 
+@both_implementations
 @PROPERTY
 @given(token_cases(), st.integers(1, 4))
-def test_labels_are_the_nearest_centroids(case, iterations):
+def test_labels_are_the_nearest_centroids(kmeans_, case, iterations):
     x, clusters = case
     # Labels of iteration n + 1 are judged against the centroids they were taken from, those of iteration n.
     _, before = cluster(x, clusters, iterations)
-    labels, _ = continued(x, before, 1)
+    labels, _ = continued(x, before, 1, kmeans_)
     scores = x.double() @ before.double().mT - before.double().square().sum(-1).unsqueeze(-2) / 2
     lost = scores.amax(-1) - scores.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
     # fp32 rounds each of the D products and sums of a score; only a tie within that may fall either way.
@@ -76,11 +80,12 @@ def test_labels_are_the_nearest_centroids(case, iterations):
     assert (lost <= 2 * x.shape[-1] * torch.finfo(torch.float32).eps * size).all()
 
 
+@both_implementations
 @PROPERTY
 @given(token_cases(), st.integers(1, 4))
-def test_centroids_are_the_means_of_the_returned_labels(case, iterations):
+def test_centroids_are_the_means_of_the_returned_labels(kmeans_, case, iterations):
     x, clusters = case
-    labels, centroids = cluster(x, clusters, iterations)
+    labels, centroids = cluster(x, clusters, iterations, kmeans_=kmeans_)
     members = torch.nn.functional.one_hot(labels.long(), clusters).double()  # [B, H, N, C]
     sizes = members.sum(-2).unsqueeze(-1)
     means = members.mT @ x.double() / sizes.clamp(min=1)
@@ -208,17 +213,20 @@ def test_heads_and_batch_elements_do_not_influence_each_other(case):
     assert torch.equal(centroids[-1:, :1], alone_centroids)
 
 
-def test_tiles_do_not_change_the_labels(monkeypatch):
+@both_implementations
+def test_tiles_do_not_change_the_labels(kmeans_, monkeypatch):
     x = torch.randn(1, 2, 1000, 16)
-    labels, _ = cluster(x, 7, 1)
-    monkeypatch.setattr(kmeans, "MAX_TILE_SCORES", 7 * 64)
-    assert torch.equal(cluster(x, 7, 1)[0], labels)
+    labels, _ = cluster(x, 7, 1, kmeans_=kmeans_)
+    for name in ("MAX_TILE_SCORES", "CACHED_SCORES"):
+        monkeypatch.setattr(kmeans, name, 7 * 64)
+    assert torch.equal(cluster(x, 7, 1, kmeans_=kmeans_)[0], labels)
 
 
-def test_ties_go_to_the_lowest_label_and_empty_clusters_keep_their_centroid():
+@both_implementations
+def test_ties_go_to_the_lowest_label_and_empty_clusters_keep_their_centroid(kmeans_):
     x = torch.ones(1, 1, 15, 4)
     centroids, calls = torch.full((1, 1, 3, 4), 2.0), torch.ones(1, dtype=torch.int32)
-    labels = torch.ops.svg2.kmeans_(x, centroids, calls, 1, 1, 0)
+    labels = kmeans_(x, centroids, calls, 1, 1, 0)
     assert (labels == 0).all()
     assert centroids[0, 0, :, 0].tolist() == [1.0, 2.0, 2.0]
 

@@ -1,0 +1,129 @@
+"""Block-sparse attention in Gluon: on a Hopper GPU, as exact as the reference."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from svg2_compile.kernels.launch import GLUON_DTYPES, why_not_gluon
+
+REASON = why_not_gluon(torch.device("cuda"), torch.bfloat16, dim=128, rows=1) if torch.cuda.is_available() else "no GPU"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"not run by Gluon: {REASON}")]
+
+
+def module_beside(name):
+    """Return another test module: its cases are tested here, too."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+op_tests = module_beside("test_kernels_block_sparse_attention")
+
+
+def attend(case):
+    from svg2_compile.kernels.block_sparse_attention_gluon import block_sparse_attention_gluon
+
+    values = (x.cuda() if isinstance(x, torch.Tensor) else x for x in case.arguments())
+    return tuple(x.cpu() for x in block_sparse_attention_gluon(*values))
+
+
+def assert_kernel_is_accurate(case):
+    op_tests.assert_as_accurate(attend(case), case.low_precision(), case.exact(), case.largest_score())
+
+
+def random_case(**changes):
+    defaults = {"batch": 1, "groups": 1, "repeats": 2, "dim": 64, "q_clusters": 3, "context": 0}
+    return op_tests.random_case(**(defaults | {"dtype": torch.bfloat16} | changes))
+
+
+@pytest.mark.parametrize("dtype", GLUON_DTYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("tokens", [1, 15, 63, 64, 65, 127, 128, 129])
+def test_any_number_of_tokens(tokens, dim, dtype):
+    assert_kernel_is_accurate(random_case(tokens=tokens, k_tokens=tokens, dim=dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", GLUON_DTYPES)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.1])
+def test_thousands_of_tokens_in_any_layout_and_order(density, shuffled, strided, dim, dtype):
+    sizes = {"tokens": 1000, "k_tokens": 2000, "q_clusters": 7, "k_clusters": 61, "context": 300}
+    assert_kernel_is_accurate(
+        random_case(**sizes, density=density, dim=dim, strided=strided, shuffled=shuffled, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("q_kind", ["half empty", "giant", "singletons"])
+@pytest.mark.parametrize("k_kind", ["half empty", "giant", "singletons"])
+def test_clusters_of_any_size(q_kind, k_kind):
+    assert_kernel_is_accurate(random_case(q_kind=q_kind, k_kind=k_kind, k_clusters=33, tokens=200, k_tokens=200))
+
+
+@pytest.mark.parametrize("context_mask", [False, True])
+@pytest.mark.parametrize("context", [1, 15, 128, 129])
+@pytest.mark.parametrize("density", [0.0, 0.5])
+def test_context_keys_are_attended_to_where_the_mask_admits(context, context_mask, density):
+    assert_kernel_is_accurate(random_case(batch=2, context=context, context_mask=context_mask, density=density))
+
+
+@pytest.mark.parametrize(("batch", "groups", "repeats"), [(1, 1, 1), (2, 1, 3), (2, 3, 1), (2, 2, 2)])
+def test_any_batch_and_queries_sharing_key_heads(batch, groups, repeats):
+    assert_kernel_is_accurate(random_case(batch=batch, groups=groups, repeats=repeats, context=15, shuffled=True))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1.0])
+def test_any_scale(scale):
+    assert_kernel_is_accurate(random_case(context=15).replace(scale=scale))
+
+
+def test_a_row_that_attends_to_nothing_is_zero_with_lse_minus_infinity():
+    out, lse = attend(random_case(density=-1.0))
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("dropped_cluster", [0, 3, 6])
+def test_dropped_keys_of_any_finite_value_cannot_influence_the_output(dropped_cluster):
+    case = random_case(context=15)
+    case.keep[..., dropped_cluster] = False
+    cluster_of_key = torch.arange(case.k_sizes.shape[-1]).repeat_interleave(case.k_sizes[0, 0].long())
+    unseen = (cluster_of_key == dropped_cluster)[:, None]
+    changed = case.replace(k=case.k.masked_fill(unseen, 1000.0), v=case.v.masked_fill(unseen, -1e30))
+    for got, expected in zip(attend(changed), attend(case), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_every_element_of_the_output_is_written(monkeypatch, shuffled):
+    empty = torch.empty
+
+    def poisoned_empty(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(math.nan if tensor.is_floating_point() else 2**31 - 1)
+
+    case = random_case(density=0.5, q_kind="half empty", shuffled=shuffled)
+    expected = attend(case)
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    for got, wanted in zip(attend(case), expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_same_input_gives_the_same_bits():
+    case = random_case(tokens=1000, k_tokens=2000, k_clusters=61, context=15)
+    first = attend(case)
+    for _ in range(5):
+        assert all(torch.equal(got, expected) for got, expected in zip(attend(case), first, strict=True))
+
+
+def test_the_op_takes_it():
+    case = random_case(tokens=300, k_tokens=300, shuffled=True)
+    values = tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in case.arguments())
+    got = torch.ops.svg2.block_sparse_attention(*values)
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(got, attend(case), strict=True))
