@@ -6,7 +6,8 @@ cores work on the values of one tile while the exponentials of the next are comp
 """
 
 # Gluon has no types.
-# mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call, assignment"
+# mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="assignment"
 
 import math
 

@@ -57,7 +57,6 @@ def start_kernel(
     stride_x_b,
     stride_x_h,
     stride_x_n,
-    stride_x_d,
     heads,
     batch_heads,
     tokens,
@@ -95,7 +94,7 @@ def start_kernel(
         draw = mix32(mix32(seed) + cluster.to(tl.uint32))
         token = first + tl.umulhi(draw, length).to(tl.int64)
         x_rows = x_ptr + batch * stride_x_b + head * stride_x_h + token * stride_x_n
-        x_pointers = x_rows[:, None] + (offs_d * stride_x_d)[None, :]
+        x_pointers = x_rows[:, None] + offs_d[None, :]
         rows = tl.load(x_pointers, mask=is_started, other=0.0).to(tl.float32)
 
         pointers = centroids_ptr + (batch_head * clusters + cluster)[:, None] * DIM + offs_d[None, :]
@@ -184,7 +183,6 @@ def assign_kernel(
     stride_x_b,
     stride_x_h,
     stride_x_n,
-    stride_x_d,
     heads,
     batch_heads,
     tokens,
@@ -208,7 +206,7 @@ def assign_kernel(
         offs_n = (tile_index % tiles_per_head) * BLOCK_N + in_tile
         is_token = offs_n < tokens
         x_rows = x_ptr + batch * stride_x_b + head * stride_x_h + offs_n * stride_x_n
-        x_pointers = x_rows[:, None] + (offs_d * stride_x_d)[None, :]
+        x_pointers = x_rows[:, None] + offs_d[None, :]
         x = tl.load(x_pointers, mask=is_token[:, None] & (offs_d < DIM)[None, :], other=0.0)
 
         # A running maximum for every column of the tile, so that columns are compared only once, at the end.
@@ -239,7 +237,6 @@ def sum_kernel(
     stride_x_b,
     stride_x_h,
     stride_x_n,
-    stride_x_d,
     heads,
     batch_heads,
     tokens,
@@ -268,7 +265,7 @@ def sum_kernel(
         token = tl.load(order_ptr + batch_head * tokens + position, mask=is_token, other=0).to(tl.int64)
         label = tl.load(labels_ptr + batch_head * tokens + token, mask=is_token, other=-1)
         x_rows = x_ptr + batch * stride_x_b + head * stride_x_h + token * stride_x_n
-        x_pointers = x_rows[:, None] + (offs_d * stride_x_d)[None, :]
+        x_pointers = x_rows[:, None] + offs_d[None, :]
         rows = tl.load(x_pointers, mask=is_token[:, None] & is_dim[None, :], other=0.0).to(tl.float32)
         last = tl.max(label, 0)
         lowest = tl.min(tl.where(is_token, label, last), 0)
@@ -342,7 +339,7 @@ def assign_tile(dtype: torch.dtype, block_d: int) -> AssignTile:
         return AssignTile(32, 32, 4, 1)
     if block_d > 128:
         return AssignTile(64, 64, 4, 2)
-    return AssignTile(128, 64, 8, 2)
+    return AssignTile(128, 32, 4, 3)
 
 
 def order_warps(block_c: int) -> int:
@@ -355,7 +352,10 @@ def kmeans_triton(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, 
 
     For fp16 and bf16 tokens the assignment rounds the centroids to the dtype of the tokens, products and norms alike:
     a label is the exact nearest of the rounded centroids. The means, kept in fp32, are those of the returned labels.
+    Rows whose elements are not neighbours are copied.
     """
+    # Strided rows would be added up in another order, which shows in the last bits of the means.
+    x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, tokens, dim = x.shape
     clusters = centroids.shape[2]
     batch_heads = batch * heads
@@ -373,7 +373,7 @@ def kmeans_triton(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, 
     sums = means.new_empty((batch, heads, slots, dim))
     needed = torch.empty_like(calls)
 
-    strides = x.stride()
+    strides = x.stride()[:3]
     start_grid = persistent_grid(x.device, batch_heads * cdiv(padded_clusters, START_CLUSTERS), PROGRAMS_PER_PROCESSOR)
     assign_grid = persistent_grid(x.device, batch_heads * cdiv(tokens, tile.block_n), PROGRAMS_PER_PROCESSOR)
     sum_grid = persistent_grid(x.device, batch_heads * cdiv(tokens, sum_rows), PROGRAMS_PER_PROCESSOR)
@@ -494,21 +494,19 @@ def aot_variants() -> list[AotVariant]:
     strides = ["stride_x_b", "stride_x_h", "stride_x_n"]
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     variants = []
-    for dtype, dim, strided in (
-        (torch.bfloat16, 128, False),
-        (torch.bfloat16, 64, False),
-        (torch.float16, 80, False),
-        (torch.bfloat16, 256, False),
-        (torch.float32, 64, True),
-        (torch.float32, 128, False),
+    for dtype, dim in (
+        (torch.bfloat16, 128),
+        (torch.bfloat16, 64),
+        (torch.float16, 80),
+        (torch.bfloat16, 256),
+        (torch.float32, 64),
+        (torch.float32, 128),
     ):
         block_d = padded_power_of_two(dim)
         tile = assign_tile(dtype, block_d)
         sum_rows = SUM_BYTES // (block_d * dtype.itemsize)
-        stride_d: dict[str, str] = {"stride_x_d": "i32"} if strided else {}
-        one: dict[str, object] = {} if strided else {"stride_x_d": 1}
         x_type = f"*{names[dtype]}"
-        x_strides = dict.fromkeys(strides, "i32") | stride_d
+        x_strides = dict.fromkeys(strides, "i32")
         centroid_types = {"centroids_ptr": "*fp32", "operand_ptr": x_type, "half_norms_ptr": "*fp32"}
         x_sizes = dict.fromkeys(("heads", "batch_heads", "tokens"), "i32")
         shape: dict[str, object] = {"DIM": dim, "BLOCK_D": block_d}
@@ -541,9 +539,9 @@ def aot_variants() -> list[AotVariant]:
         } | dict.fromkeys(("batch_heads", "clusters", "padded_clusters", "slots", "iteration"), "i32")
         assign_shape = shape | {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c}
         for fn, signature, constexprs, warps, stages in (
-            (start_kernel, start, shape | {"BLOCK_C": START_CLUSTERS} | one, MEAN_WARPS, 3),
-            (assign_kernel, assign, assign_shape | one, tile.num_warps, tile.num_stages),
-            (sum_kernel, add, blocks | one, SUM_WARPS, 1),
+            (start_kernel, start, shape | {"BLOCK_C": START_CLUSTERS}, MEAN_WARPS, 3),
+            (assign_kernel, assign, assign_shape, tile.num_warps, tile.num_stages),
+            (sum_kernel, add, blocks, SUM_WARPS, 1),
             (mean_kernel, mean, blocks | {"BLOCK_S": SLOT_ELEMENTS // block_d}, MEAN_WARPS, 1),
         ):
             aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name in strides)
