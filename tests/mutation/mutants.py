@@ -615,7 +615,7 @@ MUTANTS = (
     Mutant(
         "counters kept over generations",
         "svg2_compile/state.py",
-        "tensors[name].zero_()",
+        "self.tensors[name].zero_()",
         "pass",
         API,
     ),
