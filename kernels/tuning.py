@@ -32,6 +32,7 @@ SAFE_FP32 = AttentionTiles(block_m=32, block_n=32, piece=16, num_warps=4, num_st
 
 # By compute capability and padded head dimension, for 16-bit types.
 TUNED: dict[tuple[int, int], AttentionTiles] = {
+    (120, 64): AttentionTiles(block_m=64, block_n=64, piece=16, num_warps=8, num_stages=3),
     (90, 128): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
     (100, 128): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
 }
