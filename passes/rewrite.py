@@ -6,9 +6,9 @@ becomes, for a sequence of video rows only,
 
     q_labels = kmeans_(q, q_centroids, q_calls);         k_labels = kmeans_(k, k_centroids, k_calls)
     q_order, q_sizes = sort_labels(q_labels);            k_order, k_sizes = sort_labels(k_labels)
-    keep = select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, statistics)
+    runs, counts = select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, statistics)
     o, _ = block_sparse_attention(permute_tokens(q, q_order), permute_tokens(k, k_order), permute_tokens(v, k_order),
-                                  q_sizes, k_sizes, keep)
+                                  q_sizes, runs, counts)
     o = unpermute_tokens(o, q_order)
 
 With context rows, q, k and v are cut first; the context keys go to ``block_sparse_attention``, which always keeps them,
@@ -117,7 +117,7 @@ class _SiteRewriter:
     def video_attention(self, q: Any, k: Any, v: Any, context_k: Any, context_v: Any, context_mask: Any) -> Any:
         q_order, q_sizes = self.cluster(q, "q", self.site.q_clusters)
         k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters)
-        keep = self.emit(
+        selection = self.emit(
             torch.ops.svg2.select_blocks.default,
             self.state["q_centroids"],
             self.state["k_centroids"],
@@ -135,8 +135,8 @@ class _SiteRewriter:
             self.emit(permute, k, k_order),
             self.emit(permute, v, k_order),
             q_sizes,
-            k_sizes,
-            keep,
+            self.emit(operator.getitem, selection, 0),
+            self.emit(operator.getitem, selection, 1),
             context_k,
             context_v,
             context_mask,
