@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from marked_table import write_between
 
 from svg2_compile.kernels.launch import padded_power_of_two
+from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.kernels.tuning import attention_tiles
 
 # name, heads, tokens, head dimension
@@ -119,7 +120,7 @@ def measure(heads: int, tokens: int, dim: int, q_clusters: int, k_clusters: int)
     q, k, v = (torch.empty((1, tokens, heads, dim), dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in "qkv")
     centroids = [torch.empty((1, heads, count, dim), device="meta") for count in (q_clusters, k_clusters)]
     calls = [torch.empty(1, dtype=torch.int32, device="meta") for _ in "qk"]
-    statistics = torch.empty((1, heads, 4), device="meta")
+    statistics = torch.empty((1, heads, q_clusters, len(STATISTICS)), device="meta")
     workspace: dict[str, int] = {}
 
     def run(name: str, launcher: Callable[..., Any], *args: Any) -> Any:
@@ -138,16 +139,16 @@ def measure(heads: int, tokens: int, dim: int, q_clusters: int, k_clusters: int)
         keys, values = (run("permute", permute_tokens_triton, x, k_order) for x in (k, v))
         del k_order
         sizes = (q_sizes, k_sizes)
-        keep = run("select", select_blocks_triton, *centroids, *sizes, dim**-0.5, 0.9, 0.1, statistics)
+        runs, counts = run("select", select_blocks_triton, *centroids, *sizes, dim**-0.5, 0.9, 0.1, statistics)
         tiles = attention_tiles(90, padded_power_of_two(dim), q.dtype)
-        attend = (q, keys, values, *sizes, keep, None, None, None, q_order, dim**-0.5, tiles)
-        out, _ = run("attention with work list", block_sparse_attention_triton, *attend)
+        attend = (q, keys, values, q_sizes, runs, counts, None, None, None, q_order, dim**-0.5, tiles)
+        out, _ = run("attention", block_sparse_attention_triton, *attend)
         return LayerMemory(workspace, bytes_of(keys, values), ledger.peak - bytes_of(out))
 
 
 def table() -> str:
     """Return the table, in Markdown."""
-    columns = ("k-means", "sort", "permute", "select", "attention with work list")
+    columns = ("k-means", "sort", "permute", "select", "attention")
     lines = [
         f"torch {torch.__version__}; MB.",
         "",

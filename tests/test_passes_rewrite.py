@@ -324,9 +324,12 @@ def test_queries_and_keys_go_in_their_own_order(name):
             assert clustered(q_order) is q
             assert clustered(k.args[1]) is k.args[0]
             assert v.args[1] is k.args[1]
-            q_sizes, k_sizes = node.args[3:5]
+            q_sizes, runs, counts = node.args[3:6]
             assert (q_sizes.args[0], q_sizes.args[1]) == (q_order.args[0], 1)
-            assert (k_sizes.args[0], k_sizes.args[1]) == (k.args[1].args[0], 1)
+            selection = runs.args[0]
+            assert (runs.args[1], counts.args) == (0, (selection, 1))
+            assert selection.args[2] is q_sizes
+            assert selection.args[3].args == (k.args[1].args[0], 1)
 
 
 @every_case
