@@ -8,6 +8,7 @@ REFERENCE_AND_CPU = ("tests/test_kernels_block_sparse_attention.py",)
 CONTEXT = ("tests/test_kernels_context_attention.py",)
 KMEANS = ("tests/test_kernels_kmeans.py",)
 PERMUTE = ("tests/test_kernels_permute.py",)
+RUNS = ("tests/test_kernels_work_list.py",)
 SELECT = ("tests/test_kernels_select_blocks.py",)
 SORT = ("tests/test_kernels_sort_labels.py",)
 MATCH = ("tests/test_passes_match.py",)
@@ -38,6 +39,7 @@ class Mutant:
 
 ATTENTION = "kernels/block_sparse_attention.py"
 SELECTION = "kernels/select_blocks.py"
+WORK_LIST = "kernels/work_list.py"
 CLUSTERING = "kernels/kmeans.py"
 MASKED = "kernels/masked_attention.py"
 REWRITING = "passes/rewrite.py"
@@ -49,8 +51,8 @@ MUTANTS = (
     Mutant(
         "last row of a query cluster is forgotten",
         ATTENTION,
-        "runs.append((slice(start, stop), None if",
-        "runs.append((slice(start, stop - 1), None if",
+        "return [(slice(*edge), keys) for edge",
+        "return [(slice(edge[0], edge[1] - 1), keys) for edge",
         REFERENCE_AND_CPU,
     ),
     Mutant(
@@ -70,8 +72,8 @@ MUTANTS = (
     Mutant(
         "keys shifted by one at the edge of a kept cluster",
         ATTENTION,
-        "kept_keys = selections.repeat_interleave(k_sizes, dim=1)",
-        "kept_keys = selections.repeat_interleave(k_sizes, dim=1).roll(1, dims=1)",
+        "(starts.flatten() - before).repeat_interleave(lengths)",
+        "(starts.flatten() - before + 1).repeat_interleave(lengths)",
         REFERENCE_AND_CPU,
     ),
     Mutant(
@@ -89,11 +91,42 @@ MUTANTS = (
         REFERENCE_AND_CPU,
     ),
     Mutant(
-        "reference: key clusters mapped to query heads by modulo",
+        "runs past their number attended to",
         ATTENTION,
-        ".repeat_interleave(heads // k.shape[1], dim=1)",
-        ".repeat(1, heads // k.shape[1], 1)",
+        "ranges = (runs * is_run.unsqueeze(-1))[q_sizes > 0].long()",
+        "ranges = runs[q_sizes > 0].long()",
         REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "reference: runs past their number attended to",
+        WORK_LIST,
+        "torch.where(is_run, edge, k_tokens).long()",
+        "edge.clamp(0, k_tokens).long()",
+        REFERENCE_AND_CPU + RUNS,
+    ),
+    Mutant(
+        "empty clusters break runs",
+        WORK_LIST,
+        "keep & (sizes > 0), ~keep & (sizes > 0)",
+        "keep & (sizes > 0), ~keep",
+        RUNS,
+    ),
+    Mutant(
+        "runs of key heads mapped to query heads by modulo",
+        WORK_LIST,
+        "k_sizes.repeat_interleave(heads // k_sizes.shape[1], dim=1)",
+        "k_sizes.repeat(1, heads // k_sizes.shape[1], 1)",
+        REFERENCE_AND_CPU + RUNS,
+    ),
+    Mutant(
+        "short runs before long ones",
+        WORK_LIST,
+        "rank.sort(dim=-1, stable=True)",
+        "rank.sort(dim=-1, stable=True, descending=True)",
+        RUNS,
+    ),
+    Mutant(
+        "runs have no room for every selection", WORK_LIST, "return (clusters + 1) // 2", "return clusters // 2", RUNS
     ),
     Mutant(
         "reference: key heads mapped to query heads by modulo",
@@ -105,8 +138,8 @@ MUTANTS = (
     Mutant(
         "context keys dropped",
         ATTENTION,
-        "torch.nn.functional.pad(key_keep, (0, 1), value=True)",
-        "torch.nn.functional.pad(key_keep, (0, 1), value=False)",
+        "kept = torch.cat((kept, context))",
+        "kept = torch.cat((kept, context[:0]))",
         REFERENCE_AND_CPU,
     ),
     Mutant(
@@ -168,29 +201,29 @@ MUTANTS = (
     Mutant(
         "selection maps query heads to key heads by modulo",
         SELECTION,
-        "k_centroids = k_centroids.repeat_interleave(repeats, dim=1)",
-        "k_centroids = k_centroids.repeat(1, repeats, 1, 1)",
+        "return x.repeat_interleave(heads // x.shape[1], dim=1)",
+        "return x.repeat(1, heads // x.shape[1], *[1] * (x.dim() - 2))",
         SELECT,
     ),
     Mutant(
         "floor of kept clusters forgotten",
         SELECTION,
-        "kept[..., : math.floor(min_keep_ratio * k_clusters)] = True",
+        "kept[..., : math.floor(min_keep_ratio * k_sizes.shape[2])] = True",
         "pass",
         SELECT,
     ),
     Mutant(
         "floor of kept clusters rounded up",
         SELECTION,
-        "math.floor(min_keep_ratio * k_clusters)",
-        "math.ceil(min_keep_ratio * k_clusters)",
+        "math.floor(min_keep_ratio * k_sizes.shape[2])",
+        "math.ceil(min_keep_ratio * k_sizes.shape[2])",
         SELECT,
     ),
     Mutant(
         "density not weighted by the query clusters",
         SELECTION,
-        "q_share = q_sizes / q_sizes.sum(-1, keepdim=True)",
-        "q_share = torch.ones_like(q_sizes) / q_sizes.shape[-1]",
+        "q_share = q_sizes.to(dtype) / q_sizes.sum(-1, keepdim=True)",
+        "q_share = torch.ones_like(mass) / q_sizes.shape[-1]",
         SELECT,
     ),
     Mutant(
