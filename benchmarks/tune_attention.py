@@ -1,4 +1,4 @@
-"""Which tiles the Triton attention runs fastest with on this GPU: the numbers for `kernels/tuning.py`.
+"""Which tiles the Triton attention runs fastest with on this GPU: the numbers for `kernels/tuned/`.
 
 python -P benchmarks/tune_attention.py
 
