@@ -40,7 +40,7 @@ from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.block_sparse_attention import ATTENTIONS
-from svg2_compile.kernels.launch import padded_power_of_two, why_not_attention, why_not_triton
+from svg2_compile.kernels.launch import capability_of, padded_power_of_two, why_not_attention, why_not_triton
 from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.kernels.tuning import GLUON, AttentionTiles, attention_tiles
 from svg2_compile.kernels.work_list import COUNTS, MAX_KEYS, kept_runs_reference, max_runs, max_tiles
@@ -283,7 +283,7 @@ def implementations(dim: int) -> dict[str, AttentionTiles]:
     """Return the attentions that run on this GPU for bf16, with their tiles, the chosen one first."""
     device = torch.device("cuda", torch.cuda.current_device())
     return {
-        name: attention_tiles(device, name, padded_power_of_two(dim), torch.bfloat16)
+        name: attention_tiles(capability_of(device), padded_power_of_two(dim), torch.bfloat16, name)
         for name in ATTENTIONS
         if why_not_attention(name, device, torch.bfloat16, dim=dim, rows=1) is None
     }
