@@ -164,10 +164,10 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
         One entry per attention; densities are unknown before a run.
     """
     sites: list[SiteReport] = []
-    config = current_defaults()
+    options = current_defaults()
 
     def describe(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        found = sparsify(gm, config)
+        found = sparsify(gm, options.sparse, options.kernel)
         compiled = what_is_compiled()
         modules = {id(module): name for name, module in model.named_modules()}
         prefix = modules.get(id(compiled.root), "")
