@@ -24,7 +24,7 @@ SAFE_FP32 = AttentionTiles(block_m=32, block_n=32, piece=16, num_warps=4, num_st
 # With tensor descriptors, where no table of the GPU's generation says more; a full piece is a whole tile of keys.
 SAFE_DESCRIPTOR = {
     128: AttentionTiles(block_m=128, block_n=64, piece=64, num_warps=8, num_stages=2),
-    256: AttentionTiles(block_m=64, block_n=32, piece=32, num_warps=8, num_stages=2),
+    256: AttentionTiles(block_m=64, block_n=64, piece=64, num_warps=8, num_stages=1),
 }
 
 # Of the Gluon attention: warps of one group of 64 queries, and tiles of keys in flight.

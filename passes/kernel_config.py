@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from svg2_compile.kernels.launch import ATTENTIONS
+from svg2_compile.kernels.work_list import PIECES
 from svg2_compile.passes.config import check_choice, check_integer
 from svg2_compile.passes.errors import ConfigError
 
@@ -26,7 +27,7 @@ class KernelConfig:
     """Query rows of a tile, a power of two from 16 to 256; ``None`` takes the tuned value."""
 
     block_n: int | None = None
-    """Keys of a tile, a power of two from 16 to 256; ``None`` takes the tuned value."""
+    """Keys of a tile, a power of two from 16 to 256, with descriptors 16, 64 or 128; ``None`` takes the tuned value."""
 
     num_warps: int | None = None
     """Warps of a program, a power of two from 1 to 16; ``None`` takes the tuned value."""
@@ -64,6 +65,11 @@ class KernelConfig:
             raise ConfigError(
                 f'{values} must be left out with attention="gluon", whose tiles are part of its code; '
                 'use "pointer" or "descriptor" to choose tiles'
+            )
+        if self.attention == "descriptor" and self.block_n is not None and self.block_n not in PIECES:
+            raise ConfigError(
+                f'block_n must be one of {", ".join(map(str, PIECES))} with attention="descriptor", whose tiles are '
+                f"pieces of one run of keys, got {self.block_n}"
             )
         if self.autotune:
             raise ConfigError(f"{values} must be left out with autotune=True, which chooses the tiles")

@@ -93,6 +93,17 @@ def test_tiles_that_nothing_could_take_are_refused_with_a_reason(name, others, r
         KernelConfig(**others, **{name: value})
 
 
+@pytest.mark.parametrize("block_n", [16, 32, 64, 128, 256])
+def test_with_descriptors_a_tile_of_keys_is_one_of_the_pieces_that_are_counted(block_n):
+    if block_n in (16, 64, 128):
+        assert KernelConfig(attention="descriptor", block_n=block_n).block_n == block_n
+        return
+    with pytest.raises(
+        ConfigError, match=f'^block_n must be one of 16, 64, 128 with .*"descriptor", .*, got {block_n}$'
+    ):
+        KernelConfig(attention="descriptor", block_n=block_n)
+
+
 def test_without_tiles_every_attention_can_be_named_and_tuned():
     for attention in ("auto", *ATTENTIONS):
         assert KernelConfig(attention=attention, autotune=True).given_tiles == {}

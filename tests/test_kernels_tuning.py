@@ -8,6 +8,7 @@ import torch
 from svg2_compile.kernels import tuned
 from svg2_compile.kernels.tiles import AttentionTiles
 from svg2_compile.kernels.tuning import GLUON, SAFE_FP32, attention_candidates, attention_tiles, chosen_tiles
+from svg2_compile.kernels.work_list import PIECES
 
 GENERATIONS = (80, 86, 89, 90, 100, 120)
 UNTABLED = (87, 103, 121, None)
@@ -28,7 +29,7 @@ POINTER_ELSEWHERE = {16: BIG, 32: BIG, 64: BIG, 128: SMALL, 256: WIDE_ROWS}
 TALL = AttentionTiles(128, 128, 128, 8, 2)
 DESCRIPTOR = {(90, 64): TALL, (90, 128): TALL, (100, 64): TALL, (100, 128): TALL}
 FLAT = AttentionTiles(128, 64, 64, 8, 2)
-DESCRIPTOR_ELSEWHERE = {16: FLAT, 32: FLAT, 64: FLAT, 128: FLAT, 256: AttentionTiles(64, 32, 32, 8, 2)}
+DESCRIPTOR_ELSEWHERE = {16: FLAT, 32: FLAT, 64: FLAT, 128: FLAT, 256: AttentionTiles(64, 64, 64, 8, 1)}
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -98,6 +99,7 @@ def every_tile():
 @pytest.mark.parametrize(("capability", "implementation", "tiles"), list(every_tile()), ids=str)
 def test_pieces_are_packed_by_the_pointer_kernel_and_whole_tiles_with_descriptors(capability, implementation, tiles):
     assert tiles.piece == (tiles.block_n if implementation == "descriptor" else 16)
+    assert tiles.piece in PIECES
     assert implementation == "pointer" or capability >= 90
 
 
@@ -105,4 +107,4 @@ def test_tiles_of_a_user_are_taken_in_the_order_of_the_op():
     assert chosen_tiles("pointer", (64, 32, 8, 5)) == AttentionTiles(
         block_m=64, block_n=32, piece=16, num_warps=8, num_stages=5
     )
-    assert chosen_tiles("descriptor", (64, 32, 8, 5)).piece == 32
+    assert chosen_tiles("descriptor", (64, 128, 8, 5)).piece == 128
