@@ -3,10 +3,10 @@
 The selection needs no sort. Whether a cluster is kept depends on the mass and on the number of the likelier ones, and
 both fall as the cluster gets likelier: the kept clusters are those above a threshold, which is found by bisection.
 
-A program first writes the logits of its query clusters to its own part of ``scratch``. Then every warp selects for one
-query cluster at a time, and its lanes hold ``BLOCK_K / 32`` neighbouring key clusters each, so that scans along the
-clusters happen inside of a thread but for one step. To that end, position ``s * WIDTH + p`` of a row of scratch belongs
-to key cluster ``p * (BLOCK_K / WIDTH) + s``: a tile of positions ``[s, row, p]`` has the fast axis of the clusters first.
+A program first writes the logits of its query clusters to its own part of a scratch tensor. Then every warp selects for
+one query cluster at a time: each of its 32 lanes holds a stretch of the key clusters, so that what runs along the
+clusters stays within a thread but for one step. Tiles are therefore [T, ROWS, 32], T clusters to each lane, and the
+scratch tensor has that order too: key cluster ``lane * T + t`` is at position ``t * 32 + lane`` of a row.
 """
 
 # Triton has no types.
@@ -24,16 +24,19 @@ from svg2_compile.kernels.select_blocks import TILE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES, max_runs
 
 BLOCK_Q = 32  # query clusters of a program
-WIDTH = 128  # key clusters of a tile of scores: four fp32, which is one load, in every lane of a warp
+BLOCK_N = 128  # key clusters of a tile of scores
 BLOCK_D = 32
-NUM_WARPS = 4
+NUM_WARPS = 4  # and rows of a tile
 NUM_STAGES = 2
 PRECISION = "tf32x3"
+LANES = tl.constexpr(32)
+UNALIGNED = ["logits_ptr", "edges_ptr", "runs_ptr"]
 # Halving the range of values isolates one of a thousand clusters in about a dozen steps; equal and nearly equal ones
 # take the other way, which halves the range of bit patterns and ends after 32 more.
 VALUE_STEPS = tl.constexpr(18)
-# Between two looks at whether every row of the program is done.
-UNCHECKED_STEPS = tl.constexpr(3)
+# Between two looks at whether every row of a tile is done.
+STEPS_PER_ROUND = tl.constexpr(3)
+ROUNDS = tl.constexpr(17)
 # Logits are finite where there is a key: what overflowed, or is no number, is bounded by this.
 LARGEST = tl.constexpr(3.0e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -73,16 +76,16 @@ def _number(ordered):
 
 
 @triton.jit
-def _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr):
+def _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K: tl.constexpr):
     """Write the first key of every key cluster, then the key after its last; return the keys of the head."""
-    TURNS: tl.constexpr = BLOCK_K // WIDTH
-    offs_s = tl.arange(0, TURNS)[:, None]
-    offs_p = tl.arange(0, WIDTH)[None, :]
-    cluster = offs_p * TURNS + offs_s
+    TURNS: tl.constexpr = BLOCK_K // LANES
+    offs_t = tl.arange(0, TURNS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    cluster = lane * TURNS + offs_t
     sizes = tl.load(k_sizes_ptr + cluster, mask=cluster < k_clusters, other=0)
     totals = tl.sum(sizes, 0)
     starts = _exclusive_sum(sizes, 0) + _exclusive_sum(totals, 0)[None, :]
-    position = offs_s * WIDTH + offs_p
+    position = offs_t * LANES + lane
     tl.store(edges_ptr + position, starts)
     tl.store(edges_ptr + BLOCK_K + position, starts + sizes)
     return tl.sum(totals, 0)
@@ -100,19 +103,19 @@ def _write_logits(
     DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write the logits of a program's query clusters, to base 2; those of empty and absent clusters are -inf."""
-    TURNS: tl.constexpr = BLOCK_K // WIDTH
+    TURNS: tl.constexpr = BLOCK_K // LANES
     offs_q = tl.arange(0, BLOCK_Q)
-    offs_p = tl.arange(0, WIDTH)
     is_q = offs_q < q_rows
-    for turn in range(TURNS):
-        cluster = offs_p * TURNS + turn
+    for block in range(0, BLOCK_K, BLOCK_N):
+        position = block + tl.arange(0, BLOCK_N)
+        cluster = position % LANES * TURNS + position // LANES
         is_k = cluster < k_clusters
-        scores = tl.zeros([BLOCK_Q, WIDTH], tl.float32)
+        scores = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
         for first in range(0, DIM, BLOCK_D):
             offs_d = first + tl.arange(0, BLOCK_D)
             is_dim = offs_d < DIM
@@ -126,12 +129,12 @@ def _write_logits(
         logits = tl.minimum(tl.maximum(logits, -LARGEST), LARGEST)
         # The centroid of an empty cluster may hold anything, so its score is overwritten, not added to.
         logits = tl.where((sizes > 0.0)[None, :], logits, float("-inf"))
-        tl.store(logits_ptr + offs_q[:, None] * BLOCK_K + (turn * WIDTH + offs_p)[None, :], logits)
+        tl.store(logits_ptr + offs_q[:, None] * BLOCK_K + position[None, :], logits)
 
 
 @triton.jit
 def _per_row(x):
-    """Return the sum over the key clusters of every row of a tile [s, row, p]."""
+    """Return the sum over the key clusters of every row of a tile [T, ROWS, LANES]."""
     return tl.sum(tl.sum(x, 0), 1)
 
 
@@ -143,43 +146,48 @@ def _kept(logits, cluster, low, high, last):
 
 
 @triton.jit
-def _threshold(logits, weights, cluster, smallest, largest, enough_mass, min_keep, BLOCK_K: tl.constexpr):
+def _mass_and_count(keep, weights):
+    # Products, not selections: a comparison gives 1 or 0 in one instruction, and a product is added in one.
+    ones = keep.to(tl.float32)
+    return _per_row(ones * weights), _per_row(ones)
+
+
+@triton.jit
+def _threshold(
+    logits, weights, cluster, smallest, largest, enough_mass, min_keep, BLOCK_K: tl.constexpr, INDEX_BITS: tl.constexpr
+):
     """Return the arguments of ``_kept`` after which just enough is kept.
 
     The clusters above ``low`` are enough, those above ``high`` are not: so it is at first, and so it remains.
     """
     low, high = _number(_ordered(smallest) - 1), largest
-    above_low, above_high = _per_row(tl.where(logits > low[None, :, None], 1.0, 0.0)), tl.zeros_like(low)
+    above_low, above_high = _per_row((logits > low[None, :, None]).to(tl.float32)), tl.zeros_like(low)
     # Empty clusters come last in any order, and whether they are kept does not matter.
     at_least = tl.minimum(above_low, min_keep)
     step = 0
-    is_open = (above_low - above_high > 1.0) & (_ordered(high) - 1 > _ordered(low))
-    while tl.max(is_open.to(tl.int32), 0) > 0:
-        for _ in tl.static_range(UNCHECKED_STEPS):
-            a, b = _ordered(low), _ordered(high)
-            middle = tl.where(step < VALUE_STEPS, 0.5 * low + 0.5 * high, _number((a & b) + ((a ^ b) >> 1)))
-            is_above = logits > middle[None, :, None]
-            mass = _per_row(tl.where(is_above, weights, 0.0))
-            count = _per_row(tl.where(is_above, 1.0, 0.0))
-            is_enough = (mass > enough_mass) & (count >= at_least)
-            low, high = tl.where(is_enough, middle, low), tl.where(is_enough, high, middle)
-            above_low = tl.where(is_enough, count, above_low)
-            above_high = tl.where(is_enough, above_high, count)
-            step += 1
-        is_open = (above_low - above_high > 1.0) & (_ordered(high) - 1 > _ordered(low))
+    is_open = 1
+    for _round in range(ROUNDS):
+        if is_open > 0:
+            for _step in tl.static_range(STEPS_PER_ROUND):
+                a, b = _ordered(low), _ordered(high)
+                middle = tl.where(step < VALUE_STEPS, 0.5 * low + 0.5 * high, _number((a & b) + ((a ^ b) >> 1)))
+                mass, count = _mass_and_count(logits > middle[None, :, None], weights)
+                is_enough = (mass > enough_mass) & (count >= at_least)
+                low, high = tl.where(is_enough, middle, low), tl.where(is_enough, high, middle)
+                above_low = tl.where(is_enough, count, above_low)
+                above_high = tl.where(is_enough, above_high, count)
+                step += 1
+            is_open = tl.max(((above_low - above_high > 1.0) & (_ordered(high) - 1 > _ordered(low))).to(tl.int32), 0)
 
-    # Several between the two are equal: of those, the first ones.
+    # If there are several between the two, they are equal, and the first ones are kept.
     last = tl.full(low.shape, BLOCK_K - 1, tl.int32)
     if tl.max(above_low - above_high, 0) > 1.0:
         before = tl.full(low.shape, -1, tl.int32)
-        size = BLOCK_K
-        while size > 1:
+        for _ in range(INDEX_BITS):
             middle = (before + last) >> 1
-            keep = _kept(logits, cluster, low, high, middle)
-            mass, count = _per_row(tl.where(keep, weights, 0.0)), _per_row(tl.where(keep, 1.0, 0.0))
+            mass, count = _mass_and_count(_kept(logits, cluster, low, high, middle), weights)
             is_enough = (mass > enough_mass) & (count >= at_least)
             before, last = tl.where(is_enough, before, middle), tl.where(is_enough, middle, last)
-            size = size // 2
     return low, high, last
 
 
@@ -216,8 +224,8 @@ def _write_runs(keep, edges_ptr, position, k_tokens, runs_ptrs, counts_ptrs, is_
 
     A run ends where a cluster with keys is dropped, and the final one at the last key.
     """
-    starts = tl.load(edges_ptr + position)
-    stops = tl.load(edges_ptr + BLOCK_K + position)
+    starts = tl.load(tl.max_contiguous(edges_ptr + position, [1, 2, LANES]))
+    stops = tl.load(tl.max_contiguous(edges_ptr + BLOCK_K + position, [1, 2, LANES]))
     is_dropped = (keep == 0) & (stops > starts)
     dropped_stops = tl.where(is_dropped, stops, 0)
     of_lanes = tl.max(dropped_stops, 0)
@@ -233,7 +241,7 @@ def _write_runs(keep, edges_ptr, position, k_tokens, runs_ptrs, counts_ptrs, is_
     # A class begins after all longer ones. The 16 bits do not overflow: there are at most 512 runs.
     first_slots = (totals << 16) + (totals << 32) + (totals << 48)
     slots = _exclusive_sum(ones, 0) + (_exclusive_sum(of_lanes, 1) + first_slots[:, None])[None, :, :]
-    run_ptrs = runs_ptrs[None, :, None] + _field(lengths, slots)
+    run_ptrs = tl.max_contiguous(runs_ptrs[None, :, None] + _field(lengths, slots), [1, 2, LANES])
     tl.store(run_ptrs, _pack(run_starts, starts), mask=(lengths > 0) & is_row[None, :, None])
     final_ptrs = runs_ptrs + _field(final_length, before_final + first_slots)
     tl.store(final_ptrs, _pack(final_start, final_start + final_length), mask=(final_length > 0) & is_row)
@@ -269,15 +277,21 @@ def _add_statistics(pointers, is_row, q_sizes, q_tokens, k_tokens, kept_keys, ma
 
 
 @triton.jit
-def _sum_of(sizes_ptr, clusters, WIDTH: tl.constexpr):
-    total = tl.zeros([WIDTH], tl.int32)
-    for first in range(0, clusters, WIDTH):
-        offs = first + tl.arange(0, WIDTH)
+def _sum_of(sizes_ptr, clusters, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, clusters, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
         total += tl.load(sizes_ptr + offs, mask=offs < clusters, other=0)
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["min_keep", "repeats", "q_clusters", "k_clusters", "run_slots"])
+# A tile lies in the threads as its accesses to memory want it. Tiles here are to have a warp for each row, with a lane for
+# each of 32 neighbours. A pointer known to be aligned would give a lane four of them, and `max_contiguous` says in which
+# order axes are taken, where versions of Triton differ: nothing else follows from it for unaligned pointers.
+@triton.jit(
+    do_not_specialize=["min_keep", "repeats", "q_clusters", "k_clusters", "run_slots"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def select_kernel(
     q_ptr,
     k_ptr,
@@ -298,13 +312,14 @@ def select_kernel(
     DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Select for ``BLOCK_Q`` query clusters of a head."""
-    TURNS: tl.constexpr = BLOCK_K // WIDTH
+    TURNS: tl.constexpr = BLOCK_K // LANES
     program = tl.program_id(0).to(tl.int64)
     blocks = (q_clusters + BLOCK_Q - 1) // BLOCK_Q
     head = program // blocks
@@ -315,7 +330,7 @@ def select_kernel(
     k_sizes_ptr += group * k_clusters
     q_sizes_ptr += head * q_clusters
 
-    k_tokens = _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K, WIDTH)
+    k_tokens = _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K)
     _write_logits(
         q_ptr + (head * q_clusters + first_row) * DIM,
         k_ptr + group * k_clusters * DIM,
@@ -327,32 +342,35 @@ def select_kernel(
         DIM,
         BLOCK_Q,
         BLOCK_K,
+        BLOCK_N,
         BLOCK_D,
-        WIDTH,
         PRECISION,
     )
-    q_tokens = _sum_of(q_sizes_ptr, q_clusters, WIDTH)
+    q_tokens = _sum_of(q_sizes_ptr, q_clusters, 128)
     # What a thread reads now, others have written.
     tl.debug_barrier()
 
-    offs_s = tl.arange(0, TURNS)[:, None, None]
-    offs_p = tl.arange(0, WIDTH)[None, None, :]
-    position = offs_s * WIDTH + offs_p
-    cluster = offs_p * TURNS + offs_s
+    offs_t = tl.arange(0, TURNS)[:, None, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    position = offs_t * LANES + lane
+    cluster = lane * TURNS + offs_t
     for block_row in range(0, min(BLOCK_Q, q_clusters - first_row), ROWS):
         offs_r = block_row + tl.arange(0, ROWS)
         is_row = first_row + offs_r < q_clusters
         row = head * q_clusters + first_row + offs_r
         # Every row of a tile has the same edges; the zeros say so to what loads them.
         no_row = (offs_r * 0)[None, :, None]
-        logits = tl.load(logits_ptr + offs_r[None, :, None] * BLOCK_K + position)
+        logits_ptrs = logits_ptr + (offs_r[None, :, None] * BLOCK_K + position)
+        logits = tl.load(tl.max_contiguous(logits_ptrs, [1, 2, LANES]))
         largest = tl.max(tl.max(logits, 0), 1)
         smallest = tl.min(tl.min(tl.where(logits > float("-inf"), logits, LARGEST), 0), 1)
         weights = tl.exp2(logits - largest[None, :, None])
         total = _per_row(weights)
-        low, high, last = _threshold(logits, weights, cluster, smallest, largest, top_p * total, min_keep, BLOCK_K)
+        low, high, last = _threshold(
+            logits, weights, cluster, smallest, largest, top_p * total, min_keep, BLOCK_K, INDEX_BITS
+        )
         keep = _kept(logits, cluster, low, high, last)
-        mass = _per_row(tl.where(keep, weights, 0.0)) / total
+        mass = _per_row(keep.to(tl.float32) * weights) / total
         kept_keys, runs, full_pieces = _write_runs(
             keep,
             edges_ptr,
@@ -428,9 +446,10 @@ def _constexprs(dim: int, k_clusters: int) -> dict[str, int | str]:
         "DIM": dim,
         "BLOCK_Q": BLOCK_Q,
         "BLOCK_K": block_k,
+        "BLOCK_N": min(BLOCK_N, block_k),
         "BLOCK_D": BLOCK_D,
-        "WIDTH": min(WIDTH, block_k),
         "ROWS": NUM_WARPS,
+        "INDEX_BITS": block_k.bit_length() - 1,
         "PRECISION": PRECISION,
     }
 
@@ -450,7 +469,7 @@ def aot_variants() -> list[AotVariant]:
             constexprs=dict(_constexprs(dim, clusters)),
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
-            divisible_by_16=tuple(name for name, kind in signature.items() if kind.startswith("*")),
+            divisible_by_16=tuple(name for name, kind in signature.items() if kind[0] == "*" and name not in UNALIGNED),
         )
         for dim in (64, 80, 128, 256)
         for clusters in (32, 512, 1024)
