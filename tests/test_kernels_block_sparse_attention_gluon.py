@@ -1,28 +1,15 @@
 """Block-sparse attention in Gluon: on a Hopper GPU, as exact as the reference."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import test_kernels_block_sparse_attention as op_tests
 from svg2_compile.kernels.launch import GLUON_DTYPES, why_not_gluon
 
 REASON = why_not_gluon(torch.device("cuda"), torch.bfloat16, dim=128, rows=1) if torch.cuda.is_available() else "no GPU"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"not run by Gluon: {REASON}")]
-
-
-def module_beside(name):
-    """Return another test module: its cases are tested here, too."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-op_tests = module_beside("test_kernels_block_sparse_attention")
 
 
 def attend(case):
