@@ -39,14 +39,19 @@ from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
 
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.block_sparse_attention import ATTENTIONS
-from svg2_compile.kernels.launch import capability_of, padded_power_of_two, why_not_attention, why_not_triton
+from svg2_compile.kernels.launch import (
+    ATTENTIONS,
+    capability_of,
+    padded_power_of_two,
+    why_not_attention,
+    why_not_triton,
+)
 from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.kernels.tuning import GLUON, AttentionTiles, attention_tiles
 from svg2_compile.kernels.work_list import COUNTS, MAX_KEYS, kept_runs_reference, max_runs, max_tiles
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_kernels_*_triton.py", "test_kernels_*_gluon.py")
+TESTS = tuple(f"test_kernels_*_{kind}.py" for kind in ("triton", "descriptor", "gluon"))
 DENSITIES = (0.15, 0.25, 0.4)
 ITERS_INIT = 10
 TOP_P, MIN_KEEP_RATIO = 0.9, 0.1
@@ -285,7 +290,7 @@ def implementations(dim: int) -> dict[str, AttentionTiles]:
     return {
         name: attention_tiles(capability_of(device), padded_power_of_two(dim), torch.bfloat16, name)
         for name in ATTENTIONS
-        if why_not_attention(name, device, torch.bfloat16, dim=dim, rows=1) is None
+        if why_not_attention(name, device, torch.bfloat16, dim=dim) is None
     }
 
 

@@ -15,7 +15,8 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.launch import why_not_gluon, why_not_triton
+from svg2_compile.kernels.launch import ATTENTIONS, choose_attention
+from svg2_compile.kernels.launch_attention import launch_attention
 from svg2_compile.kernels.masked_attention import masked_attention
 from svg2_compile.kernels.permute import (
     empty_token_major,
@@ -25,8 +26,6 @@ from svg2_compile.kernels.permute import (
 )
 from svg2_compile.kernels.work_list import COUNTS, kept_keys
 
-ATTENTIONS = ("gluon", "descriptor", "pointer")
-"""The CUDA kernels, fastest first."""
 # Fewer rows than this are not worth sharing between threads. Left alone, the flash attention deals blocks of 32 rows.
 MIN_ROWS_PER_PART = 16
 
@@ -296,16 +295,11 @@ def _block_sparse_attention_cuda(
     arguments = (q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order)
     _check(*arguments, implementation, tiles)
     sizes = {"dim": q.shape[3], "clusters": max(runs.shape[2:4]), "keys": k.shape[2]}
-    if why_not_triton("block_sparse_attention", q.device, q.dtype, **sizes):
-        return block_sparse_attention_reference(*arguments, scale)
     rows = k.shape[0] * k.shape[1] * k.shape[2]
-    if why_not_gluon(q.device, q.dtype, dim=q.shape[3], rows=rows) is None:
-        from svg2_compile.kernels.block_sparse_attention_gluon import block_sparse_attention_gluon
-
-        return block_sparse_attention_gluon(*arguments, scale)
-    from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
-
-    return block_sparse_attention_triton(*arguments, scale)
+    choice = choose_attention(q.device, q.dtype, **sizes, rows=rows, implementation=implementation)
+    if choice.implementation == "reference":
+        return block_sparse_attention_reference(*arguments, scale)
+    return launch_attention(choice.implementation, arguments, scale, tiles, autotune)
 
 
 def _block_sparse_attention_fake(

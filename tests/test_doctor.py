@@ -131,9 +131,9 @@ def test_a_reason_is_printed_once_for_all_that_it_holds_back():
 def test_dispatch_asks_the_same_predicate(monkeypatch):
     from svg2_compile.kernels import block_sparse_attention, kmeans, permute, select_blocks, sort_labels
 
-    for module in (block_sparse_attention, kmeans, permute, select_blocks, sort_labels):
+    for module in (kmeans, permute, select_blocks, sort_labels):
         assert module.why_not_triton is doctor.why_not_triton
-    assert doctor.choose_attention is launch.choose_attention
+    assert doctor.choose_attention is launch.choose_attention is block_sparse_attention.choose_attention
 
 
 def test_the_command_prints_ops_versions_and_warnings():
