@@ -342,7 +342,7 @@ def test_queries_and_keys_go_in_their_own_order(name):
         (KernelConfig(), ()),
         (KernelConfig(attention="pointer"), ("pointer",)),
         (KernelConfig(autotune=True), ("auto", None, True)),
-        (KernelConfig("descriptor", 64, 32, 4, 5), ("descriptor", [64, 32, 4, 5])),
+        (KernelConfig("descriptor", 32, 64, 4, 5), ("descriptor", [32, 64, 4, 5])),
         (KernelConfig(attention="gluon", autotune=True), ("gluon", None, True)),
     ],
     ids=str,
