@@ -709,8 +709,8 @@ MUTANTS = (
     Mutant(
         "tiles in use are not among the candidates",
         "kernels/tuning.py",
-        "return (chosen, *tuned.CANDIDATES.get(capability, {}).get((implementation, block_d), ()))",
-        "return tuned.CANDIDATES.get(capability, {}).get((implementation, block_d), (chosen,))",
+        "dict.fromkeys((chosen, *others))",
+        "dict.fromkeys(others or (chosen,))",
         TUNING,
     ),
     Mutant(
