@@ -58,7 +58,8 @@ def attention_candidates(
     chosen = attention_tiles(capability, block_d, dtype, implementation)
     if dtype == torch.float32:
         return (chosen,)
-    return (chosen, *tuned.CANDIDATES.get(capability, {}).get((implementation, block_d), ()))
+    others = tuned.CANDIDATES.get(capability, {}).get((implementation, block_d), ())
+    return tuple(dict.fromkeys((chosen, *others)))
 
 
 def chosen_tiles(implementation: str, numbers: Sequence[int]) -> AttentionTiles:

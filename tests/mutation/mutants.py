@@ -18,6 +18,11 @@ REWRITE = ("tests/test_passes_rewrite.py",)
 FUSE = ("tests/test_passes_fuse.py",)
 CANONICALIZE = ("tests/test_passes_canonicalize.py",)
 CONFIG = ("tests/test_passes_config.py",)
+CHOICE = ("tests/test_kernels_choice.py",)
+TUNING = ("tests/test_kernels_tuning.py",)
+AUTOTUNE = ("tests/test_kernels_autotune.py",)
+LAUNCH_ATTENTION = ("tests/test_kernels_launch_attention.py",)
+KERNEL_CONFIG = ("tests/test_kernel_config.py",)
 API = ("tests/test_clock.py", "tests/test_backend.py")
 
 
@@ -651,5 +656,143 @@ MUTANTS = (
         "self.tensors[name].zero_()",
         "pass",
         API,
+    ),
+    Mutant(
+        "descriptors on a GPU without them",
+        "kernels/launch.py",
+        "too_old = _why_too_old(device, DESCRIPTOR_CAPABILITY)",
+        "too_old = _why_too_old(device, MIN_CAPABILITY)",
+        CHOICE,
+    ),
+    Mutant(
+        "descriptors of rows that are no whole 16-byte units",
+        "kernels/launch.py",
+        "if dim % DESCRIPTOR_DIM_STEP or not",
+        "if not",
+        CHOICE,
+    ),
+    Mutant(
+        "named attention not looked into",
+        "kernels/launch.py",
+        "    if reason is not None:\n        raise ValueError(",
+        "    if reason is None:\n        raise ValueError(",
+        CHOICE,
+    ),
+    Mutant(
+        "the slowest attention that can run is chosen",
+        "kernels/launch.py",
+        "            chosen = name\n            break",
+        "            chosen = name",
+        CHOICE,
+    ),
+    Mutant(
+        "rows of the attention not counted",
+        "kernels/launch.py",
+        "return why_not(device, dtype, dim=dim, rows=rows)",
+        "return why_not(device, dtype, dim=dim, rows=1)",
+        CHOICE,
+    ),
+    Mutant(
+        "tuned tiles of the neighbouring generation",
+        "kernels/tuned/__init__.py",
+        "    100: sm_100.ATTENTION,",
+        "    100: sm_89.ATTENTION,",
+        TUNING,
+    ),
+    Mutant(
+        "tiles of the pointer attention for descriptors",
+        "kernels/tuning.py",
+        ".get((implementation, block_d), safe)",
+        '.get(("pointer", block_d), safe)',
+        TUNING,
+    ),
+    Mutant(
+        "tiles in use are not among the candidates",
+        "kernels/tuning.py",
+        "dict.fromkeys((chosen, *others))",
+        "dict.fromkeys(others or (chosen,))",
+        TUNING,
+    ),
+    Mutant(
+        "warps and stages of a user's tiles mixed up",
+        "kernels/tuning.py",
+        "AttentionTiles(block_m, block_n, piece, num_warps, num_stages)",
+        "AttentionTiles(block_m, block_n, piece, num_stages, num_warps)",
+        TUNING,
+    ),
+    Mutant("the slowest candidate kept", "kernels/autotune.py", "best = min(times", "best = max(times", AUTOTUNE),
+    Mutant(
+        "candidates timed while a CUDA graph records",
+        "kernels/autotune.py",
+        "if _is_capturing():",
+        "if False:",
+        AUTOTUNE,
+    ),
+    Mutant("candidates timed at every call", "kernels/autotune.py", "if known is not None:", "if False:", AUTOTUNE),
+    Mutant(
+        "candidates timed by two threads at once",
+        "kernels/autotune.py",
+        "        if key not in _fastest:\n",
+        "        if True:\n",
+        AUTOTUNE,
+    ),
+    Mutant(
+        "candidates timed with their compilation",
+        "kernels/autotune.py",
+        "    launch()\n    times = []",
+        "    times = []",
+        AUTOTUNE,
+    ),
+    Mutant(
+        "mean of the timed launches",
+        "kernels/autotune.py",
+        "statistics.median(times)",
+        "statistics.mean(times)",
+        AUTOTUNE,
+    ),
+    Mutant(
+        "given tiles timed against others",
+        "kernels/launch_attention.py",
+        "    if tiles is not None:",
+        "    if tiles is not None and not autotune:",
+        LAUNCH_ATTENTION,
+    ),
+    Mutant(
+        "context not part of the kind that is timed",
+        "kernels/launch_attention.py",
+        "arguments[CONTEXT_K] is not None)",
+        "False)",
+        LAUNCH_ATTENTION,
+    ),
+    Mutant(
+        "tiles accepted for any attention",
+        "passes/kernel_config.py",
+        'if self.attention == "auto":',
+        'if self.attention == "none":',
+        KERNEL_CONFIG,
+    ),
+    Mutant(
+        "warps that are no power of two", "passes/kernel_config.py", "and value & (value - 1) == 0", "", KERNEL_CONFIG
+    ),
+    Mutant(
+        "autotuning not passed to the attention",
+        "passes/rewrite.py",
+        "self.tiles(), self.kernel_config.autotune]",
+        "self.tiles(), False]",
+        REWRITE,
+    ),
+    Mutant(
+        "given tiles overridden by the tuned ones",
+        "passes/rewrite.py",
+        "given.get(name, getattr(tuned, name))",
+        "getattr(tuned, name)",
+        REWRITE,
+    ),
+    Mutant(
+        "options of kernels taken for Inductor's",
+        "svg2_compile/options.py",
+        "FIELD_NAMES = (*config.FIELD_NAMES, *kernel_config.FIELD_NAMES)",
+        "FIELD_NAMES = config.FIELD_NAMES",
+        KERNEL_CONFIG,
     ),
 )
