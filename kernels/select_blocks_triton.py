@@ -70,13 +70,6 @@ def _max_before(x, offs_t):
 
 
 @triton.jit
-def _sum_until(x, of_lanes, first, offs_t):
-    """Return the sum of ``first`` of a row and its elements up to each one, included; ``of_lanes`` sums x."""
-    before_lane = tl.cumsum(of_lanes, 1) - of_lanes + first[:, None]
-    return tl.associative_scan(x + tl.where(offs_t == 0, before_lane[None, :, :], 0), 0, _sum)
-
-
-@triton.jit
 def _ordered(x):
     """Return an integer in the order of ``x``, for finite numbers."""
     bits = x.to(tl.int32, bitcast=True)
@@ -221,15 +214,21 @@ def _threshold(
 
 @triton.jit
 def _class_shift(length):
-    """Return which 16 of 64 bits belong to the class of a run of ``length`` keys."""
-    return tl.where(length >= LONG, 0, tl.where(length >= MEDIUM, 16, tl.where(length >= SHORT, 32, 48))).to(tl.int64)
+    """Return which 8 of 32 bits belong to the class of a run of ``length`` keys."""
+    return tl.where(length >= LONG, 0, tl.where(length >= MEDIUM, 8, tl.where(length >= SHORT, 16, 24)))
 
 
 @triton.jit
 def _one(length, shift):
     """Return 1 in the bits of the class of a run, 0 where there is none."""
-    one = tl.full((), 1, tl.int64)
-    return tl.where(length > 0, one << shift, 0)
+    return tl.where(length > 0, tl.full((), 1, tl.int32) << shift, 0)
+
+
+@triton.jit
+def _widen(packed):
+    """Return four numbers of 8 bits as four of 16 bits."""
+    wide = packed.to(tl.int64)
+    return (wide & 0xFF) + ((wide & 0xFF00) << 8) + ((wide & 0xFF0000) << 16) + ((wide & 0x7F000000) << 24)
 
 
 @triton.jit
@@ -252,17 +251,19 @@ def _write_runs(keep, edges, k_tokens, offs_t, runs_ptrs, counts_ptrs, is_row):
 
     shifts, final_shift = _class_shift(lengths), _class_shift(final_length)
     ones = _one(lengths, shifts)
-    of_lanes = tl.sum(ones, 0)
+    # The runs that end in a lane are counted in 8 bits for each class, those of a row, at most 512, in 16.
+    of_lanes = _widen(tl.sum(ones, 0))
     totals = tl.sum(of_lanes, 1)
-    final_one = _one(final_length, final_shift)
-    with_final = totals + final_one
-    # A class begins after all longer ones. No 16 bits overflow: there are at most 512 runs.
+    with_final = totals + _widen(_one(final_length, final_shift))
+    # A class begins after all longer ones.
     first_slots = (with_final << 16) + (with_final << 32) + (with_final << 48)
+    lane_slots = tl.cumsum(of_lanes, 1) - of_lanes + first_slots[:, None]
     # A run counts itself, so slots are numbered from 1.
-    slots = (_sum_until(ones, of_lanes, first_slots, offs_t) >> shifts).to(tl.int32) & 0xFFFF
+    ranks = (tl.associative_scan(ones, 0, _sum) >> shifts) & 0xFF
+    slots = ranks + ((lane_slots[None, :, :] >> (shifts * 2)).to(tl.int32) & 0xFFFF)
     run_ptrs = tl.max_contiguous((runs_ptrs - 1)[None, :, None] + slots, [1, 2, LANES])
     tl.store(run_ptrs, _pack(run_starts, starts), mask=(lengths > 0) & is_row[None, :, None])
-    final_slot = ((totals + first_slots) >> final_shift).to(tl.int32) & 0xFFFF
+    final_slot = ((totals + first_slots) >> (final_shift * 2)).to(tl.int32) & 0xFFFF
     final_run = _pack(final_start, final_start + final_length)
     tl.store(runs_ptrs + final_slot, final_run, mask=(final_length > 0) & is_row)
 
