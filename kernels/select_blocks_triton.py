@@ -46,20 +46,27 @@ PIECES_PER_TILE = tl.constexpr(TILE_KEYS // PIECES[0])
 
 @triton.jit
 def _last(left, left_before, right, right_before):
-    """Combine (largest, largest but for the last element) of two neighbouring stretches of numbers that are >= 0."""
+    """Combine (largest, largest but for the last element) of two neighbouring stretches of numbers."""
     return tl.maximum(left, right), tl.maximum(left, right_before)
 
 
 @triton.jit
-def _exclusive_max(x, AXIS: tl.constexpr):
-    """Return the largest element before each one, 0 before the first; elements are >= 0."""
-    _, before = tl.associative_scan((x, tl.zeros_like(x)), AXIS, _last)
-    return before
+def _sum(left, right):
+    return left + right
 
 
 @triton.jit
-def _exclusive_sum(x, AXIS: tl.constexpr):
-    return tl.cumsum(x, AXIS) - x
+def _max_before(x, offs_t):
+    """Return the largest element before each one of a tile [T, ROWS, LANES], uint32, and that of every row.
+
+    The order is along T, then along the lanes; there is a 0 before the first.
+    """
+    of_lanes = tl.max(x, 0)
+    _, before_lane = tl.associative_scan((of_lanes, tl.zeros_like(of_lanes)), 1, _last)
+    # Each lane starts with what the lanes before it found.
+    start = tl.where(offs_t == 0, before_lane[None, :, :], 0)
+    _, before = tl.associative_scan((tl.maximum(x, start), start), 0, _last)
+    return before, tl.max(of_lanes, 1)
 
 
 @triton.jit
@@ -76,19 +83,23 @@ def _number(ordered):
 
 
 @triton.jit
+def _pack(start, stop):
+    """Return both in one number of 64 bits, the start first in memory."""
+    return start.to(tl.int64) | (stop.to(tl.int64) << 32)
+
+
+@triton.jit
 def _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K: tl.constexpr):
-    """Write the first key of every key cluster, then the key after its last; return the keys of the head."""
+    """Write where every key cluster starts and stops; return the keys of a head, and the clusters that have some."""
     TURNS: tl.constexpr = BLOCK_K // LANES
     offs_t = tl.arange(0, TURNS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     cluster = lane * TURNS + offs_t
     sizes = tl.load(k_sizes_ptr + cluster, mask=cluster < k_clusters, other=0)
     totals = tl.sum(sizes, 0)
-    starts = _exclusive_sum(sizes, 0) + _exclusive_sum(totals, 0)[None, :]
-    position = offs_t * LANES + lane
-    tl.store(edges_ptr + position, starts)
-    tl.store(edges_ptr + BLOCK_K + position, starts + sizes)
-    return tl.sum(totals, 0)
+    starts = tl.cumsum(sizes, 0) - sizes + (tl.cumsum(totals, 0) - totals)[None, :]
+    tl.store(edges_ptr + offs_t * LANES + lane, _pack(starts, starts + sizes))
+    return tl.sum(totals, 0), tl.sum((sizes > 0).to(tl.int32))
 
 
 @triton.jit
@@ -139,13 +150,6 @@ def _per_row(x):
 
 
 @triton.jit
-def _kept(logits, cluster, low, high, last):
-    """Return whether a cluster is above ``high``, or above ``low`` and none of those after ``last``."""
-    is_above = logits > high[None, :, None]
-    return is_above | ((logits > low[None, :, None]) & (cluster <= last[None, :, None]))
-
-
-@triton.jit
 def _mass_and_count(keep, weights):
     # Products, not selections: a comparison gives 1 or 0 in one instruction, and a product is added in one.
     ones = keep.to(tl.float32)
@@ -154,16 +158,29 @@ def _mass_and_count(keep, weights):
 
 @triton.jit
 def _threshold(
-    logits, weights, cluster, smallest, largest, enough_mass, min_keep, BLOCK_K: tl.constexpr, INDEX_BITS: tl.constexpr
+    logits,
+    weights,
+    cluster,
+    smallest,
+    largest,
+    total,
+    filled,
+    top_p,
+    min_keep,
+    BLOCK_K: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
 ):
-    """Return the arguments of ``_kept`` after which just enough is kept.
+    """Return a number that just enough logits are above, the mass of those, and the logits.
 
-    The clusters above ``low`` are enough, those above ``high`` are not: so it is at first, and so it remains.
+    The clusters above ``low`` are enough, those above ``high`` are not: so it is at first, and so it remains. Of equal
+    logits at the threshold, those of the clusters that are not needed are lowered.
     """
+    enough_mass = top_p * total
     low, high = _number(_ordered(smallest) - 1), largest
-    above_low, above_high = _per_row((logits > low[None, :, None]).to(tl.float32)), tl.zeros_like(low)
+    mass_above_low = total
+    above_low, above_high = tl.full(low.shape, 1.0, tl.float32) * filled, tl.zeros_like(low)
     # Empty clusters come last in any order, and whether they are kept does not matter.
-    at_least = tl.minimum(above_low, min_keep)
+    at_least = tl.minimum(filled, min_keep).to(tl.float32)
     step = 0
     is_open = 1
     for _round in range(ROUNDS):
@@ -174,85 +191,89 @@ def _threshold(
                 mass, count = _mass_and_count(logits > middle[None, :, None], weights)
                 is_enough = (mass > enough_mass) & (count >= at_least)
                 low, high = tl.where(is_enough, middle, low), tl.where(is_enough, high, middle)
+                mass_above_low = tl.where(is_enough, mass, mass_above_low)
                 above_low = tl.where(is_enough, count, above_low)
                 above_high = tl.where(is_enough, above_high, count)
                 step += 1
             is_open = tl.max(((above_low - above_high > 1.0) & (_ordered(high) - 1 > _ordered(low))).to(tl.int32), 0)
 
     # If there are several between the two, they are equal, and the first ones are kept.
-    last = tl.full(low.shape, BLOCK_K - 1, tl.int32)
     if tl.max(above_low - above_high, 0) > 1.0:
-        before = tl.full(low.shape, -1, tl.int32)
-        for _ in range(INDEX_BITS):
+        is_needed = logits > high[None, :, None]
+        is_tied = (logits > low[None, :, None]) & (is_needed == 0)
+        before, last = tl.full(low.shape, -1, tl.int32), tl.full(low.shape, BLOCK_K - 1, tl.int32)
+        for _step in range(INDEX_BITS):
             middle = (before + last) >> 1
-            mass, count = _mass_and_count(_kept(logits, cluster, low, high, middle), weights)
+            mass, count = _mass_and_count(is_needed | (is_tied & (cluster <= middle[None, :, None])), weights)
             is_enough = (mass > enough_mass) & (count >= at_least)
             before, last = tl.where(is_enough, before, middle), tl.where(is_enough, middle, last)
-    return low, high, last
+            mass_above_low = tl.where(is_enough, mass, mass_above_low)
+        logits = tl.where(is_tied & (cluster > last[None, :, None]), float("-inf"), logits)
+    return low, mass_above_low, logits
 
 
 @triton.jit
-def _of_class(length, longest, long, short, shortest):
-    """Return the argument that belongs to the class of a run of ``length`` keys."""
-    return tl.where(
-        length >= LONG, longest, tl.where(length >= MEDIUM, long, tl.where(length >= SHORT, short, shortest))
-    )
+def _class_shift(length):
+    """Return which 8 of 32 bits belong to the class of a run of ``length`` keys."""
+    return tl.where(length >= LONG, 0, tl.where(length >= MEDIUM, 8, tl.where(length >= SHORT, 16, 24)))
 
 
 @triton.jit
-def _one(length):
-    """Return 1 in those 16 of 64 bits that belong to the class of a run of ``length`` keys, 0 if it has none."""
-    one = tl.full((), 1, tl.int64)
-    return tl.where(length > 0, _of_class(length, one, one << 16, one << 32, one << 48), 0)
+def _one(length, shift):
+    """Return 1 in the bits of the class of a run, 0 where there is none."""
+    return tl.where(length > 0, tl.full((), 1, tl.int32) << shift, 0)
 
 
 @triton.jit
-def _field(length, packed):
-    """Return those 16 of 64 bits that belong to the class of a run of ``length`` keys."""
-    return (_of_class(length, packed, packed >> 16, packed >> 32, packed >> 48) & 0xFFFF).to(tl.int32)
+def _widen(packed):
+    """Return four numbers of 8 bits as four of 16 bits."""
+    wide = packed.to(tl.int64)
+    return (wide & 0xFF) + ((wide & 0xFF00) << 8) + ((wide & 0xFF0000) << 16) + ((wide & 0x7F000000) << 24)
 
 
 @triton.jit
-def _pack(start, stop):
-    """Return both in one number of 64 bits, the start first in memory."""
-    return start.to(tl.int64) | (stop.to(tl.int64) << 32)
+def _full_pieces(lengths, final_length, PIECE: tl.constexpr):
+    return (_per_row(lengths.to(tl.uint32) // PIECE) + final_length.to(tl.uint32) // PIECE).to(tl.int32)
 
 
 @triton.jit
-def _write_runs(keep, edges_ptr, position, k_tokens, runs_ptrs, counts_ptrs, is_row, BLOCK_K: tl.constexpr):
+def _write_runs(keep, edges, k_tokens, offs_t, runs_ptrs, counts_ptrs, is_row):
     """Write the runs of every row and their counts; return the kept keys, the runs and the shortest pieces in full.
 
     A run ends where a cluster with keys is dropped, and the final one at the last key.
     """
-    starts = tl.load(tl.max_contiguous(edges_ptr + position, [1, 2, LANES]))
-    stops = tl.load(tl.max_contiguous(edges_ptr + BLOCK_K + position, [1, 2, LANES]))
+    starts, stops = edges.to(tl.int32), (edges >> 32).to(tl.int32)
     is_dropped = (keep == 0) & (stops > starts)
-    dropped_stops = tl.where(is_dropped, stops, 0)
-    of_lanes = tl.max(dropped_stops, 0)
-    run_starts = tl.maximum(_exclusive_max(dropped_stops, 0), _exclusive_max(of_lanes, 1)[None, :, :])
+    run_starts, final_start = _max_before(tl.where(is_dropped, stops, 0).to(tl.uint32), offs_t)
+    run_starts, final_start = run_starts.to(tl.int32), final_start.to(tl.int32)
     lengths = tl.where(is_dropped, starts - run_starts, 0)
-    final_start = tl.max(of_lanes, 1)
     final_length = k_tokens - final_start
 
-    ones = _one(lengths)
-    of_lanes = tl.sum(ones, 0)
-    before_final = tl.sum(of_lanes, 1)
-    totals = before_final + _one(final_length)
-    # A class begins after all longer ones. The 16 bits do not overflow: there are at most 512 runs.
-    first_slots = (totals << 16) + (totals << 32) + (totals << 48)
-    slots = _exclusive_sum(ones, 0) + (_exclusive_sum(of_lanes, 1) + first_slots[:, None])[None, :, :]
-    run_ptrs = tl.max_contiguous(runs_ptrs[None, :, None] + _field(lengths, slots), [1, 2, LANES])
+    shifts, final_shift = _class_shift(lengths), _class_shift(final_length)
+    ones = _one(lengths, shifts)
+    # The runs that end in a lane are counted in 8 bits for each class, those of a row, at most 512, in 16.
+    of_lanes = _widen(tl.sum(ones, 0))
+    totals = tl.sum(of_lanes, 1)
+    with_final = totals + _widen(_one(final_length, final_shift))
+    # A class begins after all longer ones.
+    first_slots = (with_final << 16) + (with_final << 32) + (with_final << 48)
+    lane_slots = tl.cumsum(of_lanes, 1) - of_lanes + first_slots[:, None]
+    # A run counts itself, so slots are numbered from 1.
+    ranks = (tl.associative_scan(ones, 0, _sum) >> shifts) & 0xFF
+    slots = ranks + ((lane_slots[None, :, :] >> (shifts * 2)).to(tl.int32) & 0xFFFF)
+    run_ptrs = tl.max_contiguous((runs_ptrs - 1)[None, :, None] + slots, [1, 2, LANES])
     tl.store(run_ptrs, _pack(run_starts, starts), mask=(lengths > 0) & is_row[None, :, None])
-    final_ptrs = runs_ptrs + _field(final_length, before_final + first_slots)
-    tl.store(final_ptrs, _pack(final_start, final_start + final_length), mask=(final_length > 0) & is_row)
+    final_slot = ((totals + first_slots) >> (final_shift * 2)).to(tl.int32) & 0xFFFF
+    final_run = _pack(final_start, final_start + final_length)
+    tl.store(runs_ptrs + final_slot, final_run, mask=(final_length > 0) & is_row)
 
-    totals += (totals >> 32) & 0xFFFFFFFF
-    runs = ((totals + (totals >> 16)) & 0xFFFF).to(tl.int32)
-    full_pieces = _per_row(lengths // SHORT) + final_length // SHORT
+    runs = (with_final + (with_final >> 32)).to(tl.int32)
+    runs = (runs + (runs >> 16)) & 0xFFFF
+    full_pieces = _full_pieces(lengths, final_length, SHORT)
     tl.store(counts_ptrs, runs, mask=is_row)
     tl.store(counts_ptrs + 1, full_pieces, mask=is_row)
-    tl.store(counts_ptrs + 2, _per_row(lengths // MEDIUM) + final_length // MEDIUM, mask=is_row)
-    tl.store(counts_ptrs + 3, _per_row(lengths // LONG) + final_length // LONG, mask=is_row)
+    tl.store(counts_ptrs + 2, _full_pieces(lengths, final_length, MEDIUM), mask=is_row)
+    tl.store(counts_ptrs + 3, _full_pieces(lengths, final_length, LONG), mask=is_row)
     return _per_row(lengths) + final_length, runs, full_pieces
 
 
@@ -285,11 +306,11 @@ def _sum_of(sizes_ptr, clusters, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-# A tile lies in the threads as its accesses to memory want it. Tiles here are to have a warp for each row, with a lane for
-# each of 32 neighbours. A pointer known to be aligned would give a lane four of them, and `max_contiguous` says in which
-# order axes are taken, where versions of Triton differ: nothing else follows from it for unaligned pointers.
+# A tile lies in the threads as its accesses to memory want it. Here a warp is to have a row, and a lane one of every 32
+# neighbours. Pointers known to be aligned would give a lane four of them. `max_contiguous` tells in which order to take
+# the axes, where versions of Triton differ; nothing else follows from it, as the pointers are not aligned.
 @triton.jit(
-    do_not_specialize=["min_keep", "repeats", "q_clusters", "k_clusters", "run_slots"],
+    do_not_specialize=["min_keep", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def select_kernel(
@@ -309,6 +330,7 @@ def select_kernel(
     q_clusters,
     k_clusters,
     run_slots,
+    stride_edges_r,
     DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -326,11 +348,11 @@ def select_kernel(
     group = head // repeats
     first_row = (program % blocks).to(tl.int32) * BLOCK_Q
     logits_ptr += program * (BLOCK_Q * BLOCK_K)
-    edges_ptr += program * (2 * BLOCK_K)
+    edges_ptr += program * BLOCK_K
     k_sizes_ptr += group * k_clusters
     q_sizes_ptr += head * q_clusters
 
-    k_tokens = _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K)
+    k_tokens, filled = _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K)
     _write_logits(
         q_ptr + (head * q_clusters + first_row) * DIM,
         k_ptr + group * k_clusters * DIM,
@@ -352,38 +374,34 @@ def select_kernel(
 
     offs_t = tl.arange(0, TURNS)[:, None, None]
     lane = tl.arange(0, LANES)[None, None, :]
-    position = offs_t * LANES + lane
     cluster = lane * TURNS + offs_t
     for block_row in range(0, min(BLOCK_Q, q_clusters - first_row), ROWS):
         offs_r = block_row + tl.arange(0, ROWS)
         is_row = first_row + offs_r < q_clusters
         row = head * q_clusters + first_row + offs_r
-        # Every row of a tile has the same edges; the zeros say so to what loads them.
-        no_row = (offs_r * 0)[None, :, None]
-        logits_ptrs = logits_ptr + (offs_r[None, :, None] * BLOCK_K + position)
-        logits = tl.load(tl.max_contiguous(logits_ptrs, [1, 2, LANES]))
+        logits_ptrs = logits_ptr + (offs_r * BLOCK_K)[None, :, None] + lane
+        logits = tl.load(tl.max_contiguous(logits_ptrs + offs_t * LANES, [1, 2, LANES]))
         largest = tl.max(tl.max(logits, 0), 1)
         smallest = tl.min(tl.min(tl.where(logits > float("-inf"), logits, LARGEST), 0), 1)
         weights = tl.exp2(logits - largest[None, :, None])
         total = _per_row(weights)
-        low, high, last = _threshold(
-            logits, weights, cluster, smallest, largest, top_p * total, min_keep, BLOCK_K, INDEX_BITS
+        low, mass, logits = _threshold(
+            logits, weights, cluster, smallest, largest, total, filled, top_p, min_keep, BLOCK_K, INDEX_BITS
         )
-        keep = _kept(logits, cluster, low, high, last)
-        mass = _per_row(keep.to(tl.float32) * weights) / total
+        edges_ptrs = edges_ptr + (offs_r * stride_edges_r)[None, :, None] + lane
+        edges = tl.load(tl.max_contiguous(edges_ptrs + offs_t * LANES, [1, 2, LANES]))
         kept_keys, runs, full_pieces = _write_runs(
-            keep,
-            edges_ptr,
-            position + no_row,
+            logits > low[None, :, None],
+            edges,
             k_tokens,
+            offs_t,
             runs_ptr + row * run_slots,
             counts_ptr + row * 4,
             is_row,
-            BLOCK_K,
         )
         q_sizes = tl.load(q_sizes_ptr + first_row + offs_r, mask=is_row, other=0)
         _add_statistics(
-            statistics_ptr + row * 5, is_row, q_sizes, q_tokens, k_tokens, kept_keys, mass, runs, full_pieces
+            statistics_ptr + row * 5, is_row, q_sizes, q_tokens, k_tokens, kept_keys, mass / total, runs, full_pieces
         )
 
 
@@ -410,7 +428,7 @@ def select_blocks_triton(
     shape = _constexprs(dim, k_clusters)
     programs = batch * heads * cdiv(q_clusters, BLOCK_Q)
     logits = q_sizes.new_empty((programs, BLOCK_Q, shape["BLOCK_K"]), dtype=torch.float32)
-    edges = q_sizes.new_empty((programs, 2, shape["BLOCK_K"]))
+    edges = q_sizes.new_empty((programs, shape["BLOCK_K"]), dtype=torch.int64)
     sums = statistics.contiguous()
     with torch.cuda.device_of(q_centroids):
         select_kernel[(programs,)](
@@ -430,6 +448,8 @@ def select_blocks_triton(
             q_clusters,
             k_clusters,
             run_slots,
+            # All rows have the same edges. The compiler is not to know, or it would load them for another layout.
+            0,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             **shape,
@@ -458,9 +478,11 @@ def aot_variants() -> list[AotVariant]:
     """Return the kernel for the usual head dims, few and many clusters."""
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
     signature |= dict.fromkeys(("q_sizes_ptr", "k_sizes_ptr"), "*i32")
-    signature |= {"logits_ptr": "*fp32", "edges_ptr": "*i32", "runs_ptr": "*i64", "counts_ptr": "*i32"}
+    signature |= {"logits_ptr": "*fp32", "edges_ptr": "*i64", "runs_ptr": "*i64", "counts_ptr": "*i32"}
     signature |= {"statistics_ptr": "*fp32", "scale": "fp32", "top_p": "fp32"}
-    signature |= dict.fromkeys(("min_keep", "repeats", "q_clusters", "k_clusters", "run_slots"), "i32")
+    signature |= dict.fromkeys(
+        ("min_keep", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"), "i32"
+    )
     return [
         AotVariant(
             name=f"select_kernel_d{dim}_c{clusters}",
