@@ -23,7 +23,7 @@ class AttentionTiles:
 
 # What spills no register on any GPU from compute capability 8.0 on, by the largest padded head dimension it is for.
 SAFE = {
-    64: AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
+    64: AttentionTiles(block_m=128, block_n=32, piece=16, num_warps=8, num_stages=3),
     128: AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=4, num_stages=3),
     256: AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=8, num_stages=2),
 }
@@ -32,7 +32,10 @@ SAFE_FP32 = AttentionTiles(block_m=32, block_n=32, piece=16, num_warps=4, num_st
 
 # By compute capability and padded head dimension, for 16-bit types.
 TUNED: dict[tuple[int, int], AttentionTiles] = {
-    (120, 64): AttentionTiles(block_m=64, block_n=64, piece=16, num_warps=8, num_stages=3),
+    (86, 64): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
+    (89, 64): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
+    (90, 64): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
+    (100, 64): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
     (90, 128): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
     (100, 128): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
 }
