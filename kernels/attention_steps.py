@@ -28,13 +28,13 @@ def load_rows(base_ptr, rows, stride, valid, offs_d, DIM: tl.constexpr, MASKED: 
 
 
 @triton.jit
-def query_rows(order_ptr, bh, tokens, first_row, last_row, BLOCK_M: tl.constexpr):
+def query_rows(order_ptr, first_row, last_row, BLOCK_M: tl.constexpr):
     """Return where the rows of a tile lie, of queries as of results, and which of them there are."""
     offs_m = first_row + tl.arange(0, BLOCK_M)
     inside = offs_m < last_row
     rows = offs_m
     if order_ptr is not None:
-        rows = tl.load(order_ptr + bh * tokens + offs_m, mask=inside, other=0)
+        rows = tl.load(order_ptr + offs_m, mask=inside, other=0)
     return rows, inside
 
 
@@ -67,29 +67,12 @@ def softmax(scores, valid, scale_log2, row_max, row_sum, MASKED: tl.constexpr):
 
 
 @triton.jit
-def store_results(
-    out_ptr,
-    lse_ptr,
-    acc,
-    row_max,
-    row_sum,
-    rows,
-    inside,
-    b,
-    h,
-    bh,
-    tokens,
-    stride_b,
-    stride_h,
-    stride_n,
-    offs_d,
-    DIM: tl.constexpr,
-):
+def store_results(out_ptr, lse_ptr, acc, row_max, row_sum, rows, inside, stride_n, offs_d, DIM: tl.constexpr):
     """Store rows of the result and their log-sum-exps; a row that attends to nothing gets 0 and -inf."""
     # Of such a row the sum is 0 and the maximum -inf.
     divisor = tl.where(row_sum == 0, 1.0, row_sum)
-    tl.store(lse_ptr + bh * tokens + rows, (row_max + tl.log2(divisor)) * LN_2, mask=inside)
-    out_rows = out_ptr + b * stride_b + h * stride_h + rows.to(tl.int64) * stride_n
+    tl.store(lse_ptr + rows, (row_max + tl.log2(divisor)) * LN_2, mask=inside)
+    out_rows = out_ptr + rows.to(tl.int64) * stride_n
     out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_rows[:, None] + offs_d[None, :], out, mask=inside[:, None] & (offs_d < DIM)[None, :])
 

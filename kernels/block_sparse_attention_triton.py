@@ -33,10 +33,10 @@ from svg2_compile.kernels.work_list_triton import query_tiles_triton
 
 @triton.jit
 def _load_runs(runs_ptr, first, num_runs, COUNT: tl.constexpr):
-    """Return the next runs; past the last one, empty ones."""
+    """Return the runs from the given one; before the first and past the last one, empty ones."""
     runs = ()
     for i in tl.static_range(COUNT):
-        runs = runs + (tl.load(runs_ptr + first + i, mask=first + i < num_runs, other=0),)  # noqa: RUF005
+        runs = runs + (tl.load(runs_ptr + first + i, mask=(first + i >= 0) & (first + i < num_runs), other=0),)  # noqa: RUF005
     return runs
 
 
@@ -73,11 +73,25 @@ def _next_pieces(key, stop, run, ahead, PIECE: tl.constexpr, COUNT: tl.constexpr
 
 
 @triton.jit
-def _spread(keys, slot_n, COUNT: tl.constexpr):
-    """Return for every column of a tile the first key of its piece."""
-    spread = tl.where(slot_n == 0, keys[0], 0)
+def _last_pieces(runs, piece_keys, left_pieces, PIECE: tl.constexpr, COUNT: tl.constexpr):
+    """Return the first keys and the lengths of what is left: full pieces, then what full pieces leave of every run."""
+    keys = ()
+    lengths = ()
+    for i in tl.static_range(COUNT):
+        first_key, last_key = first_and_last_key(runs[i])
+        length = last_key - first_key
+        is_full = i < left_pieces
+        keys = keys + (tl.where(is_full, piece_keys[i], first_key + length // PIECE * PIECE),)  # noqa: RUF005
+        lengths = lengths + (tl.where(is_full, PIECE, length % PIECE),)  # noqa: RUF005
+    return keys, lengths
+
+
+@triton.jit
+def _spread(values, slot_n, COUNT: tl.constexpr):
+    """Return for every column of a tile the value of its piece."""
+    spread = tl.where(slot_n == 0, values[0], 0)
     for i in tl.static_range(1, COUNT):
-        spread = tl.where(slot_n == i, keys[i], spread)
+        spread = tl.where(slot_n == i, values[i], spread)
     return spread
 
 
@@ -169,7 +183,11 @@ def _attention_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     slot_n = offs_n // PIECE
     offs_piece = offs_n % PIECE
-    rows, inside = query_rows(order_ptr, bh, tokens, first_row, last_row, BLOCK_M)
+    lse_ptr += bh * tokens
+    out_ptr += b * stride_out_b + h * stride_out_h
+    if order_ptr is not None:
+        order_ptr += bh * tokens
+    rows, inside = query_rows(order_ptr, first_row, last_row, BLOCK_M)
     q = load_rows(q_ptr + b * stride_q_b + h * stride_q_h, rows, stride_q_n, inside, offs_d, DIM, MASKED=True)
     k_ptr += b * stride_k_b + g * stride_k_h
     v_ptr += b * stride_v_b + g * stride_v_h
@@ -184,6 +202,20 @@ def _attention_kernel(
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if HAS_CONTEXT:
+        context_k_ptr += b * stride_ck_b + g * stride_ck_h
+        context_v_ptr += b * stride_cv_b + g * stride_cv_h
+        for start in range(0, context, BLOCK_N):
+            keys = start + offs_n
+            valid = keys < context
+            if HAS_CONTEXT_MASK:
+                valid = tl.load(context_mask_ptr + b * stride_mask_b + keys, mask=valid, other=0) != 0
+            k = load_rows(context_k_ptr, keys, stride_ck_n, valid, offs_d, DIM, MASKED=True)
+            scores = scores_of(q, k)
+            weights, decay, row_max, row_sum = softmax(scores, valid, scale_log2, row_max, row_sum, MASKED=True)
+            v = load_rows(context_v_ptr, keys, stride_cv_n, valid, offs_d, DIM, MASKED=True)
+            acc = _accumulate(acc, weights, decay, v)
 
     key, stop = first_and_last_key(tl.load(runs_ptr, mask=num_runs > 0, other=0))
     run = 1
@@ -202,54 +234,19 @@ def _attention_kernel(
     # The full pieces that fill no tile, and what is left at the end of every run.
     left_pieces = full_pieces - full_tiles * PIECES_PER_TILE
     piece_keys, key, stop, run = _next_pieces(key, stop, run, ahead, PIECE, PIECES_PER_TILE)
+    tails = _load_runs(runs_ptr, -left_pieces, num_runs, PIECES_PER_TILE)
     for first_slot in range(0, left_pieces + num_runs, PIECES_PER_TILE):
-        slot = first_slot + slot_n
-        is_full = slot < left_pieces
-        tail = slot - left_pieces  # the index of its run
-        tail_run = tl.load(runs_ptr + tail, mask=(tail >= 0) & (tail < num_runs), other=0)
-        first_key, last_key = first_and_last_key(tail_run)
-        length = last_key - first_key
-        keys = tl.where(is_full, _spread(piece_keys, slot_n, PIECES_PER_TILE), first_key + length // PIECE * PIECE)
-        keys += offs_piece
-        valid = offs_piece < tl.where(is_full, PIECE, length % PIECE)
+        tile_keys, lengths = _last_pieces(tails, piece_keys, left_pieces - first_slot, PIECE, PIECES_PER_TILE)
+        tails = _load_runs(runs_ptr, first_slot + PIECES_PER_TILE - left_pieces, num_runs, PIECES_PER_TILE)
+        keys = _spread(tile_keys, slot_n, PIECES_PER_TILE) + offs_piece
+        valid = offs_piece < _spread(lengths, slot_n, PIECES_PER_TILE)
         k = load_rows(k_ptr, keys, stride_k_n, valid, offs_d, DIM, MASKED=True)
         scores = scores_of(q, k)
         weights, decay, row_max, row_sum = softmax(scores, valid, scale_log2, row_max, row_sum, MASKED=True)
         v = load_rows(v_ptr, keys, stride_v_n, valid, offs_d, DIM, MASKED=True)
         acc = _accumulate(acc, weights, decay, v)
 
-    if HAS_CONTEXT:
-        context_k_ptr += b * stride_ck_b + g * stride_ck_h
-        context_v_ptr += b * stride_cv_b + g * stride_cv_h
-        for start in range(0, context, BLOCK_N):
-            keys = start + offs_n
-            valid = keys < context
-            if HAS_CONTEXT_MASK:
-                valid = tl.load(context_mask_ptr + b * stride_mask_b + keys, mask=valid, other=0) != 0
-            k = load_rows(context_k_ptr, keys, stride_ck_n, valid, offs_d, DIM, MASKED=True)
-            scores = scores_of(q, k)
-            weights, decay, row_max, row_sum = softmax(scores, valid, scale_log2, row_max, row_sum, MASKED=True)
-            v = load_rows(context_v_ptr, keys, stride_cv_n, valid, offs_d, DIM, MASKED=True)
-            acc = _accumulate(acc, weights, decay, v)
-
-    store_results(
-        out_ptr,
-        lse_ptr,
-        acc,
-        row_max,
-        row_sum,
-        rows,
-        inside,
-        b,
-        h,
-        bh,
-        tokens,
-        stride_out_b,
-        stride_out_h,
-        stride_out_n,
-        offs_d,
-        DIM,
-    )
+    store_results(out_ptr, lse_ptr, acc, row_max, row_sum, rows, inside, stride_out_n, offs_d, DIM)
 
 
 def block_sparse_attention_triton(

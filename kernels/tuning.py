@@ -14,7 +14,7 @@ PACKED_PIECE = 16
 
 # What spills no register on any GPU from compute capability 8.0 on, by the largest padded head dimension it is for.
 SAFE = {
-    64: AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
+    64: AttentionTiles(block_m=128, block_n=32, piece=16, num_warps=8, num_stages=3),
     128: AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=4, num_stages=3),
     256: AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=8, num_stages=2),
 }
