@@ -17,15 +17,11 @@ DIMS = (16, 32, 64, 128, 256)
 
 BIG = AttentionTiles(128, 64, 16, 8, 3)
 SMALL = AttentionTiles(64, 32, 16, 4, 3)
-NARROW = AttentionTiles(64, 64, 16, 8, 3)
+FEW_KEYS = AttentionTiles(128, 32, 16, 8, 3)
 WIDE_ROWS = AttentionTiles(64, 32, 16, 8, 2)
 # (block_m, block_n, piece, num_warps, num_stages), by padded head dimension; those of the pointer kernel elsewhere.
-POINTER = {
-    (90, 128): BIG,
-    (100, 128): BIG,
-    (120, 64): NARROW,
-}
-POINTER_ELSEWHERE = {16: BIG, 32: BIG, 64: BIG, 128: SMALL, 256: WIDE_ROWS}
+POINTER = {(86, 64): BIG, (89, 64): BIG, (90, 64): BIG, (100, 64): BIG, (90, 128): BIG, (100, 128): BIG}
+POINTER_ELSEWHERE = {16: FEW_KEYS, 32: FEW_KEYS, 64: FEW_KEYS, 128: SMALL, 256: WIDE_ROWS}
 TALL = AttentionTiles(128, 128, 128, 8, 2)
 DESCRIPTOR = {(90, 64): TALL, (90, 128): TALL, (100, 64): TALL, (100, 128): TALL}
 FLAT = AttentionTiles(128, 64, 64, 8, 2)
