@@ -19,7 +19,7 @@ from svg2_compile.kernels.work_list import COUNTS, PIECES, kept_runs_reference, 
 
 # The last axis of ``statistics``, per query cluster and summed over calls: 1; its part of the head's density, which is
 # kept pairs over all pairs; its part of the head's kept probability mass, a mean over query tokens; its own kept mass,
-# 1 where it is empty; and its part of the pairs multiplied, if pieces of ``PIECES[0]`` keys fill tiles of ``TILE_KEYS``.
+# 1 where it is empty; its part of the pairs multiplied, when pieces of ``PIECES[0]`` keys fill tiles of ``TILE_KEYS``.
 STATISTICS = ("calls", "density_sum", "kept_mass_sum", "own_kept_mass_sum", "issued_sum")
 TILE_KEYS = 128
 
