@@ -176,7 +176,8 @@ def _threshold(
     logits at the threshold, those of the clusters that are not needed are lowered.
     """
     enough_mass = top_p * total
-    low, high = _number(_ordered(smallest) - 1), largest
+    # Two below, as minus zero is not below zero.
+    low, high = _number(_ordered(smallest) - 2), largest
     mass_above_low = total
     above_low, above_high = tl.full(low.shape, 1.0, tl.float32) * filled, tl.zeros_like(low)
     # Empty clusters come last in any order, and whether they are kept does not matter.
