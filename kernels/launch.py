@@ -65,6 +65,7 @@ class TritonLimits:
 # fp64 is for judging only.
 _FAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_LIMITS = {
+    "cluster_tokens_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
     "kmeans_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
     "sort_labels": TritonLimits(clusters=MAX_CLUSTERS),
     "permute_tokens": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM),

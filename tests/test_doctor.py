@@ -27,7 +27,11 @@ def hopper(monkeypatch):
 
 
 def test_every_op_is_in_the_table():
-    modules = set(ops.__all__) - {"kmeans", "permute"} | {"kmeans_", "permute_tokens"}
+    modules = set(ops.__all__) - {"cluster_tokens", "kmeans", "permute"} | {
+        "cluster_tokens_",
+        "kmeans_",
+        "permute_tokens",
+    }
     assert set(choices(device=torch.device("cpu"))) == modules
 
 
@@ -50,13 +54,13 @@ def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
 @pytest.mark.parametrize(
     ("changes", "slow"),
     [
-        ({"dim": 257}, {"kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"}),
-        ({"clusters": 1025}, {"kmeans_", "sort_labels", "select_blocks", "block_sparse_attention"}),
+        ({"dim": 257}, {"cluster_tokens_", "kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"}),
+        ({"clusters": 1025}, {"cluster_tokens_", "kmeans_", "sort_labels", "select_blocks", "block_sparse_attention"}),
         ({"tokens": 2**31}, {"block_sparse_attention"}),
         ({"tokens": 2**31 - 2, "dim": 256, "clusters": 1024}, set()),
         (
             {"dtype": torch.float64},
-            {"kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"},
+            {"cluster_tokens_", "kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"},
         ),
     ],
 )
@@ -129,9 +133,9 @@ def test_a_reason_is_printed_once_for_all_that_it_holds_back():
 
 
 def test_dispatch_asks_the_same_predicate(monkeypatch):
-    from svg2_compile.kernels import block_sparse_attention, kmeans, permute, select_blocks, sort_labels
+    from svg2_compile.kernels import block_sparse_attention, cluster_tokens, kmeans, permute, select_blocks, sort_labels
 
-    for module in (kmeans, permute, select_blocks, sort_labels):
+    for module in (cluster_tokens, kmeans, permute, select_blocks, sort_labels):
         assert module.why_not_triton is doctor.why_not_triton
     assert doctor.choose_attention is launch.choose_attention is block_sparse_attention.choose_attention
 

@@ -64,7 +64,7 @@ def test_work_lists_spill_nothing_on_ampere_and_hopper(tmp_path):
     assert {kernel["stack_bytes"] for kernel in kernels} == {0}
 
 
-@pytest.mark.parametrize("module", ["kmeans", "permute", "select_blocks", "sort_labels"])
+@pytest.mark.parametrize("module", ["centroids", "cluster_tokens", "kmeans", "permute", "select_blocks", "sort_labels"])
 def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_path):
     if not (SCRIPT.parent.parent / "kernels" / f"{module}_triton.py").exists():
         pytest.skip(f"kernels/{module}_triton.py does not exist")

@@ -298,9 +298,10 @@ def test_every_site_becomes_the_same_nodes(name):
     plan = sparsify(gm, SPARSE)
     after = ops(plan.gm)
     per_site = {
-        "kmeans_": 2,
-        "sort_labels": 2,
-        "permute_tokens": 2,
+        "cluster_tokens_": 1,
+        "kmeans_": 0,
+        "sort_labels": 0,
+        "permute_tokens": 0,
         "select_blocks": 1,
         "block_sparse_attention": 1,
         "unpermute_tokens": 0,
@@ -316,23 +317,16 @@ def test_queries_and_keys_go_in_their_own_order(name):
     gm, _, _ = traced(name)
     plan = sparsify(gm, SPARSE)
 
-    def clustered(order: Node) -> Node:
-        """The node whose labels were sorted to give ``order``."""
-        return order.args[0].args[0].args[0]
-
     for node in plan.gm.graph.nodes:
         if target_name(node) == "block_sparse_attention":
-            q, k, v = node.args[:3]
-            q_order = node.args[Q_ORDER]
-            assert clustered(q_order) is q
-            assert clustered(k.args[1]) is k.args[0]
-            assert v.args[1] is k.args[1]
-            q_sizes, runs, counts = node.args[3:6]
-            assert (q_sizes.args[0], q_sizes.args[1]) == (q_order.args[0], 1)
-            selection = runs.args[0]
+            q, k, v, q_sizes, runs, counts = node.args[:6]
+            clustering, selection = k.args[0], runs.args[0]
+            assert target_name(clustering) == "cluster_tokens_"
+            assert clustering.args[0] is q
+            results = [node.args[Q_ORDER], q_sizes, selection.args[3], k, v]
+            assert [each.args for each in results] == [(clustering, index) for index in range(5)]
             assert (runs.args[1], counts.args) == (0, (selection, 1))
             assert selection.args[2] is q_sizes
-            assert selection.args[3].args == (k.args[1].args[0], 1)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +500,7 @@ def test_options_reach_the_ops():
     )
     site = (plan := sparsify(gm, config)).sites[0]
     nodes = {target_name(node): node for node in plan.gm.graph.nodes}
-    assert nodes["kmeans_"].args[3:] == (4, 3, 11)
+    assert nodes["cluster_tokens_"].args[7:] == (4, 3, 11)
     assert nodes["select_blocks"].args[4:7] == (0.9, 0.7, 0.3)
     assert nodes["block_sparse_attention"].args[-1] == nodes["context_attention"].args[-1] == site.scale == 0.9
     assert (site.q_clusters, site.k_clusters) == config.clusters_for(VIDEO)
@@ -753,7 +747,7 @@ def forget_a_rewrite(gm: GraphModule) -> None:
 
 def drop_a_sparse_attention(gm: GraphModule) -> None:
     (result,) = find(gm, "block_sparse_attention").users
-    result.replace_all_uses_with(find(gm, "kmeans_").args[0])
+    result.replace_all_uses_with(find(gm, "cluster_tokens_").args[0])
     gm.graph.eliminate_dead_code()
 
 
@@ -775,7 +769,7 @@ def change_the_shape_of_the_output(gm: GraphModule) -> None:
 
 def add_an_output(gm: GraphModule) -> None:
     output = next(node for node in gm.graph.nodes if node.op == "output")
-    output.args = ((*output.args[0], find(gm, "permute_tokens")),)
+    output.args = ((*output.args[0], find(gm, "block_sparse_attention").args[1]),)
 
 
 def share(argument: int, op: str) -> Callable[[GraphModule], None]:
@@ -801,8 +795,8 @@ PLANTED: dict[str, tuple[Callable[[GraphModule], None], str]] = {
     "output dtype": (change_the_dtype_of_the_output, r"output 0 was torch.float32 .* and is now torch.float16"),
     "output shape": (change_the_shape_of_the_output, r"output 0 was .*\(2, 64, 16\).* and is now .*\(1, 64, 16\)"),
     "another output": (add_an_output, r"1 outputs became 2"),
-    "centroids shared": (share(1, "kmeans_"), r"svg2_0_q_centroids is updated by 2"),
-    "calls shared": (share(2, "kmeans_"), r"svg2_0_q_calls is updated by 2"),
+    "centroids shared": (share(3, "cluster_tokens_"), r"svg2_0_q_centroids is updated by 2"),
+    "calls shared": (share(5, "cluster_tokens_"), r"svg2_0_q_calls is updated by 2"),
     "statistics shared": (share(7, "select_blocks"), r"svg2_0_statistics is updated by 2"),
 }
 
