@@ -11,9 +11,11 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import triton
 from triton.backends import nvidia
@@ -23,7 +25,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 import svg2_compile.kernels
 from svg2_compile.kernels.launch import AotVariant
+from svg2_compile.kernels.tuning import AttentionTiles, attention_candidates
 
+MAX_CANDIDATES = 4
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Shared memory that one program may use, in bytes, where it is less than what the larger chips have.
 SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -54,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHITECTURES)
     parser.add_argument("--modules", nargs="+", help="such as work_list_triton; default: every *_triton module")
+    parser.add_argument("--candidates", action="store_true", help="what autotuning would time, and not what is in use")
     parser.add_argument("--match", default="", help="only kernels whose name contains this regular expression")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path)
@@ -63,7 +68,7 @@ def main() -> None:
         measure(module, variant, arch)
         for module in modules
         for arch in args.arch
-        for variant in variants_of(module, arch)
+        for variant in (candidates_of if args.candidates else variants_of)(module, arch)
         if re.search(args.match, variant.name)
     ]
     table = markdown(rows)
@@ -86,6 +91,28 @@ def variants_of(module: ModuleType, arch: int) -> list[AotVariant]:
     takes_arch = bool(inspect.signature(module.aot_variants).parameters)
     variants: list[AotVariant] = module.aot_variants(arch) if takes_arch else module.aot_variants()
     return variants
+
+
+def candidates_of(module: ModuleType, arch: int) -> list[AotVariant]:
+    """Return the kernels of a module with the tiles that autotuning would time besides those in use."""
+    if not hasattr(module, "attention_tiles"):
+        return []
+    in_use, lookup = module.aot_variants(arch), module.attention_tiles
+    found = []
+    try:
+        for place in range(1, MAX_CANDIDATES):
+            module.attention_tiles = partial(candidate_at, place)
+            variants = [variant for variant in module.aot_variants(arch) if variant not in in_use]
+            found += [replace(variant, name=f"{variant.name}, candidate {place}") for variant in variants]
+    finally:
+        module.attention_tiles = lookup
+    return found
+
+
+def candidate_at(place: int, *question: Any, **more: Any) -> AttentionTiles:
+    """Return one of the candidates, or the tiles in use where there are not so many."""
+    candidates = attention_candidates(*question, **more)
+    return candidates[place if place < len(candidates) else 0]
 
 
 def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:

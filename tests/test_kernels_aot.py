@@ -77,6 +77,15 @@ def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_pa
     }
 
 
+@pytest.mark.skipif(not EVERYTHING, reason="set SVG2_AOT=all to compile what autotuning would time")
+def test_no_candidate_of_the_autotuning_spills(tmp_path):
+    kernels = resources(tmp_path / "kernels.json", "--candidates", "--arch", "80", "86", "89", "90", "100", "120")
+    assert_fits(kernels)
+    assert {(kernel["kernel"], kernel["arch"]): kernel["stack_bytes"] for kernel in kernels} == {
+        (kernel["kernel"], kernel["arch"]): 0 for kernel in kernels
+    }
+
+
 @pytest.mark.skipif(not EVERYTHING, reason="set SVG2_AOT=all to compile everything for every architecture")
 def test_everything_compiles_everywhere(tmp_path):
     kernels = resources(tmp_path / "kernels.json", "--arch", "80", "86", "89", "90", "100", "120")

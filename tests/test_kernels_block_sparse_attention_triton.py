@@ -1,37 +1,21 @@
-"""Block-sparse attention in Triton: as exact as the reference, and its work lists cover just what is kept."""
+"""Block-sparse attention in Triton: as exact as the reference."""
 
-import importlib.util
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from svg2_compile.kernels.work_list import LENGTH_BITS, max_pieces, runs, work_list_reference
-
-
-def module_beside(name):
-    """Return another test module: its cases are tested here, too."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-op_tests = module_beside("test_kernels_block_sparse_attention")
-assert_as_accurate, random_sizes = op_tests.assert_as_accurate, op_tests.random_sizes
+import test_kernels_block_sparse_attention as op_tests
+from test_kernels_block_sparse_attention import assert_as_accurate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs_kernels = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="run by test_the_kernels_pass_under_the_interpreter, in its own process"
 )
-PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # Triton's interpreter computes wrong bf16 products.
 DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
@@ -45,78 +29,6 @@ def test_the_kernels_pass_under_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-# Work lists
-
-
-@st.composite
-def selections(draw):
-    """Return q_sizes, k_sizes, keep, q_tokens, k_tokens, block_m, piece."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    kinds = st.sampled_from(["uneven", "half empty", "giant", "singletons"])
-    batch, groups, repeats = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    q_tokens, k_tokens = draw(st.integers(1, 200)), draw(st.integers(1, 300))
-    q_clusters, k_clusters = draw(st.integers(1, 9)), draw(st.integers(1, 40))
-    q_sizes = random_sizes(generator, batch, groups * repeats, q_clusters, q_tokens, draw(kinds))
-    k_sizes = random_sizes(generator, batch, groups, k_clusters, k_tokens, draw(kinds))
-    density = draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]))
-    keep = torch.rand(batch, groups * repeats, q_clusters, k_clusters, generator=generator) < density
-    return q_sizes, k_sizes, keep, q_tokens, k_tokens, draw(st.sampled_from([16, 64])), draw(st.sampled_from([4, 16]))
-
-
-@PROPERTY
-@given(selections())
-def test_pieces_cover_exactly_the_kept_keys(selection):
-    _, k_sizes, keep, _, k_tokens, _, piece = selection
-    work = work_list_reference(*selection)
-    assert work.pieces.shape[3] == max_pieces(k_tokens, keep.shape[3], piece)
-    repeats = keep.shape[1] // k_sizes.shape[1]
-    for b, h, i in torch.cartesian_prod(*map(torch.arange, keep.shape[:3])).tolist():
-        full, total = work.counts[b, h, i].tolist()
-        pieces = [divmod(code, 1 << LENGTH_BITS) for code in work.pieces[b, h, i, :total].tolist()]
-        assert all(length == piece for _, length in pieces[:full])
-        assert all(0 < length < piece for _, length in pieces[full:])
-        assert pieces == sorted(pieces[:full]) + sorted(pieces[full:])
-        times_listed = torch.zeros(k_tokens, dtype=torch.int64)
-        for start, length in pieces:
-            times_listed[start : start + length] += 1
-        kept = keep[b, h, i].repeat_interleave(k_sizes[b, h // repeats].long())
-        assert torch.equal(times_listed, kept.long())
-        # Clusters that follow one another share their pieces, with or without empty clusters in between.
-        assert total == sum(math.ceil((stop - start) / piece) for start, stop in runs(kept))
-
-
-@PROPERTY
-@given(selections())
-def test_tiles_cover_every_query_once_and_stay_in_their_cluster(selection):
-    q_sizes, _, _, q_tokens, _, block_m, _ = selection
-    tiles = work_list_reference(*selection).tiles
-    for sizes, head_tiles in zip(q_sizes.flatten(0, 1), tiles.flatten(0, 1), strict=True):
-        cluster_of_token = torch.arange(len(sizes)).repeat_interleave(sizes.long())
-        times_listed = torch.zeros(q_tokens, dtype=torch.int64)
-        for cluster, start, stop in head_tiles.tolist():
-            assert 0 <= stop - start <= block_m
-            assert (cluster_of_token[start:stop] == cluster).all()
-            times_listed[start:stop] += 1
-        assert (times_listed == 1).all()
-
-
-@runs_kernels
-@settings(PROPERTY, max_examples=15)
-@given(selections())
-def test_the_kernel_makes_the_same_lists(selection):
-    from svg2_compile.kernels.work_list_triton import work_list_triton
-
-    expected = work_list_reference(*selection)
-    actual = work_list_triton(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in selection))
-    assert torch.equal(actual.tiles.cpu(), expected.tiles)
-    assert torch.equal(actual.counts.cpu(), expected.counts)
-    used = torch.arange(expected.pieces.shape[3]) < expected.counts[..., 1:]
-    assert torch.equal(actual.pieces.cpu()[used], expected.pieces[used])
-
-
-# Attention
 
 
 def attend(case):

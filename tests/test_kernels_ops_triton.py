@@ -6,8 +6,9 @@ import torch
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.kmeans import kmeans_reference
 from svg2_compile.kernels.permute import permute_tokens_reference, unpermute_tokens_reference
-from svg2_compile.kernels.select_blocks import select_blocks_reference
+from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
 from svg2_compile.kernels.sort_labels import sort_labels_reference
+from svg2_compile.kernels.work_list import kept_keys
 
 svg2 = torch.ops.svg2
 pytestmark = [
@@ -62,10 +63,12 @@ def test_sort_permutation_and_selection_equal_the_reference(batch, heads, tokens
     permuted = svg2.permute_tokens(x, order)
     assert torch.equal(permuted, permute_tokens_reference(x, order))
     assert torch.equal(svg2.unpermute_tokens(permuted, order), unpermute_tokens_reference(permuted, order))
-    statistics = [torch.zeros(batch, heads, 4, device="cuda") for _ in range(2)]
+    statistics = [torch.zeros(batch, heads, clusters, len(STATISTICS), device="cuda") for _ in range(2)]
     arguments = (centroids, centroids, sizes, sizes, dim**-0.5, 0.9, 0.1)
-    keep = svg2.select_blocks(*arguments, statistics[0])
-    wanted = select_blocks_reference(*arguments, statistics[1])
+    kept, wanted = (
+        kept_keys(*select(*arguments, each), tokens)
+        for select, each in zip((svg2.select_blocks, select_blocks_reference), statistics)
+    )
     # A cluster may differ where the mass before it is within rounding of top_p.
-    assert float((keep != wanted).float().mean()) <= 1e-3
-    torch.testing.assert_close(*statistics, rtol=1e-3, atol=1e-3)
+    assert float((kept != wanted).float().mean()) <= 1e-3
+    torch.testing.assert_close(*(each.sum(2) for each in statistics), rtol=1e-3, atol=1e-3)

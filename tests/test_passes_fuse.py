@@ -7,6 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels.work_list import kept_runs_reference
 from svg2_compile.passes.fuse import Q_ORDER, fuse
 from svg2_compile.passes.nodes import emit, target_name
 from svg2_compile.passes.sparsify import fake_mode_of
@@ -21,47 +22,48 @@ def inputs():
     order, other = (torch.rand(1, HEADS, TOKENS, generator=generator).argsort(-1).int() for _ in range(2))
     sizes = torch.tensor([10, 0, 15, 8], dtype=torch.int32).expand(1, HEADS, CLUSTERS).contiguous()
     keep = torch.rand(1, HEADS, CLUSTERS, CLUSTERS, generator=generator) < 0.6
-    return q, k, v, order, other, sizes, keep
+    kept = kept_runs_reference(keep, sizes)
+    return q, k, v, order, other, sizes, (kept.runs, kept.counts)
 
 
-def attend(q, k, v, sizes, keep):
-    return ops.block_sparse_attention(q, k, v, sizes, sizes, keep, None, None, None, None, 0.2)
+def attend(q, k, v, sizes, kept):
+    return ops.block_sparse_attention(q, k, v, sizes, *kept, None, None, None, None, 0.2)
 
 
-def plain(q, k, v, order, other, sizes, keep):
-    return (ops.unpermute_tokens(attend(ops.permute_tokens(q, order), k, v, sizes, keep)[0], order) + 1,)
+def plain(q, k, v, order, other, sizes, kept):
+    return (ops.unpermute_tokens(attend(ops.permute_tokens(q, order), k, v, sizes, kept)[0], order) + 1,)
 
 
-def restored_otherwise(q, k, v, order, other, sizes, keep):
-    return (ops.unpermute_tokens(attend(ops.permute_tokens(q, order), k, v, sizes, keep)[0], other),)
+def restored_otherwise(q, k, v, order, other, sizes, kept):
+    return (ops.unpermute_tokens(attend(ops.permute_tokens(q, order), k, v, sizes, kept)[0], other),)
 
 
-def log_sum_exp_is_read(q, k, v, order, other, sizes, keep):
-    out, lse = attend(ops.permute_tokens(q, order), k, v, sizes, keep)
+def log_sum_exp_is_read(q, k, v, order, other, sizes, kept):
+    out, lse = attend(ops.permute_tokens(q, order), k, v, sizes, kept)
     return ops.unpermute_tokens(out, order), lse
 
 
-def result_is_read(q, k, v, order, other, sizes, keep):
-    out, _ = attend(ops.permute_tokens(q, order), k, v, sizes, keep)
+def result_is_read(q, k, v, order, other, sizes, kept):
+    out, _ = attend(ops.permute_tokens(q, order), k, v, sizes, kept)
     return ops.unpermute_tokens(out, order), out * 2
 
 
-def result_is_not_restored(q, k, v, order, other, sizes, keep):
-    return (attend(ops.permute_tokens(q, order), k, v, sizes, keep)[0],)
+def result_is_not_restored(q, k, v, order, other, sizes, kept):
+    return (attend(ops.permute_tokens(q, order), k, v, sizes, kept)[0],)
 
 
-def permuted_queries_are_read(q, k, v, order, other, sizes, keep):
+def permuted_queries_are_read(q, k, v, order, other, sizes, kept):
     permuted = ops.permute_tokens(q, order)
-    return ops.unpermute_tokens(attend(permuted, k, v, sizes, keep)[0], order), permuted.sum()
+    return ops.unpermute_tokens(attend(permuted, k, v, sizes, kept)[0], order), permuted.sum()
 
 
-def permuted_queries_are_keys_too(q, k, v, order, other, sizes, keep):
+def permuted_queries_are_keys_too(q, k, v, order, other, sizes, kept):
     permuted = ops.permute_tokens(q, order)
-    return (ops.unpermute_tokens(attend(permuted, permuted, v, sizes, keep)[0], order),)
+    return (ops.unpermute_tokens(attend(permuted, permuted, v, sizes, kept)[0], order),)
 
 
-def queries_are_not_permuted(q, k, v, order, other, sizes, keep):
-    return (ops.unpermute_tokens(attend(q, k, v, sizes, keep)[0], order),)
+def queries_are_not_permuted(q, k, v, order, other, sizes, kept):
+    return (ops.unpermute_tokens(attend(q, k, v, sizes, kept)[0], order),)
 
 
 LEFT_ALONE = [

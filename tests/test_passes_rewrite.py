@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
 
+from svg2_compile.kernels.tiles import AttentionTiles
+from svg2_compile.passes import rewrite as rewrite_module
 from svg2_compile.passes import sparsify as sparsify_module
 from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.errors import InternalError, UnsupportedError
 from svg2_compile.passes.fuse import Q_ORDER
+from svg2_compile.passes.kernel_config import TILES, KernelConfig
 from svg2_compile.passes.nodes import is_sdpa, target_name, tensor_of
 from svg2_compile.passes.records import size_hint
 from svg2_compile.passes.sparsify import PASSES, Sparsified, sparsify
@@ -316,12 +319,57 @@ def test_queries_and_keys_go_in_their_own_order(name):
 
     for node in plan.gm.graph.nodes:
         if target_name(node) == "block_sparse_attention":
-            q, k, v, q_sizes, k_sizes = node.args[:5]
-            clustering = k.args[0]
+            q, k, v, q_sizes, runs, counts = node.args[:6]
+            clustering, selection = k.args[0], runs.args[0]
             assert target_name(clustering) == "cluster_tokens_"
             assert clustering.args[0] is q
-            results = [node.args[Q_ORDER], q_sizes, k_sizes, k, v]
+            results = [node.args[Q_ORDER], q_sizes, selection.args[3], k, v]
             assert [each.args for each in results] == [(clustering, index) for index in range(5)]
+            assert (runs.args[1], counts.args) == (0, (selection, 1))
+            assert selection.args[2] is q_sizes
+
+
+@pytest.mark.parametrize(
+    ("kernel_config", "arguments"),
+    [
+        (None, ()),
+        (KernelConfig(), ()),
+        (KernelConfig(attention="pointer"), ("pointer",)),
+        (KernelConfig(autotune=True), ("auto", None, True)),
+        (KernelConfig("descriptor", 32, 64, 4, 5), ("descriptor", [32, 64, 4, 5])),
+        (KernelConfig(attention="gluon", autotune=True), ("gluon", None, True)),
+    ],
+    ids=str,
+)
+def test_the_attention_is_told_of_kernels_only_what_is_not_the_default(kernel_config, arguments):
+    gm, inputs, expected = traced("text first")
+    plan = sparsify(gm, DENSE, kernel_config)
+    schema = torch.ops.svg2.block_sparse_attention.default._schema
+    first = [argument.name for argument in schema.arguments].index("scale") + 1
+    assert [argument.name for argument in schema.arguments[first:]] == ["implementation", "tiles", "autotune"]
+    attentions = [node for node in plan.gm.graph.nodes if target_name(node) == "block_sparse_attention"]
+    assert [node.args[first:] for node in attentions] == [arguments] * len(plan.sites)
+    assert_equal_within_rounding(run(plan, inputs, zeros(plan)), expected, len(plan.sites))
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_that_are_left_out_are_the_tuned_ones_of_the_site(name, monkeypatch):
+    gm, _, _ = traced("text first")
+    asked = []
+
+    def tuned(*question: Any) -> AttentionTiles:
+        asked.append(question)
+        return AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=4, num_stages=2)
+
+    monkeypatch.setattr(rewrite_module, "attention_tiles", tuned)
+    monkeypatch.setattr(rewrite_module, "capability_of", lambda device: 90)
+    given = {name: 8 if name.startswith("num") else 128}
+    plan = sparsify(gm, SPARSE, KernelConfig(attention="descriptor", **given))
+    expected = {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2} | given
+    attentions = [node for node in plan.gm.graph.nodes if target_name(node) == "block_sparse_attention"]
+    assert [list(node.args[-1]) for node in attentions] == [list(expected.values())] * 2
+    # heads of 8 are padded to 16
+    assert asked == [(90, 16, torch.float32, "descriptor")] * 2
 
 
 @every_case
