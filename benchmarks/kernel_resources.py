@@ -121,7 +121,7 @@ def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:
     kernel = triton.compile(
         source(**variant.source_arguments()),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.max_registers},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])

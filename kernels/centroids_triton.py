@@ -271,20 +271,27 @@ class AssignTile:
     """Warps of a program."""
     num_stages: int
     """Tiles of centroids in flight."""
+    max_registers: int | None = None
+    """Most registers of a thread; None leaves it to the assembler."""
 
 
 def assign_tile(dtype: torch.dtype, block_d: int) -> AssignTile:
     """Return the tile for tokens of ``dtype`` and rows padded to ``block_d``."""
     if dtype == torch.float32:
-        return AssignTile(32, 32, 4, 1)
+        return AssignTile(32, 32, 4, 1, 128)
     if block_d > 128:
-        return AssignTile(64, 64, 4, 2)
-    return AssignTile(128, 32, 4, 3)
+        return AssignTile(64, 64, 4, 2, 255)
+    return AssignTile(128, 32, 4, 3, 168)  # three programs share a processor
 
 
 def order_warps(block_c: int) -> int:
-    """Return the warps that order ``block_c`` clusters: four clusters a thread; one processor holds all of them."""
-    return min(8, max(1, block_c // 128))
+    """Return the warps that order ``block_c`` clusters: two clusters a thread; one processor holds all of them."""
+    return min(16, max(1, block_c // 64))
+
+
+def order_registers(block_c: int) -> int:
+    """Return the most registers of a thread that orders ``block_c`` clusters: its share of a processor's."""
+    return min(255, 65536 // (32 * order_warps(block_c)))
 
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -310,7 +317,13 @@ POINTERS = {
 
 
 def token_variant(
-    name: str, fn: object, dtype: torch.dtype, constexprs: dict[str, object], num_warps: int, num_stages: int
+    name: str,
+    fn: object,
+    dtype: torch.dtype,
+    constexprs: dict[str, object],
+    num_warps: int,
+    num_stages: int,
+    max_registers: int | None = None,
 ) -> AotVariant:
     """Return a kernel for tokens of ``dtype``, with aligned pointers and strides."""
     names: list[str] = [each for each in fn.arg_names if each not in constexprs]  # type: ignore[attr-defined]
@@ -324,6 +337,7 @@ def token_variant(
         num_warps=num_warps,
         num_stages=num_stages,
         divisible_by_16=tuple(each for each in names if each.endswith("_ptr") or each.startswith("stride_")),
+        max_registers=max_registers,
     )
 
 
@@ -352,5 +366,6 @@ def aot_variants() -> list[AotVariant]:
         block_d = padded_power_of_two(dim)
         operand = {"DIM": dim, "OPERAND_C": assign_tile(dtype, block_d).block_c, "BLOCK_C": block_c, "BLOCK_D": block_d}
         name = f"order_kernel_{NAMES[dtype]}_d{dim}_c{block_c}"
-        variants.append(token_variant(name, order_kernel, dtype, {**operand, **columns}, order_warps(block_c), 1))
+        warps, registers = order_warps(block_c), order_registers(block_c)
+        variants.append(token_variant(name, order_kernel, dtype, {**operand, **columns}, warps, 1, registers))
     return variants

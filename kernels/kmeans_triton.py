@@ -33,6 +33,7 @@ from svg2_compile.kernels.centroids_triton import (
     assign_tile,
     mean_kernel,
     order_kernel,
+    order_registers,
     order_warps,
     start_kernel,
     token_variant,
@@ -53,6 +54,7 @@ from svg2_compile.kernels.sort_labels_triton import (
 
 SUM_BYTES = 8192  # of x, read together by one program
 SUM_WARPS = 4
+SUM_REGISTERS = 128  # of a thread: four programs share a processor
 PROGRAMS_PER_PROCESSOR = 8
 SUM_PROGRAMS_PER_PROCESSOR = 16  # rows are gathered in short chains of loads; many chains hide their latency
 
@@ -208,6 +210,8 @@ def sum_kernel(
         x_row = tl.where(is_k, k_ptr, q_ptr) + batch_index * tl.where(is_k, stride_k_b, stride_q_b)
         x_row += head * tl.where(is_k, stride_k_h, stride_q_h)
         order_row = tl.where(is_k, k_order_ptr, q_order_ptr) + tl.cast(row, tl.int64) * tokens
+        v_row = v_ptr + batch_index * stride_v_b + head * stride_v_h
+        copies_start = tl.cast(row, tl.int64) * tokens * DIM
         ends = starts_ptr + row_start(is_k, row, batch * q_heads, q_clusters + 1, k_clusters + 1) + 1
         q_slots = tl.cdiv(q_tokens, SUM_N) + q_clusters - 1
         k_slots = tl.cdiv(k_tokens, SUM_N) + k_clusters - 1
@@ -233,9 +237,8 @@ def sum_kernel(
                 token = tl.load(order_row + following, mask=following < stop, other=0)
                 if k_clustered_ptr is not None:  # noqa: SIM102  (one is known at compile time, one is not)
                     if is_k & is_last:
-                        v_row = v_ptr + batch_index * stride_v_b + head * stride_v_h
                         values = tl.load(v_row + (here * stride_v_n)[:, None] + offs_d[None, :], mask=mask)
-                        target = (tl.cast(row, tl.int64) * tokens + offs_n)[:, None] * DIM + offs_d[None, :]
+                        target = copies_start + offs_n.to(tl.int64)[:, None] * DIM + offs_d[None, :]
                         tl.store(k_clustered_ptr + target, rows, mask=mask)
                         tl.store(v_clustered_ptr + target, values, mask=mask)
                 totals += rows.to(tl.float32)
@@ -422,6 +425,7 @@ class Clustering:
             WALK_COLUMNS=WALK_COLUMNS,
             MOVE_COLUMNS=MOVE_COLUMNS,
             num_warps=order_warps(block_c),
+            maxnreg=order_registers(block_c),
             num_stages=1,
         )
 
@@ -447,6 +451,7 @@ class Clustering:
             **self._shape,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
         )
 
     def _sum(self, iteration: int) -> None:
@@ -474,6 +479,7 @@ class Clustering:
             **self._shape,
             num_warps=SUM_WARPS,
             num_stages=1,
+            maxnreg=SUM_REGISTERS,
         )
 
     def _mean(self, iteration: int, iterations: int) -> None:
@@ -516,7 +522,15 @@ def aot_variants() -> list[AotVariant]:
         assign |= {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c}
         suffix = f"{NAMES[dtype]}_d{dim}"
         variants.append(
-            token_variant(f"assign_kernel_{suffix}", assign_kernel, dtype, assign, tile.num_warps, tile.num_stages)
+            token_variant(
+                f"assign_kernel_{suffix}",
+                assign_kernel,
+                dtype,
+                assign,
+                tile.num_warps,
+                tile.num_stages,
+                tile.max_registers,
+            )
         )
         absent: dict[str, object] = {"k_clustered_ptr": None, "v_clustered_ptr": None}
         variants.append(sum_variant(f"sum_kernel_{suffix}", dtype, dim, absent))
@@ -527,4 +541,4 @@ def sum_variant(name: str, dtype: torch.dtype, dim: int, absent: dict[str, objec
     """Return the sum for rows of ``dim``, with or without what else it can write."""
     block_d = padded_power_of_two(dim)
     shape = {"DIM": dim, "SUM_N": SUM_N, "BLOCK_N": sum_rows(dtype, block_d), "BLOCK_C": 512, "BLOCK_D": block_d}
-    return token_variant(name, sum_kernel, dtype, {**shape, **absent}, SUM_WARPS, 1)
+    return token_variant(name, sum_kernel, dtype, {**shape, **absent}, SUM_WARPS, 1, SUM_REGISTERS)

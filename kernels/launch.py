@@ -36,6 +36,8 @@ class AotVariant:
     """Stages of the software pipeline."""
     divisible_by_16: tuple[str, ...] = ()
     """Runtime arguments that are multiples of 16: aligned pointers and most strides."""
+    max_registers: int | None = None
+    """Most registers of a thread. Told none, the assembler may spill a few to fit more programs into a processor."""
 
     def source_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of ``triton.compiler.ASTSource``."""

@@ -25,6 +25,7 @@ SCAN_ELEMENTS = 8192  # counts added up at a time
 MIN_BLOCK_C = 32
 COUNT_WARPS = 4
 SCAN_WARPS = 8
+SCAN_REGISTERS = 255  # of a thread; there are fewer programs than processors
 PLACE_WARPS = 1
 PROGRAMS_PER_PROCESSOR = 16
 PLACE_PROGRAMS_PER_PROCESSOR = 32  # a block is placed in one chain of loads; many chains hide their latency
@@ -342,6 +343,7 @@ def launch_sort(
             BLOCK_C=sides.block_c,
             num_warps=SCAN_WARPS,
             num_stages=1,
+            maxnreg=SCAN_REGISTERS,
         )
         place_kernel[place_grid](
             labels,
@@ -362,7 +364,7 @@ def launch_sort(
 
 def _scan_blocks(block_c: int) -> int:
     """Return how many blocks the scan adds up at a time."""
-    return min(16, SCAN_ELEMENTS // block_c)
+    return min(32, SCAN_ELEMENTS // block_c)
 
 
 def aot_variants() -> list[AotVariant]:
@@ -391,6 +393,7 @@ def aot_variants() -> list[AotVariant]:
                     num_warps=warps,
                     num_stages=1,
                     divisible_by_16=tuple(pointers),
+                    max_registers=SCAN_REGISTERS if fn is scan_kernel else None,
                 )
             )
     return variants
