@@ -215,21 +215,26 @@ def sum_kernel(
 
         begin = tile_of_row * SUM_N
         stop = tl.minimum(begin + SUM_N, tokens)
+        token = tl.load(order_row + begin + in_tile, mask=begin + in_tile < stop, other=0)
         is_before = tl.load(ends + offs_c, mask=offs_c < clusters, other=2147483647) <= begin
         cluster = tl.sum(is_before.to(tl.int32), 0)
+        next_end = tl.load(ends + cluster)
         while begin < stop:
-            end = tl.minimum(tl.load(ends + cluster), stop)
+            end = tl.minimum(next_end, stop)
+            next_end = tl.load(ends + cluster + 1, mask=cluster + 1 < clusters, other=0)
             totals = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for first in range(begin, end, BLOCK_N):
                 offs_n = first + in_tile
-                is_token = offs_n < end
-                mask = is_token[:, None] & is_dim[None, :]
-                token = tl.load(order_row + offs_n, mask=is_token, other=0).to(tl.int64)
-                rows = tl.load(x_row + (token * stride_n)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+                mask = (offs_n < end)[:, None] & is_dim[None, :]
+                here = token.to(tl.int64)
+                rows = tl.load(x_row + (here * stride_n)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+                # Which tokens are next, whatever their cluster, is read while their rows' predecessors are on the way.
+                following = tl.minimum(first + BLOCK_N, end) + in_tile
+                token = tl.load(order_row + following, mask=following < stop, other=0)
                 if k_clustered_ptr is not None:  # noqa: SIM102  (one is known at compile time, one is not)
                     if is_k & is_last:
                         v_row = v_ptr + batch_index * stride_v_b + head * stride_v_h
-                        values = tl.load(v_row + (token * stride_v_n)[:, None] + offs_d[None, :], mask=mask)
+                        values = tl.load(v_row + (here * stride_v_n)[:, None] + offs_d[None, :], mask=mask)
                         target = (tl.cast(row, tl.int64) * tokens + offs_n)[:, None] * DIM + offs_d[None, :]
                         tl.store(k_clustered_ptr + target, rows, mask=mask)
                         tl.store(v_clustered_ptr + target, values, mask=mask)
@@ -316,7 +321,7 @@ class Clustering:
     half_norms: Tensor
     """fp32, for every head [padded C]."""
     sums: Tensor
-    """fp32, for every head [slots, D]. Shares its memory with the table of counts: neither outlives the other's use."""
+    """fp32, for every head [slots, D]. Shares its memory with the table of counts, and with labels nobody wants."""
     needed: Tensor
     """int32 [2], the iterations of this call for either side."""
 
@@ -332,14 +337,17 @@ class Clustering:
         block_c = assign_tile(q.x.dtype, block_d).block_c
         operand_rows = sides.total(*(cdiv(c, block_c) * block_c for _, c in sides.tokens_and_clusters))
         slots = sides.total(*(cdiv(n, SUM_N) + c - 1 for n, c in sides.tokens_and_clusters))
-        shared = q.centroids.new_empty(max(slots * dim, sides.table_elements))
+        # Counts and labels are read until tokens are placed, sums are written after that; only kmeans_ returns labels.
+        table, labels = sides.table_elements, sides.total(tokens, sides.k_tokens)
+        shared = q.centroids.new_empty(max(slots * dim, table if k is None else table + labels))
+        sorting = shared.view(torch.int32)
         return cls(
             q=q,
             k=q if k is None else k,
             sides=sides,
             copies=copies,
-            labels=q.calls.new_empty(sides.total(tokens, sides.k_tokens)),
-            sort=SortedLabels.empty(sides, shared.view(torch.int32)),
+            labels=q.calls.new_empty(labels) if k is None else sorting[table : table + labels],
+            sort=SortedLabels.empty(sides, sorting),
             operand=q.x.new_empty((operand_rows, block_d)),
             half_norms=q.centroids.new_empty(operand_rows),
             sums=shared,

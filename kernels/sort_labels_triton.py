@@ -235,10 +235,14 @@ def place_kernel(
         q_table, k_table = tl.cdiv(q_tokens, COUNT_N) * q_columns, tl.cdiv(k_tokens, COUNT_N) * k_columns
         table = counts_ptr + row_start(is_k, row, batch * q_heads, q_table, k_table)
         table += tl.cast(block, tl.int64) * tl.where(is_k, k_columns, q_columns)
-        for first in range(block * COUNT_N, tl.minimum(block * COUNT_N + COUNT_N, tokens), PLACE_N):
+        begin = block * COUNT_N
+        stop = tl.minimum(begin + COUNT_N, tokens)
+        next_label = tl.load(labels_row + begin + lane, mask=begin + lane < stop, other=-1)
+        for first in range(begin, stop, PLACE_N):
             offs_n = first + lane
-            is_token = offs_n < tokens
-            label = tl.load(labels_row + offs_n, mask=is_token, other=-1)
+            is_token = offs_n < stop
+            label = next_label
+            next_label = tl.load(labels_row + offs_n + PLACE_N, mask=offs_n + PLACE_N < stop, other=-1)
             start = tl.load(starts_row + label, mask=is_token, other=0)
             before = tl.load(table + label, mask=is_token, other=0)
             equal = tl.sum(tl.where(label[:, None] == label[None, :], weight, 0), 0)
