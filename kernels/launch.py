@@ -264,6 +264,40 @@ def padded_power_of_two(size: int, at_least: int = 16) -> int:
     return max(at_least, 1 << (size - 1).bit_length())
 
 
+@dataclass(frozen=True, slots=True)
+class RepeatableLaunch:
+    """A launch that can be made again with another value of one argument, without looking its kernel up anew.
+
+    Looking it up, by the kinds of all arguments, takes most of the time of a launch on the host.
+    """
+
+    kernel: Any
+    """The ``triton.jit`` function."""
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    """The first arguments of the kernel, in its order."""
+    options: Mapping[str, Any]
+    """The others by name, and what is no argument, such as the number of warps."""
+    compiled: Any
+    """What the first launch ran; None from Triton's interpreter."""
+
+    @classmethod
+    def first(cls, kernel: Any, grid: tuple[int], *arguments: Any, **options: Any) -> "RepeatableLaunch":
+        """Launch the kernel."""
+        return cls(kernel, grid, arguments, options, kernel[grid](*arguments, **options))
+
+    def again(self, name: str, value: int) -> None:
+        """Launch it with another value of an argument that the kernel is not specialised on."""
+        names = self.kernel.arg_names
+        values = list(self.arguments)
+        values[names.index(name)] = value
+        if self.compiled is None:
+            self.kernel[self.grid](*values, **self.options)
+            return
+        values += (self.options[constant] for constant in names[len(values) :])
+        self.compiled[(*self.grid, 1, 1)](*values)
+
+
 def persistent_grid(device: torch.device, tiles: int, programs_per_processor: int) -> tuple[int]:
     """Return a grid that fills the device and no more; its programs share the ``tiles`` between them.
 
