@@ -366,8 +366,9 @@ class Clustering:
                 for launch in launches:
                     launch.again("iteration", iteration)
                 if iteration == 0:
-                    sorting = launch_sort(self.labels, self.sort, self.sides, self.needed)
-                    launches += (self._assign(), *sorting, self._sum(), self._mean(iterations))
+                    launches.append(self._assign())
+                    launches += launch_sort(self.labels, self.sort, self.sides, self.needed)
+                    launches += (self._sum(), self._mean(iterations))
         for side in (self.q, self.k):
             if side.centroids is not side.updated:
                 side.updated.copy_(side.centroids)
