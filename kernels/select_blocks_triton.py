@@ -23,7 +23,7 @@ from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
 from svg2_compile.kernels.select_blocks import TILE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES, max_runs
 
-BLOCK_Q = 32  # query clusters of a program
+BLOCK_Q = 16  # query clusters of a program
 BLOCK_N = 128  # key clusters of a tile of scores
 BLOCK_D = 16
 NUM_WARPS = 4  # and rows of a tile
