@@ -50,3 +50,23 @@ def attention_tiles(capability: int, block_d: int, dtype: torch.dtype) -> Attent
         return SAFE_FP32
     safe = next(tiles for dim, tiles in SAFE.items() if block_d <= dim)
     return TUNED.get((capability, block_d), safe)
+
+
+# Of the attention by descriptors, by the largest padded head dimension: whole tiles of keys, and pieces of the rest.
+DESCRIPTOR_SAFE = {
+    64: AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=2),
+    128: AttentionTiles(block_m=64, block_n=64, piece=16, num_warps=8, num_stages=2),
+}
+# By compute capability and padded head dimension.
+DESCRIPTOR = {
+    (90, 64): AttentionTiles(block_m=128, block_n=128, piece=16, num_warps=8, num_stages=2),
+    (90, 128): AttentionTiles(block_m=128, block_n=128, piece=16, num_warps=8, num_stages=2),
+    (100, 64): AttentionTiles(block_m=128, block_n=128, piece=16, num_warps=8, num_stages=2),
+    (100, 128): AttentionTiles(block_m=128, block_n=128, piece=16, num_warps=8, num_stages=2),
+}
+
+
+def descriptor_tiles(capability: int, block_d: int) -> AttentionTiles:
+    """Return the tile sizes for a compute capability such as 90 and a padded head dimension of at most 128."""
+    dim, safe = next((dim, tiles) for dim, tiles in DESCRIPTOR_SAFE.items() if block_d <= dim)
+    return DESCRIPTOR.get((capability, dim), safe)
