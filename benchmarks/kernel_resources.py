@@ -57,7 +57,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", default=[90], choices=ARCHITECTURES)
-    parser.add_argument("--modules", nargs="+", help="such as work_list_triton; default: every *_triton module")
+    parser.add_argument("--modules", nargs="+", help="such as work_list_triton; default: every module with kernels")
     parser.add_argument("--candidates", action="store_true", help="what autotuning would time, and not what is in use")
     parser.add_argument("--match", default="", help="only kernels whose name contains this regular expression")
     parser.add_argument("--json", type=Path)
@@ -83,7 +83,9 @@ def main() -> None:
 def triton_modules() -> list[str]:
     """Return the names of the modules with kernels."""
     folder = Path(svg2_compile.kernels.__path__[0])
-    return sorted(path.stem for pattern in ("*_triton.py", "*_gluon.py") for path in folder.glob(pattern))
+    return sorted(
+        path.stem for pattern in ("*_triton.py", "*_gluon.py", "*_descriptor.py") for path in folder.glob(pattern)
+    )
 
 
 def variants_of(module: ModuleType, arch: int) -> list[AotVariant]:
@@ -147,15 +149,18 @@ def is_serialized(code: str) -> bool:
     return products > 0 and len(re.findall(r"WARPGROUP\.DEPBAR", code)) > products / 2
 
 
-def count_overlapped_loops(code: str) -> int:
-    """Return how often two products in flight are followed by a wait, most exponentials of a tile, and a wait again.
+def count_overlapped_loops(machine_code: str) -> int:
+    """Return how often most exponentials of a tile are computed while a product is in flight.
 
-    Nothing may be spilled on the way: then the tensor cores work on the values of one tile while the exponentials of
-    the next are computed.
+    Either two products were issued and one waited for, and the other is waited for after the exponentials; or the last
+    one was issued after every wait, and is waited for after the branch back. Nothing may be spilled on the way: then
+    the tensor cores work on the values of one tile while the exponentials of the next are computed.
     """
     kinds = {"HGMMA": "p", "MUFU.EX2": "e", "WARPGROUP.DEPBAR": "w", "STL": "s", "LDL": "s"}
-    found = re.findall(r"\b(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR|STL|LDL)\b", code)
-    return len(re.findall(r"p{12,}we{40,}w", "".join(kinds[name] for name in found)))
+    found = re.findall(r"\b(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR|STL|LDL)\b", machine_code)
+    code = "".join(kinds[name] for name in found)
+    waited_later = [stretch for stretch in re.findall(r"w(p[pe]+)", code) if stretch.count("e") >= 40]
+    return len(re.findall(r"p{12,}we{40,}w", code)) + len(waited_later)
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -131,7 +131,7 @@ def why_not_gluon(device: torch.device, dtype: torch.dtype, *, dim: int, rows: i
 # What the attention with tensor descriptors needs: the tensor memory accelerator, and rows of whole 16-byte units.
 DESCRIPTOR_CAPABILITY = (9, 0)
 DESCRIPTOR_DTYPES = (torch.float16, torch.bfloat16)
-DESCRIPTOR_DIM_STEP = 8
+DESCRIPTOR_DIM_STEP, MAX_DESCRIPTOR_DIM = 8, 128
 
 
 def why_not_descriptor(device: torch.device, dtype: torch.dtype, *, dim: int, rows: int) -> str | None:
@@ -141,8 +141,8 @@ def why_not_descriptor(device: torch.device, dtype: torch.dtype, *, dim: int, ro
     """
     if dtype not in DESCRIPTOR_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} has no descriptor kernel"
-    if dim % DESCRIPTOR_DIM_STEP or not 0 < dim <= MAX_HEAD_DIM:
-        return f"head dimension: a multiple of {DESCRIPTOR_DIM_STEP} and at most {MAX_HEAD_DIM}, got {dim}"
+    if dim % DESCRIPTOR_DIM_STEP or not 0 < dim <= MAX_DESCRIPTOR_DIM:
+        return f"head dimension: a multiple of {DESCRIPTOR_DIM_STEP} and at most {MAX_DESCRIPTOR_DIM}, got {dim}"
     if not 0 < rows < 2**31:
         return f"keys of all heads: 1 to 2^31 - 1, got {rows:,}"
     if device.type != "cuda":
