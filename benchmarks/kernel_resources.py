@@ -49,6 +49,8 @@ class Resources:
     shared_limit_bytes: int
     serialized: bool
     """Whether the asynchronous matrix instructions of Hopper wait for each other one by one."""
+    overwritten_operands: int
+    """Matrix instructions of Hopper with an operand in registers that are overwritten while it may still read them."""
     overlapped_loops: int
     """Loops in which the exponentials of a tile stand between the issue of a product and the wait for it, unspilled."""
 
@@ -139,6 +141,7 @@ def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:
         shared_bytes=kernel.metadata.shared,
         shared_limit_bytes=SHARED_LIMITS[arch],
         serialized=is_serialized(code),
+        overwritten_operands=count_overwritten_operands(code),
         overlapped_loops=count_overlapped_loops(code),
     )
 
@@ -161,6 +164,56 @@ def count_overlapped_loops(machine_code: str) -> int:
     code = "".join(kinds[name] for name in found)
     waited_later = [stretch for stretch in re.findall(r"w(p[pe]+)", code) if stretch.count("e") >= 40]
     return len(re.findall(r"p{12,}we{40,}w", code)) + len(waited_later)
+
+
+def count_overwritten_operands(machine_code: str) -> int:
+    """Return how many matrix instructions of Hopper have a register of their first operand overwritten before a wait.
+
+    They read it while they run. Destinations of later matrix instructions, which run after them, do not count.
+    """
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in machine_code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1].strip())
+    return sum(
+        is_overwritten(instructions, labels, place, range(int(product[1]), int(product[1]) + 4))
+        for place, text in enumerate(instructions)
+        if (product := re.match(r"HGMMA\S* R\d+, R(\d+),", text))
+    )
+
+
+def is_overwritten(instructions: list[str], labels: dict[str, int], start: int, operand: range) -> bool:
+    """Return whether a path from ``start`` to a wait writes to one of the registers."""
+    places: list[int] = [start + 1]
+    seen: set[int] = set()
+    while places:
+        place = places.pop()
+        if place in seen or place >= len(instructions) or "WARPGROUP.DEPBAR" in instructions[place]:
+            continue
+        seen.add(place)
+        text = re.sub(r"^@!?U?P\w+\s+", "", instructions[place])
+        if written_registers(text) & set(operand):
+            return True
+        branch = re.match(r"BRA\S* (!?U?P\w+, )?.*?(\.L_x_\d+)", text)
+        if branch:
+            places.append(labels[branch[2]])
+        is_certain = text == instructions[place] and (branch is None or branch[1] is None)
+        if not (is_certain and text.startswith(("BRA", "EXIT"))):
+            places.append(place + 1)
+    return False
+
+
+def written_registers(text: str) -> set[int]:
+    """Return the general registers that an instruction, without its predicate, writes to."""
+    found = re.match(r"(\S+)\s+R(\d+)(\.64)?\b", text)
+    if found is None or re.match(r"HGMMA|ST|RED|LDGSTS|UTM|SYNCS", found[1]):
+        return set()
+    wide = 4 if ".128" in found[1] or found[1].startswith("LDSM") else 2
+    count = wide if re.search(r"\.128|\.64|WIDE|LDSM", found[1]) or found[3] else 1
+    return set(range(int(found[2]), int(found[2]) + count))
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -29,6 +29,7 @@ def assert_fits(kernels):
     for kernel in kernels:
         assert kernel["shared_bytes"] <= kernel["shared_limit_bytes"], kernel
         assert not kernel["serialized"], kernel
+        assert kernel["overwritten_operands"] == 0, kernel
 
 
 def test_attention_spills_nothing_on_ampere_and_hopper(tmp_path):
