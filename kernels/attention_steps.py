@@ -2,6 +2,7 @@
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="assignment, misc"
 
 import math
 
@@ -64,6 +65,72 @@ def softmax(scores, valid, scale_log2, row_max, row_sum, MASKED: tl.constexpr):
         weights = tl.exp2(scores * scale_log2 - shift[:, None])
     decay = tl.exp2(row_max - shift)
     return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def load_runs(runs_ptr, first, num_runs, COUNT: tl.constexpr):
+    """Return the runs from the given one; before the first and past the last one, empty ones."""
+    runs = ()
+    for i in tl.static_range(COUNT):
+        runs = runs + (tl.load(runs_ptr + first + i, mask=(first + i >= 0) & (first + i < num_runs), other=0),)  # noqa: RUF005
+    return runs
+
+
+@triton.jit
+def spread(values, slot_n, COUNT: tl.constexpr):
+    """Return for every column of a tile the value of its piece."""
+    spread = tl.where(slot_n == 0, values[0], 0)
+    for i in tl.static_range(1, COUNT):
+        spread = tl.where(slot_n == i, values[i], spread)
+    return spread
+
+
+@triton.jit
+def accumulate(acc, weights, decay, v):
+    """Return acc * decay + weights v."""
+    return tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+
+
+@triton.jit
+def attend_masked(
+    q, k_ptr, v_ptr, keys, valid, stride_k_n, stride_v_n, offs_d, scale_log2, acc, row_max, row_sum, DIM: tl.constexpr
+):
+    """Attend to a tile of keys of which some are invalid; those are not even read."""
+    k = load_rows(k_ptr, keys, stride_k_n, valid, offs_d, DIM, MASKED=True)
+    scores = scores_of(q, k)
+    weights, decay, row_max, row_sum = softmax(scores, valid, scale_log2, row_max, row_sum, MASKED=True)
+    v = load_rows(v_ptr, keys, stride_v_n, valid, offs_d, DIM, MASKED=True)
+    return accumulate(acc, weights, decay, v), row_max, row_sum
+
+
+@triton.jit
+def attend_context(
+    q,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    context,
+    stride_k_n,
+    stride_v_n,
+    offs_n,
+    offs_d,
+    scale_log2,
+    acc,
+    row_max,
+    row_sum,
+    DIM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Attend to the context keys of one head."""
+    for start in range(0, context, offs_n.shape[0]):
+        keys = start + offs_n
+        valid = keys < context
+        if HAS_MASK:
+            valid = tl.load(mask_ptr + keys, mask=valid, other=0) != 0
+        acc, row_max, row_sum = attend_masked(
+            q, k_ptr, v_ptr, keys, valid, stride_k_n, stride_v_n, offs_d, scale_log2, acc, row_max, row_sum, DIM
+        )
+    return acc, row_max, row_sum
 
 
 @triton.jit

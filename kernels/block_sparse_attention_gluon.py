@@ -196,25 +196,22 @@ def _produce(tiles, keys):
 
 
 @gluon.jit
-def _softmax(scores, valid, scale_log2, row_max, row_sum, MASKED: gl.constexpr):
-    """Return the weights of a tile, the factor of what was accumulated before, and the new maximum and sum."""
-    if MASKED:
-        scaled = gl.where(valid[None, :], scores * scale_log2, -float("inf"))
-        new_max = gl.maximum(row_max, gl.max(scaled, 1))
-        shift = gl.where(new_max == -float("inf"), 0.0, new_max)
-        weights = gl.exp2(scaled - shift[:, None])
-    else:
-        new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-        shift = new_max
-        weights = gl.exp2(scores * scale_log2 - shift[:, None])
-    decay = gl.exp2(row_max - shift)
-    return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
+def _mask(tiles, tile, scores):
+    """Return the scores with those of keys that may not be attended to at -inf."""
+    MASKS: gl.constexpr = tiles.valid_smem.shape[0]
+    layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+    valid = tiles.valid_smem.index(tile % MASKS).load(layout) != 0
+    return gl.where(valid[None, :], scores, -float("inf"))
 
 
 @gluon.jit
-def _is_valid(tiles, tile, layout: gl.constexpr):
-    """Return which keys of a masked tile may be attended to."""
-    return tiles.valid_smem.index(tile % tiles.valid_smem.shape[0]).load(layout) != 0
+def _softmax(scores, scale_log2, row_max, row_sum):
+    """Return the weights of a tile, the factor of what was accumulated before, and the new maximum and sum."""
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+    shift = gl.where(new_max == -float("inf"), 0.0, new_max)
+    weights = gl.exp2(scores * scale_log2 - shift[:, None])
+    decay = gl.exp2(row_max - shift)
+    return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
 
 
 @gluon.jit
@@ -229,7 +226,8 @@ def _clear(tiles, tile):
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     if gl.max(tiles.dirty_smem.index(tile % MASKS).load(one), 0) != 0:
-        ROWS: gl.constexpr = 64
+        # More at once would spill.
+        ROWS: gl.constexpr = 32
         for i in gl.static_range(tiles.v_smem.shape[1] // ROWS):
             values = tiles.v_smem.index(tile % STAGES).slice(i * ROWS, ROWS)
             valid = tiles.valid_smem.index(tile % MASKS).slice(i * ROWS, ROWS).load(gl.SliceLayout(1, layout)) != 0
@@ -239,7 +237,7 @@ def _clear(tiles, tile):
 
 
 @gluon.jit
-def _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
+def _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2):
     """Score tile ``tile`` and accumulate the one before it."""
     STAGES: gl.constexpr = tiles.k_smem.shape[0]
     BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
@@ -255,17 +253,16 @@ def _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2, MASKED: gl
     acc = warpgroup_mma(weights, tiles.v_smem.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(tiles.bars.index(STAGES + stage), count=1)
-    valid = None
-    if MASKED:
-        valid = _is_valid(tiles, tile, gl.SliceLayout(0, s_layout))
-    new_weights, decay, row_max, row_sum = _softmax(scores, valid, scale_log2, row_max, row_sum, MASKED)
+    if tile >= tiles.full:
+        scores = _mask(tiles, tile, scores)
+    new_weights, decay, row_max, row_sum = _softmax(scores, scale_log2, row_max, row_sum)
     new_weights = gl.convert_layout(new_weights.to(tiles.v_smem.dtype), weights.type.layout)
     # Standing here, this wait keeps the assembler from finishing the product before the exponentials.
     mbarrier.wait(tiles.bars.index(2 * STAGES + stage), phase)
     acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
     mbarrier.arrive(tiles.bars.index(3 * STAGES + before), count=1)
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
-    if MASKED:
+    if tile >= tiles.full:
         _clear(tiles, tile)
     return acc, new_weights, row_max, row_sum
 
@@ -312,15 +309,12 @@ def _consume(half, tiles, queries):
         scores = warpgroup_mma(q, tiles.k_smem.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(tiles.bars.index(STAGES), count=1)
-        valid = _is_valid(tiles, 0, gl.SliceLayout(0, s_layout))
-        weights, _, row_max, row_sum = _softmax(scores, valid, scale_log2, row_max, row_sum, True)
+        weights, _, row_max, row_sum = _softmax(_mask(tiles, 0, scores), scale_log2, row_max, row_sum)
         weights = gl.convert_layout(weights.to(tiles.v_smem.dtype), operand_layout)
         mbarrier.wait(tiles.bars.index(2 * STAGES), 0)
         _clear(tiles, 0)
-        for tile in range(1, tiles.full):
-            acc, weights, row_max, row_sum = _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2, False)
-        for tile in range(gl.maximum(tiles.full, 1), tiles.total):
-            acc, weights, row_max, row_sum = _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2, True)
+        for tile in range(1, tiles.total):
+            acc, weights, row_max, row_sum = _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2)
         acc = warpgroup_mma(weights, tiles.v_smem.index((tiles.total - 1) % STAGES), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
@@ -472,9 +466,11 @@ def block_sparse_attention_gluon(
     Allocates what the Triton implementation does, and contiguous copies of keys, values and context that are not yet.
     No device synchronisation.
     """
+    # The kernel takes the maximum, and masks, before it scales.
     if scale < 0:
-        # The kernel takes the maximum before it scales.
         q, scale = -q, -scale
+    elif scale == 0:
+        q, scale = torch.zeros_like(q), 1.0
     q = q if q.stride(-1) == 1 else q.contiguous()
     batch, heads, tokens, dim = q.shape
     groups, k_tokens = k.shape[1:3]

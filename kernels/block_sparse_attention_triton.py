@@ -7,6 +7,7 @@ their tiles need no mask.
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="assignment, misc"
 
 import torch
 import triton
@@ -15,29 +16,25 @@ from torch import Tensor
 
 from svg2_compile.kernels.attention_steps import (
     LOG2_E,
+    accumulate,
+    attend_context,
+    attend_masked,
     empty_results,
     first_and_last_key,
     load_rows,
+    load_runs,
     packed_runs,
     query_rows,
     rows_of_unit_stride,
     scores_of,
     softmax,
+    spread,
     store_results,
 )
 from svg2_compile.kernels.launch import AotVariant, padded_power_of_two
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
 from svg2_compile.kernels.work_list import COUNTS, PIECES
 from svg2_compile.kernels.work_list_triton import query_tiles_triton
-
-
-@triton.jit
-def _load_runs(runs_ptr, first, num_runs, COUNT: tl.constexpr):
-    """Return the runs from the given one; before the first and past the last one, empty ones."""
-    runs = ()
-    for i in tl.static_range(COUNT):
-        runs = runs + (tl.load(runs_ptr + first + i, mask=(first + i >= 0) & (first + i < num_runs), other=0),)  # noqa: RUF005
-    return runs
 
 
 @triton.jit
@@ -84,21 +81,6 @@ def _last_pieces(runs, piece_keys, left_pieces, PIECE: tl.constexpr, COUNT: tl.c
         keys = keys + (tl.where(is_full, piece_keys[i], first_key + length // PIECE * PIECE),)  # noqa: RUF005
         lengths = lengths + (tl.where(is_full, PIECE, length % PIECE),)  # noqa: RUF005
     return keys, lengths
-
-
-@triton.jit
-def _spread(values, slot_n, COUNT: tl.constexpr):
-    """Return for every column of a tile the value of its piece."""
-    spread = tl.where(slot_n == 0, values[0], 0)
-    for i in tl.static_range(1, COUNT):
-        spread = tl.where(slot_n == i, values[i], spread)
-    return spread
-
-
-@triton.jit
-def _accumulate(acc, weights, decay, v):
-    """Return acc * decay + weights v."""
-    return tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
 
 
 @triton.jit(
@@ -204,47 +186,51 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if HAS_CONTEXT:
-        context_k_ptr += b * stride_ck_b + g * stride_ck_h
-        context_v_ptr += b * stride_cv_b + g * stride_cv_h
-        for start in range(0, context, BLOCK_N):
-            keys = start + offs_n
-            valid = keys < context
-            if HAS_CONTEXT_MASK:
-                valid = tl.load(context_mask_ptr + b * stride_mask_b + keys, mask=valid, other=0) != 0
-            k = load_rows(context_k_ptr, keys, stride_ck_n, valid, offs_d, DIM, MASKED=True)
-            scores = scores_of(q, k)
-            weights, decay, row_max, row_sum = softmax(scores, valid, scale_log2, row_max, row_sum, MASKED=True)
-            v = load_rows(context_v_ptr, keys, stride_cv_n, valid, offs_d, DIM, MASKED=True)
-            acc = _accumulate(acc, weights, decay, v)
+        # First, so that what only the context needs keeps no registers from the long loops.
+        acc, row_max, row_sum = attend_context(
+            q,
+            context_k_ptr + b * stride_ck_b + g * stride_ck_h,
+            context_v_ptr + b * stride_cv_b + g * stride_cv_h,
+            context_mask_ptr + b * stride_mask_b,
+            context,
+            stride_ck_n,
+            stride_cv_n,
+            offs_n,
+            offs_d,
+            scale_log2,
+            acc,
+            row_max,
+            row_sum,
+            DIM,
+            HAS_CONTEXT_MASK,
+        )
 
     key, stop = first_and_last_key(tl.load(runs_ptr, mask=num_runs > 0, other=0))
     run = 1
     # Loaded a tile before it is needed. A tile of P pieces gets through P runs at most.
-    ahead = _load_runs(runs_ptr, run, num_runs, PIECES_PER_TILE)
+    ahead = load_runs(runs_ptr, run, num_runs, PIECES_PER_TILE)
     for _ in range(full_tiles):
         piece_keys, key, stop, run = _next_pieces(key, stop, run, ahead, PIECE, PIECES_PER_TILE)
-        ahead = _load_runs(runs_ptr, run, num_runs, PIECES_PER_TILE)
-        keys = _spread(piece_keys, slot_n, PIECES_PER_TILE) + offs_piece
+        ahead = load_runs(runs_ptr, run, num_runs, PIECES_PER_TILE)
+        keys = spread(piece_keys, slot_n, PIECES_PER_TILE) + offs_piece
         k = load_rows(k_ptr, keys, stride_k_n, offs_n, offs_d, DIM, MASKED=False)
         scores = scores_of(q, k)
         weights, decay, row_max, row_sum = softmax(scores, offs_n, scale_log2, row_max, row_sum, MASKED=False)
         v = load_rows(v_ptr, keys, stride_v_n, offs_n, offs_d, DIM, MASKED=False)
-        acc = _accumulate(acc, weights, decay, v)
+        acc = accumulate(acc, weights, decay, v)
 
     # The full pieces that fill no tile, and what is left at the end of every run.
     left_pieces = full_pieces - full_tiles * PIECES_PER_TILE
     piece_keys, key, stop, run = _next_pieces(key, stop, run, ahead, PIECE, PIECES_PER_TILE)
-    tails = _load_runs(runs_ptr, -left_pieces, num_runs, PIECES_PER_TILE)
+    tails = load_runs(runs_ptr, -left_pieces, num_runs, PIECES_PER_TILE)
     for first_slot in range(0, left_pieces + num_runs, PIECES_PER_TILE):
         tile_keys, lengths = _last_pieces(tails, piece_keys, left_pieces - first_slot, PIECE, PIECES_PER_TILE)
-        tails = _load_runs(runs_ptr, first_slot + PIECES_PER_TILE - left_pieces, num_runs, PIECES_PER_TILE)
-        keys = _spread(tile_keys, slot_n, PIECES_PER_TILE) + offs_piece
-        valid = offs_piece < _spread(lengths, slot_n, PIECES_PER_TILE)
-        k = load_rows(k_ptr, keys, stride_k_n, valid, offs_d, DIM, MASKED=True)
-        scores = scores_of(q, k)
-        weights, decay, row_max, row_sum = softmax(scores, valid, scale_log2, row_max, row_sum, MASKED=True)
-        v = load_rows(v_ptr, keys, stride_v_n, valid, offs_d, DIM, MASKED=True)
-        acc = _accumulate(acc, weights, decay, v)
+        tails = load_runs(runs_ptr, first_slot + PIECES_PER_TILE - left_pieces, num_runs, PIECES_PER_TILE)
+        keys = spread(tile_keys, slot_n, PIECES_PER_TILE) + offs_piece
+        valid = offs_piece < spread(lengths, slot_n, PIECES_PER_TILE)
+        acc, row_max, row_sum = attend_masked(
+            q, k_ptr, v_ptr, keys, valid, stride_k_n, stride_v_n, offs_d, scale_log2, acc, row_max, row_sum, DIM
+        )
 
     store_results(out_ptr, lse_ptr, acc, row_max, row_sum, rows, inside, stride_out_n, offs_d, DIM)
 

@@ -38,7 +38,7 @@ from svg2_compile.kernels.centroids_triton import (
     start_kernel,
     token_variant,
 )
-from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two, persistent_grid
+from svg2_compile.kernels.launch import AotVariant, RepeatableLaunch, cdiv, padded_power_of_two, persistent_grid
 from svg2_compile.kernels.sort_labels_triton import (
     COUNT_N,
     SIZES,
@@ -362,13 +362,16 @@ class Clustering:
         iterations = max(iters_init, iters_step)
         with torch.cuda.device_of(self.q.x):
             self._start(iters_init, iters_step, _seed_hash(seed))
+            launches: list[RepeatableLaunch] = []
             for iteration in range(iterations):
                 if iteration == iters_init - 1:
                     self._order()
-                self._assign(iteration)
-                launch_sort(self.labels, self.sort, self.sides, self.needed, iteration)
-                self._sum(iteration)
-                self._mean(iteration, iterations)
+                for launch in launches:
+                    launch.again("iteration", iteration)
+                if iteration == 0:
+                    launches.append(self._assign())
+                    launches += launch_sort(self.labels, self.sort, self.sides, self.needed)
+                    launches += (self._sum(), self._mean(iterations))
         for side in (self.q, self.k):
             if side.centroids is not side.updated:
                 side.updated.copy_(side.centroids)
@@ -429,9 +432,11 @@ class Clustering:
             num_stages=1,
         )
 
-    def _assign(self, iteration: int) -> None:
+    def _assign(self) -> RepeatableLaunch:
         tile = self._tile
-        assign_kernel[self._grid(*(cdiv(n, COUNT_N) for n, _ in self.sides.tokens_and_clusters))](
+        return RepeatableLaunch.first(
+            assign_kernel,
+            self._grid(*(cdiv(n, COUNT_N) for n, _ in self.sides.tokens_and_clusters)),
             self.q.x,
             self.k.x,
             self.operand,
@@ -442,7 +447,7 @@ class Clustering:
             *self.q.strides,
             *self.k.strides,
             *self.sides.arguments(),
-            iteration,
+            0,  # iteration
             COUNT_N=COUNT_N,
             TABLE_COLUMNS=TABLE_COLUMNS,
             COUNT_C=self.sides.block_c,
@@ -454,10 +459,12 @@ class Clustering:
             maxnreg=tile.max_registers,
         )
 
-    def _sum(self, iteration: int) -> None:
+    def _sum(self) -> RepeatableLaunch:
         tiles = cdiv(self.sides.q_tokens, SUM_N), cdiv(self.sides.k_tokens, SUM_N)
         v = self.k.x if self.copies is None else self.copies.v
-        sum_kernel[self._grid(*tiles, SUM_PROGRAMS_PER_PROCESSOR)](
+        return RepeatableLaunch.first(
+            sum_kernel,
+            self._grid(*tiles, SUM_PROGRAMS_PER_PROCESSOR),
             self.q.x,
             self.k.x,
             v,
@@ -472,7 +479,7 @@ class Clustering:
             *self.k.strides,
             *v.stride()[:3],
             *self.sides.arguments(),
-            iteration,
+            0,  # iteration
             SUM_N=SUM_N,
             BLOCK_N=sum_rows(self.q.x.dtype, self._shape["BLOCK_D"]),
             BLOCK_C=self.sides.block_c,
@@ -482,14 +489,16 @@ class Clustering:
             maxnreg=SUM_REGISTERS,
         )
 
-    def _mean(self, iteration: int, iterations: int) -> None:
-        mean_kernel[self._grid(self.sides.q_clusters, self.sides.k_clusters)](
+    def _mean(self, iterations: int) -> RepeatableLaunch:
+        return RepeatableLaunch.first(
+            mean_kernel,
+            self._grid(self.sides.q_clusters, self.sides.k_clusters),
             self.sums,
             self.sort.starts,
             *self._state,
             self.needed,
             *self.sides.arguments(),
-            iteration,
+            0,  # iteration
             iterations,
             SUM_N=SUM_N,
             OPERAND_C=self._tile.block_c,

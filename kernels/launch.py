@@ -133,7 +133,7 @@ def why_not_gluon(device: torch.device, dtype: torch.dtype, *, dim: int, rows: i
 # What the attention with tensor descriptors needs: the tensor memory accelerator, and rows of whole 16-byte units.
 DESCRIPTOR_CAPABILITY = (9, 0)
 DESCRIPTOR_DTYPES = (torch.float16, torch.bfloat16)
-DESCRIPTOR_DIM_STEP = 8
+DESCRIPTOR_DIM_STEP, MAX_DESCRIPTOR_DIM = 8, 128
 
 
 def why_not_descriptor(device: torch.device, dtype: torch.dtype, *, dim: int, rows: int) -> str | None:
@@ -143,8 +143,8 @@ def why_not_descriptor(device: torch.device, dtype: torch.dtype, *, dim: int, ro
     """
     if dtype not in DESCRIPTOR_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} has no descriptor kernel"
-    if dim % DESCRIPTOR_DIM_STEP or not 0 < dim <= MAX_HEAD_DIM:
-        return f"head dimension: a multiple of {DESCRIPTOR_DIM_STEP} and at most {MAX_HEAD_DIM}, got {dim}"
+    if dim % DESCRIPTOR_DIM_STEP or not 0 < dim <= MAX_DESCRIPTOR_DIM:
+        return f"head dimension: a multiple of {DESCRIPTOR_DIM_STEP} and at most {MAX_DESCRIPTOR_DIM}, got {dim}"
     if not 0 < rows < 2**31:
         return f"keys of all heads: 1 to 2^31 - 1, got {rows:,}"
     if device.type != "cuda":
@@ -264,6 +264,40 @@ def cdiv(numerator: int, denominator: int) -> int:
 def padded_power_of_two(size: int, at_least: int = 16) -> int:
     """Return the smallest power of two that is no less than either argument; tiles have such sides."""
     return max(at_least, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatableLaunch:
+    """A launch that can be made again with another value of one argument, without looking its kernel up anew.
+
+    Looking it up, by the kinds of all arguments, takes most of the time of a launch on the host.
+    """
+
+    kernel: Any
+    """The ``triton.jit`` function."""
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    """The first arguments of the kernel, in its order."""
+    options: Mapping[str, Any]
+    """The others by name, and what is no argument, such as the number of warps."""
+    compiled: Any
+    """What the first launch ran; None from Triton's interpreter."""
+
+    @classmethod
+    def first(cls, kernel: Any, grid: tuple[int], *arguments: Any, **options: Any) -> "RepeatableLaunch":
+        """Launch the kernel."""
+        return cls(kernel, grid, arguments, options, kernel[grid](*arguments, **options))
+
+    def again(self, name: str, value: int) -> None:
+        """Launch it with another value of an argument that the kernel is not specialised on."""
+        names = self.kernel.arg_names
+        values = list(self.arguments)
+        values[names.index(name)] = value
+        if self.compiled is None:
+            self.kernel[self.grid](*values, **self.options)
+            return
+        values += (self.options[constant] for constant in names[len(values) :])
+        self.compiled[(*self.grid, 1, 1)](*values)
 
 
 def persistent_grid(device: torch.device, tiles: int, programs_per_processor: int) -> tuple[int]:

@@ -48,7 +48,7 @@ def launch_attention(
         check_value(tiles is None, lambda: f"the gluon attention has tiles of its own, got {tiles}; leave tiles out")
         return launch(*arguments, scale)
     if tiles is not None:
-        return launch(*arguments, scale, tiles=chosen_tiles(implementation, tiles))
+        return launch(*arguments, scale, tiles=chosen_tiles(tiles))
     if not autotune:
         return launch(*arguments, scale)
     capability, block_d = capability_of(q.device), padded_power_of_two(q.shape[3])

@@ -23,12 +23,11 @@ from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
 from svg2_compile.kernels.select_blocks import TILE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES, max_runs
 
-BLOCK_Q = 32  # query clusters of a program
+BLOCK_Q = 16  # query clusters of a program
 BLOCK_N = 128  # key clusters of a tile of scores
-BLOCK_D = 32
+BLOCK_D = 16
 NUM_WARPS = 4  # and rows of a tile
-NUM_STAGES = 2
-PRECISION = "tf32x3"
+NUM_STAGES = 3
 LANES = tl.constexpr(32)
 UNALIGNED = ["logits_ptr", "edges_ptr", "runs_ptr"]
 # Halving the range of values isolates one of a thousand clusters in about a dozen steps; equal and nearly equal ones
@@ -103,6 +102,12 @@ def _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _upper(x):
+    """Return ``x`` rounded to the 11 significant bits that a tensor core multiplies."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _write_logits(
     q_ptr,
     k_ptr,
@@ -116,7 +121,6 @@ def _write_logits(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Write the logits of a program's query clusters, to base 2; those of empty and absent clusters are -inf."""
     TURNS: tl.constexpr = BLOCK_K // LANES
@@ -134,7 +138,12 @@ def _write_logits(
             k_pointers = k_ptr + cluster[None, :] * DIM + offs_d[:, None]
             q = tl.load(q_pointers, mask=is_q[:, None] & is_dim[None, :], other=0.0).to(tl.float32)
             k = tl.load(k_pointers, mask=is_k[None, :] & is_dim[:, None], other=0.0).to(tl.float32)
-            scores = tl.dot(q, k, scores, input_precision=PRECISION)
+            # Tensor cores multiply the upper 19 bits of each number; what the product of the lower parts lacks is less
+            # than the rounding of the sum.
+            q_upper, k_upper = _upper(q), _upper(k)
+            scores = tl.dot(q - q_upper, k_upper, scores, input_precision="tf32")
+            scores = tl.dot(q_upper, k - k_upper, scores, input_precision="tf32")
+            scores = tl.dot(q_upper, k_upper, scores, input_precision="tf32")
         sizes = tl.load(k_sizes_ptr + cluster, mask=is_k, other=0).to(tl.float32)
         logits = scores * (scale * LOG2_E) + tl.log2(tl.maximum(sizes, 1.0))[None, :]
         logits = tl.minimum(tl.maximum(logits, -LARGEST), LARGEST)
@@ -263,7 +272,8 @@ def _write_runs(keep, edges, k_tokens, offs_t, runs_ptrs, counts_ptrs, is_row):
     ranks = (tl.associative_scan(ones, 0, _sum) >> shifts) & 0xFF
     slots = ranks + ((lane_slots[None, :, :] >> (shifts * 2)).to(tl.int32) & 0xFFFF)
     run_ptrs = tl.max_contiguous((runs_ptrs - 1)[None, :, None] + slots, [1, 2, LANES])
-    tl.store(run_ptrs, _pack(run_starts, starts), mask=(lengths > 0) & is_row[None, :, None])
+    # Subtracting once more spares the registers that would hold the starts until here.
+    tl.store(run_ptrs, _pack(starts - lengths, starts), mask=(lengths > 0) & is_row[None, :, None])
     final_slot = ((totals + first_slots) >> (final_shift * 2)).to(tl.int32) & 0xFFFF
     final_run = _pack(final_start, final_start + final_length)
     tl.store(runs_ptrs + final_slot, final_run, mask=(final_length > 0) & is_row)
@@ -339,7 +349,6 @@ def select_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     INDEX_BITS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Select for ``BLOCK_Q`` query clusters of a head."""
     TURNS: tl.constexpr = BLOCK_K // LANES
@@ -367,7 +376,6 @@ def select_kernel(
         BLOCK_K,
         BLOCK_N,
         BLOCK_D,
-        PRECISION,
     )
     q_tokens = _sum_of(q_sizes_ptr, q_clusters, 128)
     # What a thread reads now, others have written.
@@ -460,7 +468,7 @@ def select_blocks_triton(
     return runs, counts
 
 
-def _constexprs(dim: int, k_clusters: int) -> dict[str, int | str]:
+def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
     """Return the compile-time arguments."""
     block_k = padded_power_of_two(k_clusters, 32)
     return {
@@ -471,7 +479,6 @@ def _constexprs(dim: int, k_clusters: int) -> dict[str, int | str]:
         "BLOCK_D": BLOCK_D,
         "ROWS": NUM_WARPS,
         "INDEX_BITS": block_k.bit_length() - 1,
-        "PRECISION": PRECISION,
     }
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two, persistent_grid
+from svg2_compile.kernels.launch import AotVariant, RepeatableLaunch, cdiv, padded_power_of_two, persistent_grid
 
 COUNT_N = 512  # tokens counted together; the table of counts takes 4 * C / 512 bytes a token
 PLACE_N = 32  # tokens placed at a time, one by each thread
@@ -319,24 +319,26 @@ def count_and_sort(labels: Tensor, clusters: int) -> SortedLabels:
 
 
 def launch_sort(
-    labels: Tensor, result: SortedLabels, sides: Sides, needed: Tensor | None = None, iteration: int = 0
-) -> None:
+    labels: Tensor, result: SortedLabels, sides: Sides, needed: Tensor | None = None
+) -> tuple[RepeatableLaunch, RepeatableLaunch]:
     """Sort ``labels``, int32 and contiguous, into ``result``, whose counts are those of the labels.
 
-    Leaves a side alone where ``needed``, int32 [2] on the device, is given and not above ``iteration``.
+    It is iteration 0. Leaves a side alone where ``needed``, int32 [2] on the device, is given and not above that.
     """
     blocks = sides.total(*(cdiv(tokens, COUNT_N) for tokens, _ in sides.tokens_and_clusters))
     scan_grid = persistent_grid(labels.device, sides.total(1, 1), PROGRAMS_PER_PROCESSOR)
     place_grid = persistent_grid(labels.device, blocks, PLACE_PROGRAMS_PER_PROCESSOR)
     with torch.cuda.device_of(labels):
-        scan_kernel[scan_grid](
+        scan = RepeatableLaunch.first(
+            scan_kernel,
+            scan_grid,
             result.counts,
             result.q_sizes,
             result.k_sizes,
             result.starts,
             needed,
             *sides.arguments(),
-            iteration,
+            0,  # iteration
             COUNT_N=COUNT_N,
             TABLE_COLUMNS=TABLE_COLUMNS,
             BLOCK_B=_scan_blocks(sides.block_c),
@@ -345,7 +347,9 @@ def launch_sort(
             num_stages=1,
             maxnreg=SCAN_REGISTERS,
         )
-        place_kernel[place_grid](
+        place = RepeatableLaunch.first(
+            place_kernel,
+            place_grid,
             labels,
             result.counts,
             result.starts,
@@ -353,13 +357,14 @@ def launch_sort(
             result.k_order,
             needed,
             *sides.arguments(),
-            iteration,
+            0,  # iteration
             COUNT_N=COUNT_N,
             PLACE_N=PLACE_N,
             TABLE_COLUMNS=TABLE_COLUMNS,
             num_warps=PLACE_WARPS,
             num_stages=1,
         )
+    return scan, place
 
 
 def _scan_blocks(block_c: int) -> int:

@@ -10,7 +10,7 @@ from svg2_compile.kernels.tiles import AttentionTiles
 __all__ = ["AttentionTiles", "attention_candidates", "attention_tiles", "chosen_tiles"]
 
 # Keys of a full piece where a tile is packed from several.
-PACKED_PIECE = 16
+PIECE = 16
 
 # What spills no register on any GPU from compute capability 8.0 on, by the largest padded head dimension it is for.
 SAFE = {
@@ -21,10 +21,10 @@ SAFE = {
 # fp32 is multiplied exactly, without tensor cores.
 SAFE_FP32 = AttentionTiles(block_m=32, block_n=32, piece=16, num_warps=4, num_stages=2)
 
-# With tensor descriptors, where no table of the GPU's generation says more; a full piece is a whole tile of keys.
+# With tensor descriptors, where no table of the GPU's generation says more; head dimensions up to 128.
 SAFE_DESCRIPTOR = {
-    128: AttentionTiles(block_m=128, block_n=64, piece=64, num_warps=8, num_stages=2),
-    256: AttentionTiles(block_m=64, block_n=64, piece=64, num_warps=8, num_stages=1),
+    64: AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=2),
+    128: AttentionTiles(block_m=64, block_n=64, piece=16, num_warps=8, num_stages=2),
 }
 
 # Of the Gluon attention: warps of one group of 64 queries, and tiles of keys in flight.
@@ -62,8 +62,7 @@ def attention_candidates(
     return tuple(dict.fromkeys((chosen, *others)))
 
 
-def chosen_tiles(implementation: str, numbers: Sequence[int]) -> AttentionTiles:
+def chosen_tiles(numbers: Sequence[int]) -> AttentionTiles:
     """Return the tiles for block_m, block_n, num_warps and num_stages as a user gives them."""
     block_m, block_n, num_warps, num_stages = numbers
-    piece = block_n if implementation == "descriptor" else PACKED_PIECE
-    return AttentionTiles(block_m, block_n, piece, num_warps, num_stages)
+    return AttentionTiles(block_m, block_n, PIECE, num_warps, num_stages)

@@ -85,7 +85,7 @@ def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(mod
     assert overhead["percent_of_dense"] == {1: 200.0, 2: 200.0}
     assert attention["other_ms"] == {"pointer": 2.0}
     assert overhead["verdicts"][2] == "below gate (5/3/2.3)"
-    assert attention["eps_sel"] == pytest.approx(attention["density"])
+    assert attention["eps_sel"] == pytest.approx(attention["density"] / 2)
     assert attention["eps_tile"] > attention["eps_sel"]
     assert attention["speedup"] == 0.5
     assert "failed: for a test" in capsys.readouterr().out

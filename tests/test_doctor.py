@@ -84,7 +84,7 @@ def test_the_limits_are_named_op_by_op(hopper, changes, slow):
             "pointer",
             {
                 "gluon": "head dimension: 64 or 128, got 100",
-                "descriptor": "head dimension: a multiple of 8 and at most 256, got 100",
+                "descriptor": "head dimension: a multiple of 8 and at most 128, got 100",
             },
         ),
     ],

@@ -45,12 +45,12 @@ def test_without_tiles_the_launcher_takes_its_own(implementation, launches):
     assert launches == [(LAUNCHERS[implementation], (*given, 0.5), {})]
 
 
-@pytest.mark.parametrize(("implementation", "piece"), [("pointer", 16), ("descriptor", 64)])
+@pytest.mark.parametrize("implementation", ["pointer", "descriptor"])
 @pytest.mark.parametrize("tune", [False, True])
-def test_given_tiles_are_taken_as_they_are(implementation, piece, tune, launches):
+def test_given_tiles_are_taken_as_they_are(implementation, tune, launches):
     launch_attention(implementation, arguments(), 0.5, [128, 64, 8, 2], tune)
     ((_, _, keywords),) = launches
-    assert keywords == {"tiles": AttentionTiles(128, 64, piece, 8, 2)}
+    assert keywords == {"tiles": AttentionTiles(128, 64, 16, 8, 2)}
 
 
 def test_gluon_takes_no_tiles_and_is_not_tuned(launches):

@@ -123,7 +123,7 @@ def test_a_side_that_does_not_need_an_iteration_is_left_alone(needed):
         assert count <= 2 or torch.equal(order, sort_labels_reference(labels, 16)[0])
 
 
-def sort_both(q_labels, k_labels, q_clusters, k_clusters, **gate):
+def sort_both(q_labels, k_labels, q_clusters, k_clusters, needed=None, iteration=0):
     """Sort two sides in shared launches, from the counts that each has alone."""
     from svg2_compile.kernels.sort_labels_triton import COUNT_N, Sides, SortedLabels, launch_sort, table_columns
 
@@ -139,5 +139,10 @@ def sort_both(q_labels, k_labels, q_clusters, k_clusters, **gate):
     result = SortedLabels.empty(sides, counts)
     for tensor in (result.q_order, result.k_order, result.q_sizes, result.k_sizes, result.starts):
         tensor.fill_(-1)
-    launch_sort(torch.cat([q_labels.flatten(), k_labels.flatten()]), result, sides, **gate)
+    gate = None if needed is None else torch.zeros_like(needed)
+    launches = launch_sort(torch.cat([q_labels.flatten(), k_labels.flatten()]), result, sides, gate)
+    if gate is not None:
+        gate.copy_(needed)
+        for launch in launches:
+            launch.again("iteration", iteration)
     return result

@@ -12,7 +12,7 @@ ATTENTION = {
 CANDIDATES = {
     ("pointer", 64): (AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=4, num_stages=3),),
     ("pointer", 128): (
-        AttentionTiles(block_m=64, block_n=64, piece=16, num_warps=8, num_stages=3),
+        AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=8, num_stages=3),
         AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=4, num_stages=4),
     ),
 }

@@ -7,10 +7,10 @@ ATTENTION = {
     ("pointer", 64): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
     # Likewise.
     ("pointer", 128): AttentionTiles(block_m=128, block_n=64, piece=16, num_warps=8, num_stages=3),
-    # A start, to be compiled and timed with the kernel.
-    ("descriptor", 64): AttentionTiles(block_m=128, block_n=128, piece=128, num_warps=8, num_stages=2),
+    # Compiled without spills; timed on an H100 (docs/measurements.md, 11).
+    ("descriptor", 64): AttentionTiles(block_m=128, block_n=128, piece=16, num_warps=8, num_stages=2),
     # Likewise.
-    ("descriptor", 128): AttentionTiles(block_m=128, block_n=128, piece=128, num_warps=8, num_stages=2),
+    ("descriptor", 128): AttentionTiles(block_m=128, block_n=128, piece=16, num_warps=8, num_stages=2),
 }
 # Compiled without spills, by Triton 3.6 and 3.9; not timed.
 CANDIDATES = {

@@ -716,8 +716,8 @@ MUTANTS = (
     Mutant(
         "warps and stages of a user's tiles mixed up",
         "kernels/tuning.py",
-        "AttentionTiles(block_m, block_n, piece, num_warps, num_stages)",
-        "AttentionTiles(block_m, block_n, piece, num_stages, num_warps)",
+        "AttentionTiles(block_m, block_n, PIECE, num_warps, num_stages)",
+        "AttentionTiles(block_m, block_n, PIECE, num_stages, num_warps)",
         TUNING,
     ),
     Mutant("the slowest candidate kept", "kernels/autotune.py", "best = min(times", "best = max(times", AUTOTUNE),
