@@ -52,6 +52,45 @@ def test_clusters_are_as_tight_as_the_reference_and_the_same_twice(batch, heads,
     assert inertia(x, first[0], labels) == pytest.approx(inertia(x, expected[0], wanted), rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "heads", "tokens", "dim", "clusters"), SHAPES)
+def test_clustering_both_sides_is_as_tight_as_the_reference_and_the_same_twice(
+    batch, heads, tokens, dim, clusters, dtype
+):
+    q, k = (clustered_tokens(batch, each, tokens, dim, dtype) for each in (heads, 1))
+    q = q[:, :, : tokens // 2 + clusters]
+    # Two numbers say which token a value belongs to; every dtype holds them exactly.
+    v = torch.stack([torch.arange(tokens, device="cuda") // 256, torch.arange(tokens, device="cuda") % 256], -1)
+    v = torch.nn.functional.pad(v, (0, dim - 2)).to(dtype).expand(batch, 1, tokens, dim)
+    first, second, expected = (
+        [state for pair in zip(*(fresh_state(batch, n, clusters, dim) for n in (heads, 1))) for state in pair]
+        for _ in range(3)
+    )
+    for _ in range(2):
+        outputs, again = (svg2.cluster_tokens_(q, k, v, *state, 5, 2, 0) for state in (first, second))
+        expected_labels = [
+            kmeans_reference(x, expected[side], expected[side + 2], 5, 2, 0) for side, x in enumerate((q, k))
+        ]
+    assert all(map(torch.equal, (*outputs, *first), (*again, *second)))
+    q_order, q_sizes, k_sizes, k_clustered, v_clustered = outputs
+    k_order = (v_clustered[..., 0].long() * 256 + v_clustered[..., 1].long()).int()
+    assert torch.equal(k_clustered, permute_tokens_reference(k, k_order))
+    for side, (x, order, sizes) in enumerate(((q, q_order, q_sizes), (k, k_order, k_sizes))):
+        labels = labels_of(order, sizes)
+        # Sorting the labels gives the order back: it is a permutation, and stable.
+        assert all(map(torch.equal, (order, sizes), sort_labels_reference(labels, clusters)))
+        wanted = inertia(x, expected[side], expected_labels[side])
+        assert inertia(x, first[side], labels) == pytest.approx(wanted, rel=0.02)
+
+
+def labels_of(order, sizes):
+    """Return the labels, int32 [B, H, N], that sort to ``order`` with clusters of ``sizes``."""
+    clusters = torch.arange(sizes.shape[2], device=sizes.device, dtype=torch.int32)
+    rows = [clusters.repeat_interleave(each) for each in sizes.flatten(0, 1)]
+    in_order = torch.stack(rows).view(order.shape)
+    return torch.empty_like(in_order).scatter_(2, order.long(), in_order)
+
+
 @pytest.mark.parametrize(("batch", "heads", "tokens", "dim", "clusters"), SHAPES)
 def test_sort_permutation_and_selection_equal_the_reference(batch, heads, tokens, dim, clusters):
     x = clustered_tokens(batch, heads, tokens, dim, torch.bfloat16)
