@@ -112,7 +112,9 @@ def test_what_k_means_alone_returns_is_sorted_and_permuted(
         q_labels, k_labels = (
             kmeans_triton(x, centroids, calls, 2, 1, 0) for x, centroids, calls in zip((q, k), alone, alone[2:])
         )
-        assert all(map(torch.equal, state, alone))
+        for means, expected_means in zip(state, alone):
+            # the strides of both sides decide how a compiled kernel lays out its tiles, and that the order of additions
+            torch.testing.assert_close(means, expected_means, rtol=0, atol=1e-5)
         assert all(map(torch.equal, (q_order, q_sizes), sort_labels_reference(q_labels, q_clusters)))
         k_order, expected_sizes = sort_labels_reference(k_labels, k_clusters)
         assert torch.equal(k_sizes, expected_sizes)
