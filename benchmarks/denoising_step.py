@@ -171,7 +171,7 @@ def compiled(model: torch.nn.Module, clusters: tuple[int, int] | None = None) ->
         model.compile_repeated_blocks(fullgraph=True)
     else:
         options = {"q_clusters": clusters[0], "k_clusters": clusters[1], "dense_steps": 0, "dense_layers": 0}
-        model.compile_repeated_blocks(backend="svg2", options=options, fullgraph=True)
+        model.compile_repeated_blocks(backend=svg2_compile.svg2_backend, options=options, fullgraph=True)
     return model
 
 
