@@ -5,8 +5,9 @@
 Weights are random, bf16, and so are the inputs; what such a model attends to says nothing. Therefore the selection is
 forced: clustering and selection run and take their time, and then their results are replaced by clusters of lognormal
 sizes (standard deviation 0.8 of the mean), tokens in random order, and random key clusters kept up to the density. All
-layers and steps are sparse. Layers are compiled one by one, as `compile_repeated_blocks` does. Times are medians of
-whole forwards; shares are from a profile of one more. Without a GPU it says so and stops.
+layers and steps are sparse, and the steps timed are not the first. Layers are compiled one by one, as
+`compile_repeated_blocks` does. Times are medians of whole forwards; shares are from a profile of one more. Without a
+GPU it says so and stops.
 
 ideal: what the step would take if attention took its density and nothing else changed.
 """
@@ -178,14 +179,20 @@ def compiled(model: torch.nn.Module, clusters: tuple[int, int] | None = None) ->
 @torch.no_grad()
 def timed(model: torch.nn.Module, inputs: dict[str, Any], repeats: int) -> dict[str, Any]:
     """Return compile seconds, the median time of a forward, its parts by kind of kernel, and the peak memory."""
+
+    def step(index: int) -> None:
+        # told which step it is, the clustering of all but the first starts from the one before
+        with svg2_compile.denoise_step(index, repeats + 2, "benchmark"):
+            model(**inputs)
+
     started = time.perf_counter()
-    model(**inputs)
+    step(0)
     torch.cuda.synchronize()
     first_s = time.perf_counter() - started
     torch.cuda.reset_peak_memory_stats()
-    times = [elapsed_ms(partial(model, **inputs)) for _ in range(repeats)]
+    times = [elapsed_ms(partial(step, index)) for index in range(1, repeats + 1)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        model(**inputs)
+        step(repeats + 1)
         torch.cuda.synchronize()
     kinds = dict.fromkeys((*KERNEL_KINDS, "rest"), 0.0)
     for event in profile.key_averages():

@@ -164,7 +164,9 @@ def _why_no_module(name: str) -> str | None:
 
 
 ATTENTIONS = ("gluon", "descriptor", "pointer")
-"""The attention kernels, the fastest first."""
+"""The attention kernels."""
+# Timed on an H100 (docs/measurements.md, 11); elsewhere the other order is an expectation.
+HOPPERS_ORDER = ("gluon", "pointer", "descriptor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,7 @@ class AttentionChoice:
     implementation: str
     """One of ``ATTENTIONS``, or ``reference``, plain PyTorch."""
     why_not: Mapping[str, str] = field(default_factory=dict)
-    """The reason against each of ``ATTENTIONS`` that comes before it; empty where the implementation was named."""
+    """The reason against each of ``ATTENTIONS`` that is faster here; empty where the implementation was named."""
 
 
 def why_not_attention(
@@ -227,7 +229,7 @@ def choose_attention(
         raise ValueError(f"implementation must be 'auto' or one of {known}, got {implementation!r}")
     reasons: dict[str, str] = {}
     chosen = "reference"
-    for name in ATTENTIONS:
+    for name in _fastest_first(device):
         reason = why_not_attention(name, device, dtype, dim=dim, clusters=clusters, keys=keys, rows=rows)
         if reason is None:
             chosen = name
@@ -241,6 +243,10 @@ def choose_attention(
             f"the {implementation} attention cannot run: {reason}; leave the choice to 'auto', which takes {chosen!r}"
         )
     return AttentionChoice(implementation)
+
+
+def _fastest_first(device: torch.device) -> tuple[str, ...]:
+    return HOPPERS_ORDER if capability_of(device) == 90 else ATTENTIONS
 
 
 def capability_of(device: torch.device) -> int | None:

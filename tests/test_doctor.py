@@ -73,20 +73,9 @@ def test_the_limits_are_named_op_by_op(hopper, changes, slow):
 @pytest.mark.parametrize(
     ("changes", "runs", "reasons"),
     [
-        ({"dim": 80}, "descriptor", {"gluon": "head dimension: 64 or 128, got 80"}),
-        (
-            {"dtype": torch.float32},
-            "pointer",
-            {"gluon": "float32 has no Gluon kernel", "descriptor": "float32 has no descriptor kernel"},
-        ),
-        (
-            {"dim": 100},
-            "pointer",
-            {
-                "gluon": "head dimension: 64 or 128, got 100",
-                "descriptor": "head dimension: a multiple of 8 and at most 128, got 100",
-            },
-        ),
+        ({"dim": 80}, "pointer", {"gluon": "head dimension: 64 or 128, got 80"}),
+        ({"dtype": torch.float32}, "pointer", {"gluon": "float32 has no Gluon kernel"}),
+        ({"dim": 100}, "pointer", {"gluon": "head dimension: 64 or 128, got 100"}),
     ],
     ids=str,
 )
@@ -112,10 +101,12 @@ def test_a_module_that_does_not_go_with_this_triton_is_passed_over(hopper, monke
     reason = "it does not go with this Triton"
     monkeypatch.setattr(launch, "_why_no_module", lambda name: reason if name.endswith("_gluon") else None)
     choice = choices()["block_sparse_attention"]
-    assert (choice.implementation, choice.why_not) == ("descriptor", {"gluon": reason})
+    assert (choice.implementation, choice.why_not) == ("pointer", {"gluon": reason})
     monkeypatch.setattr(launch, "_why_no_module", lambda name: reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     choice = choices()["block_sparse_attention"]
-    assert (choice.implementation, choice.why_not) == ("pointer", {"gluon": reason, "descriptor": reason})
+    assert choice.implementation == "pointer"
+    assert choice.why_not == {"gluon": "made for compute capability 9.0", "descriptor": reason}
 
 
 def test_an_old_gpu_and_a_missing_triton_are_named(hopper, monkeypatch):

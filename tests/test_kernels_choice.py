@@ -77,6 +77,9 @@ def test_a_module_that_cannot_be_imported_is_a_reason():
 
 def test_the_first_that_can_run_is_chosen_and_the_ones_before_it_have_reasons(gpu):
     assert choose_attention(GPU, torch.bfloat16, **WAN) == AttentionChoice("gluon", {})
+    # On Hopper the pointer kernel was timed as faster than the one by descriptors.
+    padded = choose_attention(GPU, torch.bfloat16, **WAN | {"dim": 80})
+    assert padded == AttentionChoice("pointer", {"gluon": "head dimension: 64 or 128, got 80"})
     gpu(12, 0)
     made_for = {"gluon": "made for compute capability 9.0"}
     assert choose_attention(GPU, torch.bfloat16, **WAN) == AttentionChoice("descriptor", made_for)
@@ -89,7 +92,7 @@ def test_the_first_that_can_run_is_chosen_and_the_ones_before_it_have_reasons(gp
 def test_beyond_the_limits_of_all_kernels_the_reference_runs(change, gpu):
     choice = choose_attention(GPU, torch.bfloat16, **WAN | change)
     assert choice.implementation == "reference"
-    assert list(choice.why_not) == list(ATTENTIONS)
+    assert list(choice.why_not) == ["gluon", "pointer", "descriptor"]
     assert len(set(choice.why_not.values())) == 1
     for name in ATTENTIONS:
         with pytest.raises(ValueError, match=f"^the {name} attention cannot run: .*, which takes 'reference'$"):
