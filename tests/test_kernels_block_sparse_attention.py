@@ -342,12 +342,14 @@ def test_bad_input_is_named(changes, error, message):
         case.replace(**({"runs": kept.runs, "counts": kept.counts} | changes)).attend()
 
 
-def test_runs_past_their_number_may_hold_anything():
+@pytest.mark.parametrize("anything", [(0, 5), (2**31 - 1, 2**31 - 1), (-7, 3)])
+def test_runs_past_their_number_may_hold_anything(anything):
     case = random_case(density=0.4)
     kept = kept_runs_reference(case.keep, case.k_sizes)
     unused = torch.arange(kept.runs.shape[3]) >= kept.counts[..., :1]
     assert unused.any()
-    poisoned = case.replace(runs=kept.runs.masked_fill(unused.unsqueeze(-1), 2**31 - 1), counts=kept.counts)
+    runs = torch.where(unused.unsqueeze(-1), torch.tensor(anything, dtype=torch.int32), kept.runs)
+    poisoned = case.replace(runs=runs, counts=kept.counts)
     for implementation in (torch.ops.svg2.block_sparse_attention, block_sparse_attention_reference):
         for got, expected in zip(implementation(*poisoned.arguments()), implementation(*case.arguments()), strict=True):
             assert torch.equal(got, expected)
