@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels.work_list import kept_runs_reference
 
 
 def main() -> None:
@@ -47,9 +48,10 @@ def main() -> None:
     for target in args.densities:
         keep = random_blocks(target, k_sizes, args.q_clusters, generator)
         density = kept_pairs(keep, q_sizes, k_sizes) / (args.heads * args.tokens**2)
+        kept = kept_runs_reference(keep, k_sizes)
         sparse_ms, dense_ms = medians_ms(
-            lambda keep=keep: torch.ops.svg2.block_sparse_attention(
-                q, k, v, q_sizes, k_sizes, keep, None, None, None, None, scale
+            lambda kept=kept: torch.ops.svg2.block_sparse_attention(
+                q, k, v, q_sizes, kept.runs, kept.counts, None, None, None, None, scale
             ),
             lambda: F.scaled_dot_product_attention(q, k, v, scale=scale),
             repeats=args.repeats,

@@ -11,8 +11,10 @@ cut into tiles of 64 of its own. Means over layers and heads.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +22,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from plan_costs import key_tiles, query_tiles
+
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels.kmeans import initial_tokens, nearest_neighbour_chain
-from svg2_compile.kernels.work_list import work_list_reference
+from svg2_compile.kernels.select_blocks import kept_clusters
+from svg2_compile.kernels.work_list import kept_runs_reference
 from svg2_compile.measure import Video
 
 STEPS, FIRST_STEP = 6, 2
@@ -87,25 +94,19 @@ class Side:
 
 def costs(query: Side, key: Side, tokens: int, scale: float, top_p: float) -> Tensor:
     """Return (density, run, K padding, whole tiles) per head, fp64 [H, 4]."""
-    statistics = torch.zeros((*query.sizes.shape[:2], 4))
-    keep = torch.ops.svg2.select_blocks(
-        query.centroids, key.centroids, query.sizes, key.sizes, scale, top_p, 0.1, statistics
-    )
+    keep, _ = kept_clusters(query.centroids, key.centroids, key.sizes, scale, top_p, 0.1)
     keep = keep & (key.sizes.unsqueeze(2) > 0)
-    full, total = work_list_reference(query.sizes, key.sizes, keep, tokens, tokens, BLOCK_M, PIECE).counts.unbind(-1)
-    per_tile = BLOCK_N // PIECE
-    key_tiles = full // per_tile + (total - full // per_tile * per_tile + per_tile - 1) // per_tile
-    q_tiles = (query.sizes + BLOCK_M - 1) // BLOCK_M
+    kept_runs = kept_runs_reference(keep, key.sizes)
+    tiles_of_keys = key_tiles(kept_runs.counts, BLOCK_N, PIECE)
+    q_tiles = query_tiles(query.sizes, BLOCK_M)
     kept = (keep * key.sizes.unsqueeze(2)).sum(-1)  # [1, H, C_q]
-    starts = keep & ~F.pad(keep, (1, 0))[..., :-1]
-    lengths = torch.zeros((*keep.shape[:3], keep.shape[3] + 1), dtype=torch.int64)
-    lengths.scatter_add_(-1, starts.cumsum(-1) * keep, (keep * key.sizes.unsqueeze(2)).long())
-    whole = ((lengths[..., 1:] + BLOCK_N - 1) // BLOCK_N).sum(-1)
+    lengths = torch.diff(kept_runs.runs, dim=-1)
+    whole = ((lengths + BLOCK_N - 1) // BLOCK_N).sum((-1, -2))
     kept_by_tiles = (q_tiles * kept).sum(-1).double()
     columns = (
         (query.sizes * kept).sum(-1).double() / tokens**2,
-        keep.sum((-1, -2)).double() / starts.sum((-1, -2)),
-        (q_tiles * key_tiles).sum(-1) * BLOCK_N / kept_by_tiles,
+        keep.sum((-1, -2)).double() / kept_runs.counts[..., 0].sum(-1),
+        (q_tiles * tiles_of_keys).sum(-1) * BLOCK_N / kept_by_tiles,
         (q_tiles * whole).sum(-1) * BLOCK_N / kept_by_tiles,
     )
     return torch.stack(columns, -1)[0]

@@ -8,8 +8,9 @@ clusters random, tokens normal and stored as (B, N, H, D), bf16; times are media
 and stops.
 
 eps_tile: operations issued by the attention kernel per second over those of dense cuDNN; eps_sel: the same of selected
-pairs. The time of the work list is not in them but in the overhead: k-means and sort of q and k, permutation of k and
-v, selection and work list, in percent of dense cuDNN. The issued operations are those of the tiles of `tuning`.
+pairs. The overhead is clustering (k-means and sort of q and k, permutation of k and v) and selection, in percent of
+dense cuDNN. The issued operations are those of the tiles of `tuning`. Every attention that runs here is timed; the
+first is the one that is chosen.
 """
 
 from __future__ import annotations
@@ -31,19 +32,26 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from dense_baselines import dense_ms, flash_kmeans_ms, flashinfer_ms, median_ms
+from dense_baselines import attempt, dense_ms, flash_kmeans_ms, flashinfer_ms, median_ms
 from gpu_targets import EPS_TILE, eps_sel_goal, judged, overhead_goal
 from plan_costs import issued_pairs, selected_pairs
 from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
 
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.launch import padded_power_of_two, why_not_gluon, why_not_triton
+from svg2_compile.kernels.launch import (
+    ATTENTIONS,
+    capability_of,
+    padded_power_of_two,
+    why_not_attention,
+    why_not_triton,
+)
+from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.kernels.tuning import GLUON, AttentionTiles, attention_tiles
-from svg2_compile.kernels.work_list import MAX_KEYS, max_pieces, max_tiles, work_list_reference
+from svg2_compile.kernels.work_list import COUNTS, MAX_KEYS, kept_runs_reference, max_runs, max_tiles
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("test_kernels_*_triton.py", "test_kernels_*_gluon.py")
+TESTS = tuple(f"test_kernels_*_{kind}.py" for kind in ("triton", "descriptor", "gluon"))
 DENSITIES = (0.15, 0.25, 0.4)
 ITERS_INIT = 10
 TOP_P, MIN_KEEP_RATIO = 0.9, 0.1
@@ -95,13 +103,13 @@ class Attention:
     density: float
     """Selected pairs over all pairs."""
     ms: float
-    """Work list included."""
-    work_list_ms: float
+    other_ms: dict[str, float | str]
+    """Of the implementations that were not chosen."""
     flashinfer_ms: float | str
     eps_tile: float
     eps_sel: float
     speedup: float
-    """Of the attention with its work list over dense cuDNN."""
+    """Of the attention over dense cuDNN."""
     verdict_tile: str
     verdict_sel: str
 
@@ -150,25 +158,23 @@ def why_no_gpu() -> str | None:
 
 def check_plans(max_heads: int) -> None:
     """Print the lists of every shape, and check on a small case that issued pairs cover the selected ones."""
-    titles = ("tile slots", "piece slots")
-    print(f"{'shape':<18} {'heads':>5} {'tokens':>7} {'dim':>4} {'clusters':>10} {titles[0]:>10} {titles[1]:>11} MiB")
+    titles = ("tile slots", "run slots")
+    print(f"{'shape':<18} {'heads':>5} {'tokens':>7} {'dim':>4} {'clusters':>10} {titles[0]:>10} {titles[1]:>10} MiB")
     for shape in SHAPES:
-        tiles = attention_tiles(90, padded_power_of_two(shape.dim), torch.bfloat16)
         heads = min(shape.heads, max_heads)
         for q_clusters, k_clusters in shape.clusters:
-            if shape.tokens >= MAX_KEYS:
-                raise SystemExit(f"{shape.name}: a piece cannot address {shape.tokens} keys")
-            tile_slots = max_tiles(shape.tokens, q_clusters, tiles.block_m)
-            piece_slots = max_pieces(shape.tokens, k_clusters, tiles.piece)
-            mib = 4 * heads * (3 * tile_slots + q_clusters * (piece_slots + 2)) / 2**20
+            if shape.tokens > MAX_KEYS:
+                raise SystemExit(f"{shape.name}: a run cannot address {shape.tokens} keys")
+            tile_slots, run_slots = max_tiles(shape.tokens, q_clusters, GLUON.block_m), max_runs(k_clusters)
+            mib = 4 * heads * (3 * tile_slots + q_clusters * (2 * run_slots + len(COUNTS))) / 2**20
             print(
                 f"{shape.name:<18} {heads:>5} {shape.tokens:>7} {shape.dim:>4} {f'{q_clusters}/{k_clusters}':>10} "
-                f"{tile_slots:>10} {piece_slots:>11} {mib:.0f}"
+                f"{tile_slots:>10} {run_slots:>10} {mib:.0f}"
             )
     generator = torch.Generator().manual_seed(0)
     q_sizes, k_sizes = (lognormal_sizes(generator, 1, 1, clusters, 500) for clusters in (3, 10))
     keep = random_blocks(generator, 0.4, k_sizes, 3)
-    counts = work_list_reference(q_sizes, k_sizes, keep, 500, 500, 128, 16).counts
+    counts = kept_runs_reference(keep, k_sizes).counts
     if issued_pairs(q_sizes, counts, 128, 64, 16) < selected_pairs(q_sizes, k_sizes, keep):
         raise SystemExit("fewer pairs are issued than selected")
 
@@ -249,35 +255,27 @@ class Plan:
 def measure_overhead(
     shape: Shape, q: Tensor, k: Tensor, v: Tensor, plan: Plan, dense: float, rep_ms: float
 ) -> Overhead:
-    """Time clustering, sorting, permuting, selecting and the work list."""
+    """Time clustering and selecting."""
     rep_ms /= 3
     ms: dict[str, float] = {}
-    centroids = {}
-    for name, x, count in zip("qk", (q, k), plan.clusters):
-        centroids[name] = torch.zeros((1, x.shape[1], count, x.shape[3]), device=x.device)
-        calls = torch.zeros(1, dtype=torch.int32, device=x.device)
-        cluster = partial(svg2.kmeans_, x, centroids[name], calls, ITERS_INIT)
+    centroids = [
+        torch.zeros((1, x.shape[1], count, shape.dim), device=x.device) for x, count in zip((q, k), plan.clusters)
+    ]
+    calls = [torch.zeros(1, dtype=torch.int32, device=q.device) for _ in "qk"]
+    cluster = partial(svg2.cluster_tokens_, q, k, v, *centroids, *calls, ITERS_INIT)
 
-        def start(cluster: partial[Tensor] = cluster, calls: Tensor = calls) -> None:
-            calls.zero_()
-            cluster(2, 0)
+    def start() -> None:
+        for each in calls:
+            each.zero_()
+        cluster(2, 0)
 
-        ms[f"k-means {name}, first call"] = median_ms(start, rep_ms)
-        for iterations in (1, 2):
-            ms[f"k-means {name}, warm {iterations}"] = median_ms(partial(cluster, iterations, 0), rep_ms)
-    for name, labels, count in zip("qk", (plan.q_labels, plan.k_labels), plan.clusters):
-        ms[f"sort {name}"] = median_ms(partial(svg2.sort_labels, labels, count), rep_ms)
-    for name, x in zip("kv", (k, v)):
-        ms[f"permute {name}"] = median_ms(partial(svg2.permute_tokens, x, plan.k_order), rep_ms)
-    statistics = torch.zeros((1, q.shape[1], 4), device=q.device)
-    select = partial(
-        svg2.select_blocks, centroids["q"], centroids["k"], plan.q_sizes, plan.k_sizes, shape.dim**-0.5, TOP_P
-    )
+    ms["cluster, first call"] = median_ms(start, rep_ms)
+    for iterations in (1, 2):
+        ms[f"cluster, warm {iterations}"] = median_ms(partial(cluster, iterations, 0), rep_ms)
+    statistics = torch.zeros((*plan.q_sizes.shape, len(STATISTICS)), device=q.device)
+    select = partial(svg2.select_blocks, *centroids, plan.q_sizes, plan.k_sizes, shape.dim**-0.5, TOP_P)
     ms["select"] = median_ms(partial(select, MIN_KEEP_RATIO, statistics), rep_ms)
-    keep = random_blocks(torch.Generator(device=q.device).manual_seed(1), 0.25, plan.k_sizes, plan.clusters[0])
-    ms["work list"] = median_ms(partial(make_work_list, plan, keep, tiles_for(shape.dim)), rep_ms)
-    once = sum(value for name, value in ms.items() if "k-means" not in name)
-    percent = {n: 100 * (once + sum(ms[f"k-means {x}, warm {n}"] for x in "qk")) / dense for n in (1, 2)}
+    percent = {n: 100 * (ms["select"] + ms[f"cluster, warm {n}"]) / dense for n in (1, 2)}
     theirs = [flash_kmeans_ms(x, count, 2, rep_ms) for x, count in zip((q, k), plan.clusters)]
     failed = next((answer for answer in theirs if isinstance(answer, str)), None)
     verdicts = {n: judged(percent[n], overhead_goal(shape.name, n, plan.clusters[1])) for n in percent}
@@ -286,20 +284,14 @@ def measure_overhead(
     )
 
 
-def tiles_for(dim: int) -> AttentionTiles:
-    """Return the tiles that the attention takes on this GPU for bf16."""
-    if why_not_gluon(torch.device("cuda"), torch.bfloat16, dim=dim, rows=1) is None:
-        return GLUON
-    major, minor = torch.cuda.get_device_capability()
-    return attention_tiles(10 * major + minor, padded_power_of_two(dim), torch.bfloat16)
-
-
-def make_work_list(plan: Plan, keep: Tensor, tiles: AttentionTiles) -> Tensor:
-    """Make the work list of the attention and return its counts."""
-    from svg2_compile.kernels.work_list_triton import work_list_triton
-
-    q_tokens, k_tokens = plan.q_labels.shape[2], plan.k_labels.shape[2]
-    return work_list_triton(plan.q_sizes, plan.k_sizes, keep, q_tokens, k_tokens, tiles.block_m, tiles.piece).counts
+def implementations(dim: int) -> dict[str, AttentionTiles]:
+    """Return the attentions that run on this GPU for bf16, with their tiles, the chosen one first."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return {
+        name: attention_tiles(capability_of(device), padded_power_of_two(dim), torch.bfloat16, name)
+        for name in ATTENTIONS
+        if why_not_attention(name, device, torch.bfloat16, dim=dim) is None
+    }
 
 
 def measure_attention(
@@ -315,24 +307,25 @@ def measure_attention(
 ) -> Attention:
     """Time the attention, which gathers its queries, on permuted keys at one density."""
     keep = random_blocks(generator, density, plan.k_sizes, plan.clusters[0])
+    kept = kept_runs_reference(keep, plan.k_sizes)
     k, v = (svg2.permute_tokens(x, plan.k_order) for x in (k, v))
-    sizes = (plan.q_sizes, plan.k_sizes, keep)
-    attend = partial(svg2.block_sparse_attention, q, k, v, *sizes, None, None, None, plan.q_order, shape.dim**-0.5)
-    tiles = tiles_for(shape.dim)
-    work_list_ms = median_ms(partial(make_work_list, plan, keep, tiles), rep_ms / 5)
-    ms = median_ms(attend, rep_ms)
-    issued = issued_pairs(plan.q_sizes, make_work_list(plan, keep, tiles), tiles.block_m, tiles.block_n, tiles.piece)
+    arguments = (q, k, v, plan.q_sizes, kept.runs, kept.counts, None, None, None, plan.q_order, shape.dim**-0.5)
+    (chosen, tiles), *others = implementations(shape.dim).items()
+    ms = median_ms(partial(svg2.block_sparse_attention, *arguments, chosen), rep_ms)
+    other_ms = {name: attempt(partial(svg2.block_sparse_attention, *arguments, name), rep_ms) for name, _ in others}
+    issued = issued_pairs(plan.q_sizes, kept.counts, tiles.block_m, tiles.block_n, tiles.piece)
     pairs = q.shape[1] * shape.tokens**2
-    selected = selected_pairs(*sizes)
-    eps_tile, eps_sel = (done / pairs * dense / (ms - work_list_ms) for done in (issued, selected))
-    theirs = flashinfer_ms(svg2.permute_tokens(q, plan.q_order), k, v, *sizes, rep_ms)
+    selected = selected_pairs(plan.q_sizes, plan.k_sizes, keep)
+    eps_tile, eps_sel = (done / pairs * dense / ms for done in (issued, selected))
+    clustered = svg2.permute_tokens(q, plan.q_order)
+    theirs = flashinfer_ms(clustered, k, v, plan.q_sizes, plan.k_sizes, keep, rep_ms)
     return Attention(
         shape=shape.name,
         heads=q.shape[1],
         clusters=plan.clusters,
         density=selected / pairs,
         ms=ms,
-        work_list_ms=work_list_ms,
+        other_ms=other_ms,
         flashinfer_ms=theirs,
         eps_tile=eps_tile,
         eps_sel=eps_sel,
@@ -357,8 +350,9 @@ def print_overhead(row: Overhead) -> None:
 def print_attention(row: Attention) -> None:
     """Print one attention in a line."""
     theirs = row.flashinfer_ms if isinstance(row.flashinfer_ms, str) else f"{row.flashinfer_ms:.2f} ms"
+    others = "".join(f", {name} {ms if isinstance(ms, str) else f'{ms:.2f}'}" for name, ms in row.other_ms.items())
     print(
-        f"    density {row.density:.3f}: {row.ms:.2f} ms (work list {row.work_list_ms:.3f}), {row.speedup:.2f}x, "
+        f"    density {row.density:.3f}: {row.ms:.2f} ms{others}; {row.speedup:.2f}x, "
         f"eps_tile {row.eps_tile:.3f} {row.verdict_tile}, eps_sel {row.eps_sel:.3f} {row.verdict_sel}, "
         f"FlashInfer {theirs}",
         flush=True,

@@ -4,8 +4,8 @@
 
 The launchers themselves run, on tensors without data and with launches that do nothing, while every allocation and
 every release is counted: the figures cannot drift from the code. bf16, tiles of compute capability 9.0. Per op, the
-most that is held at once beside arguments and results. A layer keeps its results as long as something reads them:
-labels until they are sorted, the order of the queries until the end. Needs triton, no device. MB are 10^6 bytes.
+most that is held at once beside arguments and results. A layer keeps its results as long as something reads them: the
+order of the queries until the end. Needs triton, no device. MB are 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from marked_table import write_between
 
 from svg2_compile.kernels.launch import padded_power_of_two
+from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.kernels.tuning import attention_tiles
 
 # name, heads, tokens, head dimension
@@ -111,15 +112,13 @@ class LayerMemory:
 def measure(heads: int, tokens: int, dim: int, q_clusters: int, k_clusters: int) -> LayerMemory:
     """Run one sparse layer on tensors without data and return what it allocates."""
     from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
-    from svg2_compile.kernels.kmeans_triton import kmeans_triton
-    from svg2_compile.kernels.permute_triton import permute_tokens_triton
+    from svg2_compile.kernels.cluster_tokens_triton import cluster_tokens_triton
     from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
-    from svg2_compile.kernels.sort_labels_triton import sort_labels_triton
 
     q, k, v = (torch.empty((1, tokens, heads, dim), dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in "qkv")
     centroids = [torch.empty((1, heads, count, dim), device="meta") for count in (q_clusters, k_clusters)]
     calls = [torch.empty(1, dtype=torch.int32, device="meta") for _ in "qk"]
-    statistics = torch.empty((1, heads, 4), device="meta")
+    statistics = torch.empty((1, heads, q_clusters, len(STATISTICS)), device="meta")
     workspace: dict[str, int] = {}
 
     def run(name: str, launcher: Callable[..., Any], *args: Any) -> Any:
@@ -132,22 +131,20 @@ def measure(heads: int, tokens: int, dim: int, q_clusters: int, k_clusters: int)
         return result
 
     with launches_do_nothing(), Ledger() as ledger:
-        labels = [run("k-means", kmeans_triton, x, c, n, 10, 2, 0) for x, c, n in zip((q, k), centroids, calls)]
-        q_order, q_sizes = run("sort", sort_labels_triton, labels.pop(0), q_clusters)
-        k_order, k_sizes = run("sort", sort_labels_triton, labels.pop(0), k_clusters)
-        keys, values = (run("permute", permute_tokens_triton, x, k_order) for x in (k, v))
-        del k_order
+        clustered = run("cluster", cluster_tokens_triton, q, k, v, *centroids, *calls, 10, 2, 0)
+        q_order, q_sizes, k_sizes, keys, values = clustered
+        del clustered
         sizes = (q_sizes, k_sizes)
-        keep = run("select", select_blocks_triton, *centroids, *sizes, dim**-0.5, 0.9, 0.1, statistics)
+        runs, counts = run("select", select_blocks_triton, *centroids, *sizes, dim**-0.5, 0.9, 0.1, statistics)
         tiles = attention_tiles(90, padded_power_of_two(dim), q.dtype)
-        attend = (q, keys, values, *sizes, keep, None, None, None, q_order, dim**-0.5, tiles)
-        out, _ = run("attention with work list", block_sparse_attention_triton, *attend)
+        attend = (q, keys, values, q_sizes, runs, counts, None, None, None, q_order, dim**-0.5, tiles)
+        out, _ = run("attention", block_sparse_attention_triton, *attend)
         return LayerMemory(workspace, bytes_of(keys, values), ledger.peak - bytes_of(out))
 
 
 def table() -> str:
     """Return the table, in Markdown."""
-    columns = ("k-means", "sort", "permute", "select", "attention with work list")
+    columns = ("cluster", "select", "attention")
     lines = [
         f"torch {torch.__version__}; MB.",
         "",

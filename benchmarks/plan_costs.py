@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from svg2_compile.kernels.work_list import PIECES
+
 
 def query_tiles(q_sizes: Tensor, block_m: int) -> Tensor:
     """Return the tiles of rows of every query cluster, [B, H, C_q]."""
@@ -9,13 +11,12 @@ def query_tiles(q_sizes: Tensor, block_m: int) -> Tensor:
 
 
 def key_tiles(counts: Tensor, block_n: int, piece: int) -> Tensor:
-    """Return the tiles of keys that each tile of a query cluster goes through, [B, H, C_q], from the list's counts.
+    """Return the tiles of keys that each tile of a query cluster goes through, [B, H, C_q], from the runs' counts.
 
-    Full tiles, then tiles of what is left over.
+    Full pieces, then one shorter piece a run, all packed into tiles.
     """
-    per_tile = block_n // piece
-    full, total = counts.long().unbind(-1)
-    return full // per_tile + (total - full // per_tile * per_tile + per_tile - 1) // per_tile
+    pieces = counts[..., 1 + PIECES.index(piece)].long() + counts[..., 0]
+    return (pieces * piece + block_n - 1) // block_n
 
 
 def issued_pairs(q_sizes: Tensor, counts: Tensor, block_m: int, block_n: int, piece: int) -> int:

@@ -6,8 +6,10 @@ For the large models, cluster sizes are lognormal with a standard deviation of 0
 keeps random key clusters up to the density: neighbours that are kept together would make longer runs.
 Heads are sampled; for the balance the sampled heads repeat until there are as many as in the model. For the trained
 tiny Wan, queries and keys of all layers and heads are taken from the middle of denoising a real clip, clustered and
-selected by the ops themselves; its rows are one layer's launch in size, all layers in the means, the worst layer in the
-balance. ``--skip-trained`` leaves them out; ``--frames-file`` is that of learned_attention.py.
+selected as the ops do; its rows are one layer's launch in size, all layers in the means, the worst layer in the
+balance. Once more, all its layers and heads are the heads of one layer of the first large model, every cluster as much
+larger as the sequence is longer: real proportions and real neighbours, at a real size. ``--skip-trained`` leaves them
+out; ``--frames-file`` is that of learned_attention.py.
 
 Processors take the next tile of queries when they are free, in the order in which the kernel is launched, and a tile
 takes as long as it has tiles of keys. L2: K and V of the kept keys, once a tile of queries. HBM: K and V of the keys
@@ -29,7 +31,7 @@ from marked_table import write_between
 from plan_costs import key_tiles, query_tiles
 from random_blocks import lognormal_sizes, random_blocks
 
-from svg2_compile.kernels.work_list import max_pieces, max_tiles, work_list_reference
+from svg2_compile.kernels.work_list import COUNTS, kept_runs_reference, max_runs, max_tiles
 
 # name, heads, tokens, head dimension
 MODELS = (("Wan 14B 720p", 40, 75_600, 128), ("HunyuanVideo 720p", 24, 118_800, 128))
@@ -70,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--densities", type=float, nargs="+", default=[0.15, 0.25, 0.4])
     parser.add_argument("--block-m", type=int, default=128)
-    parser.add_argument("--block-n", type=int, default=64)
+    parser.add_argument("--block-n", type=int, default=128)
     parser.add_argument("--piece", type=int, default=16)
     parser.add_argument("--processors", type=int, default=132)
     parser.add_argument("--sampled-heads", type=int, default=1)
@@ -96,6 +98,7 @@ def main() -> None:
             Selection(f"tiny Wan, trained{how}", layers.heads, layers.dim, *select(layers, clusters))
             for how, clusters in (("", (64, 256)), (", auto", "auto"))
         ]
+        selections.append(as_long_as(*MODELS[0], selections[-2]))
     for selection in selections:
         lines.append(row(machine, selection))
         print(lines[-1], flush=True)
@@ -119,17 +122,27 @@ def lognormal_selections(densities: list[float], sampled_heads: int) -> list[Sel
     return selections
 
 
+def as_long_as(name: str, heads: int, tokens: int, dim: int, real: Selection) -> Selection:
+    """Return the clusters and selections of all layers and heads as heads of one layer of a large model."""
+    sizes = []
+    for small in (real.q_sizes, real.k_sizes):
+        edges = small.double().cumsum(-1)
+        edges = (edges / edges[..., -1:] * tokens).round().int()
+        sizes.append(torch.diff(edges, prepend=torch.zeros_like(edges[..., :1])).flatten(0, 1).unsqueeze(0))
+    return Selection(f"{real.name}, stretched to {name}", heads, dim, *sizes, real.keep.flatten(0, 1).unsqueeze(0))
+
+
 def row(machine: Machine, selection: Selection) -> str:
     """Return one line of the table."""
     q_sizes, k_sizes, keep = selection.q_sizes, selection.k_sizes, selection.keep
     layers, sampled, q_clusters, k_clusters = keep.shape
     tokens = int(q_sizes[0, 0].sum())
-    work = work_list_reference(q_sizes, k_sizes, keep, tokens, tokens, machine.block_m, machine.piece)
+    kept_runs = kept_runs_reference(keep, k_sizes)
     kept = (keep * k_sizes.unsqueeze(2)).sum(-1)  # [L, H, C_q]
-    k_tiles = key_tiles(work.counts, machine.block_n, machine.piece)
+    k_tiles = key_tiles(kept_runs.counts, machine.block_n, machine.piece)
     q_tiles = query_tiles(q_sizes, machine.block_m)
     k_padding = float((q_tiles * k_tiles).sum() * machine.block_n / (q_tiles * kept).sum())
-    whole_tiles, runs = run_by_run(machine, keep, k_sizes)
+    whole_tiles = key_tiles_run_by_run(kept_runs.runs, machine.block_n)
     plain_padding = float((q_tiles * whole_tiles).sum() * machine.block_n / (q_tiles * kept).sum())
     q_padding = q_tiles.sum() * machine.block_m / q_sizes.sum()
     balance = max(layer_imbalance(machine, selection.heads, q_tiles[i], k_tiles[i]) for i in range(layers))
@@ -139,9 +152,10 @@ def row(machine: Machine, selection: Selection) -> str:
         wave_keys(machine, q_tiles[i, h], k_sizes[i, h], keep[i, h]) for i in range(layers) for h in range(sampled)
     ]
     hbm = (sum(waves) + layers * sampled * tokens) * 2 * selection.dim * ELEMENT_BYTES * scale
-    piece_slots = max_pieces(tokens, k_clusters, machine.piece)
-    lists = selection.heads * (max_tiles(tokens, q_clusters, machine.block_m) * 12 + q_clusters * (piece_slots * 4 + 8))
-    used = work.counts[..., 1] / piece_slots
+    slots = max_runs(k_clusters)
+    tiles_bytes, row_bytes = max_tiles(tokens, q_clusters, machine.block_m) * 12, slots * 8 + len(COUNTS) * 4
+    lists = selection.heads * (tiles_bytes + q_clusters * row_bytes)
+    runs = kept_runs.counts[..., 0].double()
     density = (q_sizes.double() * kept).sum() / (layers * sampled * tokens**2)
     cells = (
         selection.name,
@@ -150,25 +164,20 @@ def row(machine: Machine, selection: Selection) -> str:
         judged(k_padding, MAX_K_PADDING),
         f"{plain_padding:.3f}",
         f"{q_padding:.3f}",
-        f"{runs:.0f}",
+        f"{runs.mean():.0f}",
         judged(balance, MAX_IMBALANCE),
         f"{l2 / 1e9:.3g}",
         f"{hbm / 1e9:.3g}",
         f"{lists / 2**20:.0f}",
-        f"{100 * used.mean():.0f} %",
-        f"{100 * used.max():.0f} %",
+        f"{100 * runs.mean() / slots:.0f} %",
+        f"{100 * runs.max() / slots:.0f} %",
     )
     return f"| {' | '.join(cells)} |"
 
 
-def run_by_run(machine: Machine, keep: Tensor, k_sizes: Tensor) -> tuple[Tensor, float]:
-    """Return the tiles of keys, [L, H, C_q], if every run were cut into its own, and the mean number of runs."""
-    run_starts = keep & ~torch.nn.functional.pad(keep, (1, 0))[..., :-1]
-    run_of_cluster = run_starts.cumsum(-1) * keep
-    run_lengths = torch.zeros((*keep.shape[:3], keep.shape[3] + 1), dtype=torch.int64)
-    run_lengths.scatter_add_(-1, run_of_cluster, (keep * k_sizes.unsqueeze(2)).long())
-    tiles = ((run_lengths[..., 1:] + machine.block_n - 1) // machine.block_n).sum(-1)
-    return tiles, float(run_starts.sum(-1).double().mean())
+def key_tiles_run_by_run(runs: Tensor, block_n: int) -> Tensor:
+    """Return the tiles of keys, [L, H, C_q], if every run were cut into its own."""
+    return ((torch.diff(runs, dim=-1).squeeze(-1) + block_n - 1) // block_n).sum(-1)
 
 
 def wave_keys(machine: Machine, q_tiles: Tensor, k_sizes: Tensor, keep: Tensor) -> int:

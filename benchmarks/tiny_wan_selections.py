@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svg2_compile import tiny_wan
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels.select_blocks import kept_clusters
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.tiny_wan import clips, model
 
@@ -54,7 +55,7 @@ def captured_layers(frames_file: Path | None) -> Layers:
 
 
 def select(layers: Layers, clusters: tuple[int, int] | Literal["auto"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sizes of query and key clusters, and which are kept, at ``TOP_P``, by the ops and the default options."""
+    """Return sizes of query and key clusters, and which are kept, at ``TOP_P`` and the default options."""
     counts = {} if clusters == "auto" else {"q_clusters": clusters[0], "k_clusters": clusters[1]}
     config = SparseConfig(top_p=TOP_P, **counts)
     count, heads, tokens, dim = layers.q.shape
@@ -65,6 +66,5 @@ def select(layers: Layers, clusters: tuple[int, int] | Literal["auto"]) -> tuple
         iterations = (config.kmeans_iters_init, config.kmeans_iters_step)
         labels = svg2.kmeans_(x, centroids[-1], calls, *iterations, config.seed)
         sizes.append(svg2.sort_labels(labels, number)[1])
-    statistics = torch.zeros((count, heads, 4))
-    keep = svg2.select_blocks(*centroids, *sizes, layers.scale, TOP_P, config.min_keep_ratio, statistics)
-    return (*sizes, keep)
+    keep, _ = kept_clusters(centroids[0], centroids[1], sizes[1], layers.scale, TOP_P, config.min_keep_ratio)
+    return (*sizes, keep & (sizes[1] > 0).unsqueeze(2))

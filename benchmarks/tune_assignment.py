@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import kmeans_triton
-from svg2_compile.kernels.kmeans_triton import AssignTile
+from svg2_compile.kernels.centroids_triton import AssignTile
 
 HEADS, TOKENS, DIM = 40, 75_600, 128
 CLUSTERS = (100, 500, 1000)

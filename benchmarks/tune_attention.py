@@ -1,9 +1,9 @@
-"""Which tiles the Triton attention runs fastest with on this GPU: the numbers for `kernels/tuning.py`.
+"""Which tiles the Triton attention runs fastest with on this GPU: the numbers for `kernels/tuned/`.
 
 python -P benchmarks/tune_attention.py
 
 bf16, 4 heads of 32,760 tokens, 55 and 218 clusters of lognormal sizes, random key clusters kept at density 0.3;
-medians, work list included.
+medians.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from random_blocks import lognormal_sizes, random_blocks
 
 from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
+from svg2_compile.kernels.work_list import kept_runs_reference
 
 HEADS, TOKENS, Q_CLUSTERS, K_CLUSTERS, DENSITY = 4, 32_760, 55, 218, 0.3
 # block_m, block_n, num_warps, num_stages
@@ -62,10 +63,11 @@ def measure(dim: int, rep_ms: float) -> dict[AttentionTiles, float]:
     q, k, v = (torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     q_sizes, k_sizes = (lognormal_sizes(generator, 1, HEADS, count, TOKENS) for count in (Q_CLUSTERS, K_CLUSTERS))
     keep = random_blocks(generator, DENSITY, k_sizes, Q_CLUSTERS)
+    kept = kept_runs_reference(keep, k_sizes)
     times: dict[AttentionTiles, float] = {}
     for block_m, block_n, num_warps, num_stages in CANDIDATES:
         tiles = AttentionTiles(block_m, block_n, 16, num_warps, num_stages)
-        arguments = (q, k, v, q_sizes, k_sizes, keep, None, None, None, None, dim**-0.5, tiles)
+        arguments = (q, k, v, q_sizes, kept.runs, kept.counts, None, None, None, None, dim**-0.5, tiles)
         answer = attempt(partial(block_sparse_attention_triton, *arguments), rep_ms)
         if isinstance(answer, str):
             print(f"D={dim} {tiles}: {answer}")

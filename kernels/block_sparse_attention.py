@@ -1,5 +1,6 @@
 """``svg2::block_sparse_attention``: exact attention restricted to the kept blocks."""
 
+import itertools
 import math
 
 import torch
@@ -14,7 +15,8 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.launch import why_not_gluon, why_not_triton
+from svg2_compile.kernels.launch import ATTENTIONS, choose_attention
+from svg2_compile.kernels.launch_attention import launch_attention
 from svg2_compile.kernels.masked_attention import masked_attention
 from svg2_compile.kernels.permute import (
     empty_token_major,
@@ -22,14 +24,16 @@ from svg2_compile.kernels.permute import (
     permute_tokens_reference,
     unpermute_tokens_reference,
 )
+from svg2_compile.kernels.work_list import COUNTS, kept_keys
 
 # Fewer rows than this are not worth sharing between threads. Left alone, the flash attention deals blocks of 32 rows.
 MIN_ROWS_PER_PART = 16
 
 torch.library.define(
     "svg2::block_sparse_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor q_sizes, Tensor k_sizes, Tensor keep, Tensor? context_k, Tensor? context_v, "
-    "Tensor? context_mask, Tensor? q_order, float scale) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor q_sizes, Tensor runs, Tensor counts, Tensor? context_k, Tensor? context_v, "
+    "Tensor? context_mask, Tensor? q_order, float scale, str implementation='auto', int[]? tiles=None, "
+    "bool autotune=False) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -39,34 +43,44 @@ def _check(
     k: Tensor,
     v: Tensor,
     q_sizes: Tensor,
-    k_sizes: Tensor,
-    keep: Tensor,
+    runs: Tensor,
+    counts: Tensor,
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
     q_order: Tensor | None,
+    implementation: str,
+    tiles: list[int] | None,
 ) -> None:
     """Check the arguments of ``svg2::block_sparse_attention``."""
-    for name, x in (("q", q), ("k", k), ("keep", keep)):
-        check_rank(name, x, 4)
+    for name, x, rank in (("q", q, 4), ("k", k, 4), ("q_sizes", q_sizes, 3), ("runs", runs, 5)):
+        check_rank(name, x, rank)
     batch, heads, _, dim = q.shape
     groups, k_tokens = k.shape[1:3]
-    q_clusters, k_clusters = keep.shape[2:]
+    q_clusters, slots = runs.shape[2:4]
     check_head_groups(heads, groups)
     check_shape("k", k, (batch, groups, k_tokens, dim))
     check_shape("v", v, (batch, groups, k_tokens, dim))
-    check_shape("keep", keep, (batch, heads, q_clusters, k_clusters))
+    check_shape("runs", runs, (batch, heads, q_clusters, slots, 2))
+    check_shape("counts", counts, (batch, heads, q_clusters, len(COUNTS)))
     check_shape("q_sizes", q_sizes, (batch, heads, q_clusters))
-    check_shape("k_sizes", k_sizes, (batch, groups, k_clusters))
     check_dtype("q", q, *FLOATING)
     check_dtype("k", k, q.dtype)
     check_dtype("v", v, q.dtype)
     check_dtype("q_sizes", q_sizes, torch.int32)
-    check_dtype("k_sizes", k_sizes, torch.int32)
-    check_dtype("keep", keep, torch.bool)
+    check_dtype("runs", runs, torch.int32)
+    check_dtype("counts", counts, torch.int32)
     if q_order is not None:
         check_shape("q_order", q_order, q.shape[:3])
         check_dtype("q_order", q_order, torch.int32)
+    check_value(
+        implementation in ("auto", *ATTENTIONS),
+        lambda: f"implementation must be 'auto' or one of {', '.join(map(repr, ATTENTIONS))}, got {implementation!r}",
+    )
+    check_value(
+        tiles is None or (len(tiles) == 4 and implementation != "auto"),
+        lambda: f"tiles must be 4 numbers for an implementation that is named, got {tiles} for {implementation!r}",
+    )
     check_value(
         (context_k is None) == (context_v is None) and (context_mask is None or context_k is not None),
         lambda: "context_k and context_v must be given together, and context_mask only with them",
@@ -91,17 +105,20 @@ def block_sparse_attention_reference(
     k: Tensor,
     v: Tensor,
     q_sizes: Tensor,
-    k_sizes: Tensor,
-    keep: Tensor,
+    runs: Tensor,
+    counts: Tensor,
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
     q_order: Tensor | None,
     scale: float,
+    implementation: str = "auto",
+    tiles: list[int] | None = None,
+    autotune: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return exact attention over the kept blocks, renormalised, and its log-sum-exp.
 
-    Section 1.4: O'_r = softmax over {k' : keep[cluster(r), cluster(k')]} of scale * Q'_r . K'_k', times V'.
+    Section 1.4: O'_r = softmax over the keys k' in the runs of cluster(r) of scale * Q'_r . K'_k', times V'.
     Section 1.6: context keys are visible to every query.
 
     Args:
@@ -110,8 +127,8 @@ def block_sparse_attention_reference(
         k: [B, G, N_k, D] in the dtype of ``q``, likewise; query head h uses key head h // (H / G).
         v: [B, G, N_k, D] in the dtype of ``q``, in the order of ``k``; finite for this reference.
         q_sizes: int32 [B, H, C_q], tokens per query cluster; sums to N.
-        k_sizes: int32 [B, G, C_k], tokens per key cluster; sums to N_k.
-        keep: bool [B, H, C_q, C_k], True where query cluster i attends to key cluster j.
+        runs: int32 [B, H, C_q, R, 2], the ranges of keys that each query cluster attends to, as ``KeptRuns`` has them.
+        counts: int32 [B, H, C_q, 4], how many of them there are, and of their pieces.
         context_k: [B, G, M, D] in the dtype of ``q``, or None.
         context_v: [B, G, M, D] in the dtype of ``q``, or None.
         context_mask: bool [B or 1, 1, 1, M], True where a context key may be attended to; None admits all.
@@ -119,6 +136,9 @@ def block_sparse_attention_reference(
             one at place i of the cluster order, and the results are in the order of ``q``: the same as
             ``unpermute_tokens`` of the attention of ``permute_tokens(q, q_order)``.
         scale: factor of the scores.
+        implementation: which CUDA kernel computes it: ``auto``, or one of ``ATTENTIONS``; the CPU has only one.
+        tiles: query rows and keys of a tile, warps, stages, for a CUDA kernel that is named; None takes the tuned ones.
+        autotune: whether a CUDA kernel may time its candidate tiles at the first call of every kind.
 
     Returns:
         out: [B, H, N, D] in the dtype of ``q``, contiguous, or with ``q_order`` stored as (B, N, H, D); 0 for a row
@@ -134,18 +154,16 @@ def block_sparse_attention_reference(
         that are not kept and masked context keys cannot influence the result, not even with NaN; on Hopper they must
         be finite.
     """
-    _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
+    _check(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, implementation, tiles)
     if q_order is not None:
         rows = permute_tokens_reference(q, q_order)
-        clustered = (rows, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, None, scale)
+        clustered = (rows, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, None, scale)
         out, lse = block_sparse_attention_reference(*clustered)
         return _in_token_order(out, lse, q_order)
     batch, heads, tokens, _ = q.shape
-    b = torch.arange(batch, device=q.device)[:, None, None, None]
-    h = torch.arange(heads, device=q.device)[:, None, None]
-    q_cluster = _cluster_of_tokens(q_sizes, tokens)
-    k_cluster = _cluster_of_tokens(k_sizes, k.shape[2]).repeat_interleave(heads // k.shape[1], dim=1)
-    mask = keep[b, h, q_cluster.unsqueeze(-1), k_cluster.unsqueeze(-2)]  # [B, H, N, N_k]
+    b = torch.arange(batch, device=q.device)[:, None, None]
+    h = torch.arange(heads, device=q.device)[:, None]
+    mask = kept_keys(runs, counts, k.shape[2])[b, h, _cluster_of_tokens(q_sizes, tokens)]  # [B, H, N, N_k]
     if context_k is not None and context_v is not None:
         k, v = torch.cat((k, context_k), dim=2), torch.cat((v, context_v), dim=2)
         visible = mask.new_ones((1, 1, 1, context_k.shape[2])) if context_mask is None else context_mask
@@ -164,21 +182,23 @@ def block_sparse_attention_cpu(
     k: Tensor,
     v: Tensor,
     q_sizes: Tensor,
-    k_sizes: Tensor,
-    keep: Tensor,
+    runs: Tensor,
+    counts: Tensor,
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
     q_order: Tensor | None,
     scale: float,
+    implementation: str = "auto",
+    tiles: list[int] | None = None,
+    autotune: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``block_sparse_attention_reference`` in time proportional to the kept blocks.
 
     Query clusters that keep the same keys share one call of PyTorch's CPU flash attention, on the gathered keys.
     """
-    _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
-    _check_sizes("q_sizes", q_sizes, q.shape[2])
-    _check_sizes("k_sizes", k_sizes, k.shape[2])
+    _check(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, implementation, tiles)
+    _check_sizes(q_sizes, q.shape[2])
     # The flash attention reads rows of unit stride, whatever it is given.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.zeros(q.shape, dtype=q.dtype)
@@ -187,22 +207,23 @@ def block_sparse_attention_cpu(
         q = permute_tokens_cpu(q, q_order)
     repeats = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
-        keys, values, key_sizes, key_keep = k[b], v[b], k_sizes[b], keep[b]
+        keys, values = k[b], v[b]
+        visible: slice | Tensor = slice(0)
         if context_k is not None and context_v is not None:
-            # The visible context is one more key cluster that everyone keeps.
             visible = slice(None) if context_mask is None else context_mask[b % context_mask.shape[0], 0, 0]
             keys = torch.cat((keys, context_k[b][:, visible]), dim=1)
             values = torch.cat((values, context_v[b][:, visible]), dim=1)
-            context_size = keys.shape[1] - k.shape[2]
-            key_sizes = torch.nn.functional.pad(key_sizes, (0, 1), value=context_size)
-            key_keep = torch.nn.functional.pad(key_keep, (0, 1), value=True)
+        context = torch.arange(k.shape[2], keys.shape[1])
         # One buffer for every gather: it stays in the cache, fresh memory would cost a page fault every few rows.
         gathered_keys, gathered_values = keys.new_empty((2, *keys.shape[1:]))
         for h in range(q.shape[1]):
             g = h // repeats
-            for rows, kept in _runs(q_sizes[b, h], key_sizes[g], key_keep[h]):
+            for rows, kept in _selections(q_sizes[b, h], runs[b, h], counts[b, h, :, 0]):
+                kept = torch.cat((kept, context))
+                if len(kept) == 0:
+                    continue
                 head_keys, head_values = keys[g], values[g]
-                if kept is not None:
+                if len(kept) < keys.shape[1]:
                     head_keys = torch.index_select(head_keys, 0, kept, out=gathered_keys[: len(kept)])
                     head_values = torch.index_select(head_values, 0, kept, out=gathered_values[: len(kept)])
                 out[b, h, rows], lse[b, h, rows] = _flash_attention(q[b, h, rows], head_keys, head_values, scale)
@@ -214,22 +235,19 @@ def _in_token_order(out: Tensor, lse: Tensor, q_order: Tensor) -> tuple[Tensor, 
     return unpermute_tokens_reference(out, q_order), torch.empty_like(lse).scatter_(2, q_order.long(), lse)
 
 
-def _runs(q_sizes: Tensor, k_sizes: Tensor, keep: Tensor) -> list[tuple[slice, Tensor | None]]:
-    """Return, for one head, the runs of query rows that share a selection, with the keys they keep (None: all keys).
-
-    Rows that keep no key are left out.
-    """
-    selections, run = torch.unique_consecutive(keep[q_sizes > 0] & (k_sizes > 0), dim=0, return_inverse=True)
-    row_counts = q_sizes.new_zeros(len(selections)).index_add_(0, run, q_sizes[q_sizes > 0]).tolist()
-    kept_keys = selections.repeat_interleave(k_sizes, dim=1)  # [runs, N_k]
-    key_counts = kept_keys.sum(-1).tolist()
-    runs: list[tuple[slice, Tensor | None]] = []
-    stop = 0
-    for rows, keys, kept in zip(row_counts, key_counts, kept_keys.nonzero()[:, 1].split(key_counts), strict=True):
-        start, stop = stop, stop + rows
-        if keys > 0:
-            runs.append((slice(start, stop), None if keys == kept_keys.shape[1] else kept))
-    return runs
+def _selections(q_sizes: Tensor, runs: Tensor, num_runs: Tensor) -> list[tuple[slice, Tensor]]:
+    """Return, for one head, the stretches of query rows that share a selection, each with the keys it keeps."""
+    is_run = torch.arange(runs.shape[1]) < num_runs.unsqueeze(-1)
+    ranges = (runs * is_run.unsqueeze(-1))[q_sizes > 0].long()
+    ranges, stretch = torch.unique_consecutive(ranges, dim=0, return_inverse=True)
+    row_counts = q_sizes.new_zeros(len(ranges)).index_add_(0, stretch, q_sizes[q_sizes > 0]).tolist()
+    starts, stops = ranges.unbind(-1)
+    lengths = (stops - starts).flatten()
+    before = lengths.cumsum(0) - lengths
+    keys = torch.arange(int(lengths.sum())) + (starts.flatten() - before).repeat_interleave(lengths)
+    kept = keys.split((stops - starts).sum(-1).tolist())
+    edges = [0, *itertools.accumulate(row_counts)]
+    return [(slice(*edge), keys) for edge, keys in zip(itertools.pairwise(edges), kept, strict=True)]
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -246,11 +264,11 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     return out.reshape(-1, dim)[:rows], lse.reshape(-1)[:rows]
 
 
-def _check_sizes(name: str, sizes: Tensor, tokens: int) -> None:
+def _check_sizes(q_sizes: Tensor, tokens: int) -> None:
     """Raise ValueError unless the cluster sizes of every head add up to the tokens."""
     check_value(
-        bool((sizes.sum(-1) == tokens).all()) and bool((sizes >= 0).all()),
-        lambda: f"{name} must be non-negative and sum to {tokens} in every head, got sums {sizes.sum(-1).tolist()}",
+        bool((q_sizes.sum(-1) == tokens).all()) and bool((q_sizes >= 0).all()),
+        lambda: f"q_sizes must be non-negative and sum to {tokens} in every head, got sums {q_sizes.sum(-1).tolist()}",
     )
 
 
@@ -263,27 +281,25 @@ def _block_sparse_attention_cuda(
     k: Tensor,
     v: Tensor,
     q_sizes: Tensor,
-    k_sizes: Tensor,
-    keep: Tensor,
+    runs: Tensor,
+    counts: Tensor,
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
     q_order: Tensor | None,
     scale: float,
+    implementation: str = "auto",
+    tiles: list[int] | None = None,
+    autotune: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
-    _check(*arguments)
-    sizes = {"dim": q.shape[3], "clusters": max(keep.shape[2:]), "keys": k.shape[2]}
-    if why_not_triton("block_sparse_attention", q.device, q.dtype, **sizes):
-        return block_sparse_attention_reference(*arguments, scale)
+    arguments = (q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order)
+    _check(*arguments, implementation, tiles)
+    sizes = {"dim": q.shape[3], "clusters": max(runs.shape[2:4]), "keys": k.shape[2]}
     rows = k.shape[0] * k.shape[1] * k.shape[2]
-    if why_not_gluon(q.device, q.dtype, dim=q.shape[3], rows=rows) is None:
-        from svg2_compile.kernels.block_sparse_attention_gluon import block_sparse_attention_gluon
-
-        return block_sparse_attention_gluon(*arguments, scale)
-    from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
-
-    return block_sparse_attention_triton(*arguments, scale)
+    choice = choose_attention(q.device, q.dtype, **sizes, rows=rows, implementation=implementation)
+    if choice.implementation == "reference":
+        return block_sparse_attention_reference(*arguments, scale)
+    return launch_attention(choice.implementation, arguments, scale, tiles, autotune)
 
 
 def _block_sparse_attention_fake(
@@ -291,15 +307,18 @@ def _block_sparse_attention_fake(
     k: Tensor,
     v: Tensor,
     q_sizes: Tensor,
-    k_sizes: Tensor,
-    keep: Tensor,
+    runs: Tensor,
+    counts: Tensor,
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
     q_order: Tensor | None,
     scale: float,
+    implementation: str = "auto",
+    tiles: list[int] | None = None,
+    autotune: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, q_sizes, k_sizes, keep, context_k, context_v, context_mask, q_order)
+    _check(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, implementation, tiles)
     out = q.new_empty(q.shape) if q_order is None else empty_token_major(q)
     return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
 

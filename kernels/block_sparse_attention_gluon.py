@@ -1,8 +1,12 @@
-"""Block-sparse attention for Hopper: warps that load and warps that multiply, over the same work list as in Triton.
+"""Block-sparse attention for Hopper: warps that load and warps that multiply.
 
-One program per tile of 128 queries. A warp walks the pieces of 16 keys and lets the tensor memory accelerator put
-eight of them into one tile of keys, wherever they lie; two groups of four warps each attend from 64 queries. Tensor
-cores work on the values of one tile while the exponentials of the next are computed.
+One program per tile of 128 queries. A warp walks the runs of kept keys in pieces of 16 and lets the tensor memory
+accelerator put eight of them into one tile of keys, wherever they lie; two groups of four warps each attend from 64
+queries. Tensor cores work on the values of one tile while the exponentials of the next are computed.
+
+A tile has eight slots. Slots hold the full pieces of all runs first, then the tail of every run: a piece that ends
+where the run does, of which only the keys after the full pieces count. So all but the tails of runs shorter than a
+piece read kept keys only. Tiles of context follow.
 """
 
 # Gluon has no types.
@@ -10,6 +14,7 @@ cores work on the values of one tile while the exponentials of the next are comp
 # mypy: disable-error-code="assignment"
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,302 +32,300 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from svg2_compile.kernels.launch import AotVariant
 from svg2_compile.kernels.permute import empty_token_major
 from svg2_compile.kernels.tuning import GLUON
-from svg2_compile.kernels.work_list import LENGTH_BITS
-from svg2_compile.kernels.work_list_triton import work_list_triton
+from svg2_compile.kernels.work_list import COUNTS, PIECES
+from svg2_compile.kernels.work_list_triton import query_tiles_triton
 
 # Gluon renames as it grows: Triton 3.6 has the second names.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LOG2_E = math.log2(math.e)
 LN_2 = gl.constexpr(math.log(2))
-CONSUMER_REGISTERS = 232
-PRODUCER_REGISTERS = 40
+PIECE = gl.constexpr(GLUON.piece)
+NUM_COUNTS = gl.constexpr(len(COUNTS))
+FULL_PIECES = gl.constexpr(1 + PIECES.index(GLUON.piece))
+CONSUMER_REGISTERS = 224
+PRODUCER_REGISTERS = 56
+
+
+class Tiles(NamedTuple):
+    """What the warps of a program share: tiles of keys and values on their way, and how many there are."""
+
+    k_smem: Any  # [STAGES, BLOCK_N, DIM]
+    v_smem: Any  # [STAGES, BLOCK_N, DIM]
+    valid_smem: Any  # [MASKS, BLOCK_N]
+    """Which keys of a tile may be attended to; of the first tile and all that are not full."""
+    dirty_smem: Any  # [MASKS, 1]
+    """Whether other keys of the tile may be NaN."""
+    bars: Any
+    """Keys arrived, keys used, values arrived, values used; of every stage."""
+    full: Any
+    """Tiles that have full pieces only; they are the first ones."""
+    total: Any
+
+
+class Keys(NamedTuple):
+    """What one tile of queries attends to."""
+
+    k_desc: Any
+    v_desc: Any
+    context_k_desc: Any
+    context_v_desc: Any
+    context_mask_ptr: Any
+    runs_ptr: Any
+    num_runs: Any
+    num_full: Any
+    """Full pieces of all runs."""
+    context: Any
+    first_row: Any
+    """Where the head begins in ``k_desc``."""
+    first_context_row: Any
+
+
+class Queries(NamedTuple):
+    """A tile of queries, and where its results go."""
+
+    q_smem: Any  # [2, BLOCK_M / 2, DIM]
+    q_ptr: Any
+    order_ptr: Any
+    out_ptr: Any
+    lse_ptr: Any
+    stride_q_n: Any
+    stride_out_n: Any
+    first_row: Any
+    last_row: Any
+    scale_log2: Any
 
 
 @gluon.jit
-def _key_row(pieces_ptr, slot, num_pieces, LENGTH_BITS: gl.constexpr):
-    """Return the first key of a piece; of slots past the last one, any key."""
-    piece = gl.load(pieces_ptr + slot, mask=slot < num_pieces, other=0)
-    return piece >> LENGTH_BITS
+def _load_run(keys, run, is_needed, first, stop):
+    """Return first and stop of a run if it is needed and there is one, else what is given."""
+    is_needed = is_needed & (run < keys.num_runs)
+    first = gl.load(keys.runs_ptr + run * 2, mask=is_needed, other=first)
+    stop = gl.load(keys.runs_ptr + run * 2 + 1, mask=is_needed, other=stop)
+    return first, stop
 
 
 @gluon.jit
-def _load_tile(desc, row, smem, barrier, tile, PIECE: gl.constexpr, PIECES: gl.constexpr):
-    """Fill a tile of keys or values with consecutive rows."""
-    for i in gl.static_range(PIECES):
-        load_box(desc, [row + i * PIECE, 0], barrier, smem.index(tile).slice(i * PIECE, PIECE))
+def _next_piece(keys, run, key, stop, next_key, next_stop):
+    """Go on to the next full piece. The run after this one is known before it is needed."""
+    key += PIECE
+    is_done = key + PIECE > stop
+    key = gl.where(is_done, next_key, key)
+    stop = gl.where(is_done, next_stop, stop)
+    run += is_done.to(gl.int32)
+    next_key, next_stop = _load_run(keys, run + 1, is_done, next_key, next_stop)
+    return run, key, stop, next_key, next_stop
 
 
 @gluon.jit
-def _produce(
-    k_desc,
-    v_desc,
-    context_k_desc,
-    context_v_desc,
-    pieces_ptr,
-    k_smem,
-    v_smem,
-    bars,
-    first_key,
-    first_context_key,
-    num_pieces,
-    piece_tiles,
-    tiles,
-    STAGES: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    PIECE: gl.constexpr,
-    LENGTH_BITS: gl.constexpr,
-):
+def _fill(tiles, tile, k_desc, v_desc, rows):
+    """Load a tile of keys and values, a piece from each of ``rows``, once what was there before has been used."""
+    STAGES: gl.constexpr = tiles.k_smem.shape[0]
+    BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
+    BYTES: gl.constexpr = tiles.k_smem.dtype.primitive_bitwidth // 8 * BLOCK_N * tiles.k_smem.shape[2]
+    stage = tile % STAGES
+    phase = (tile // STAGES) & 1
+    mbarrier.wait(tiles.bars.index(STAGES + stage), phase ^ 1)
+    mbarrier.expect(tiles.bars.index(stage), BYTES)
+    for i in gl.static_range(BLOCK_N // PIECE):
+        box = tiles.k_smem.index(stage).slice(i * PIECE, PIECE)
+        load_box(k_desc, [rows[i], 0], tiles.bars.index(stage), box)
+    mbarrier.wait(tiles.bars.index(3 * STAGES + stage), phase ^ 1)
+    mbarrier.expect(tiles.bars.index(2 * STAGES + stage), BYTES)
+    for i in gl.static_range(BLOCK_N // PIECE):
+        box = tiles.v_smem.index(stage).slice(i * PIECE, PIECE)
+        load_box(v_desc, [rows[i], 0], tiles.bars.index(2 * STAGES + stage), box)
+
+
+@gluon.jit
+def _tell_validity(tiles, tile, is_valid, is_dirty):
+    """Write which keys of a tile are valid. What arrives on a barrier afterwards takes it to who waits there."""
+    MASKS: gl.constexpr = tiles.valid_smem.shape[0]
+    tiles.valid_smem.index(tile % MASKS).store(is_valid.to(gl.int8))
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    tiles.dirty_smem.index(tile % MASKS).store(gl.full([1], is_dirty, gl.int32, one))
+    thread_barrier()
+
+
+@gluon.jit
+def _produce(tiles, keys):
     """Load the tiles of keys and values in the order in which they are used."""
-    PIECES: gl.constexpr = BLOCK_N // PIECE
-    BYTES: gl.constexpr = k_smem.dtype.primitive_bitwidth // 8 * BLOCK_N * k_smem.shape[2]
-    for tile in range(piece_tiles):
-        stage = tile % STAGES
-        phase = (tile // STAGES) & 1
+    BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
+    SLOTS: gl.constexpr = BLOCK_N // PIECE
+    layout: gl.constexpr = gl.BlockedLayout([BLOCK_N // 32], [32], [1], [0])
+    offs_n = gl.arange(0, BLOCK_N, layout)
+    zeros = gl.zeros([BLOCK_N], gl.int32, layout)
+    piece_tiles = (keys.num_full + keys.num_runs + SLOTS - 1) // SLOTS * (tiles.total > 0).to(gl.int32)
+    # The first tile is masked in any case.
+    _tell_validity(tiles, 0, offs_n >= 0, False)
+    run = 0
+    key, stop = _load_run(keys, 0, True, 0, 0)
+    next_key, next_stop = _load_run(keys, 1, True, 0, 0)
+    for tile in range(tiles.full):
         rows = ()
-        for i in gl.static_range(PIECES):
-            rows = rows + (first_key + _key_row(pieces_ptr, tile * PIECES + i, num_pieces, LENGTH_BITS),)  # noqa: RUF005
-        mbarrier.wait(bars.index(STAGES + stage), phase ^ 1)
-        mbarrier.expect(bars.index(stage), BYTES)
-        for i in gl.static_range(PIECES):
-            load_box(k_desc, [rows[i], 0], bars.index(stage), k_smem.index(stage).slice(i * PIECE, PIECE))
-        mbarrier.wait(bars.index(3 * STAGES + stage), phase ^ 1)
-        mbarrier.expect(bars.index(2 * STAGES + stage), BYTES)
-        for i in gl.static_range(PIECES):
-            load_box(v_desc, [rows[i], 0], bars.index(2 * STAGES + stage), v_smem.index(stage).slice(i * PIECE, PIECE))
-    for tile in range(piece_tiles, tiles):
-        stage = tile % STAGES
-        phase = (tile // STAGES) & 1
-        row = first_context_key + (tile - piece_tiles) * BLOCK_N
-        mbarrier.wait(bars.index(STAGES + stage), phase ^ 1)
-        mbarrier.expect(bars.index(stage), BYTES)
-        _load_tile(context_k_desc, row, k_smem, bars.index(stage), stage, PIECE, PIECES)
-        mbarrier.wait(bars.index(3 * STAGES + stage), phase ^ 1)
-        mbarrier.expect(bars.index(2 * STAGES + stage), BYTES)
-        _load_tile(context_v_desc, row, v_smem, bars.index(2 * STAGES + stage), stage, PIECE, PIECES)
+        for _ in gl.static_range(SLOTS):
+            rows = rows + (keys.first_row + key,)  # noqa: RUF005
+            run, key, stop, next_key, next_stop = _next_piece(keys, run, key, stop, next_key, next_stop)
+        _fill(tiles, tile, keys.k_desc, keys.v_desc, rows)
+    for tile in range(tiles.full, piece_tiles):
+        tail = tile * SLOTS - keys.num_full
+        tails = tail + offs_n // PIECE
+        firsts, stops = _load_run(keys, tails, tails >= 0, zeros, zeros)
+        is_valid = (tails < 0) | (offs_n % PIECE >= PIECE - (stops - firsts) % PIECE)
+        # The last run is the shortest. What is read beside a run of less than a piece may be NaN.
+        last = gl.minimum(tail + SLOTS, keys.num_runs) - 1
+        last_key, last_stop = _load_run(keys, last, True, 0, 0)
+        _tell_validity(tiles, tile, is_valid, last_stop - last_key < PIECE)
+        rows = ()
+        for i in gl.static_range(SLOTS):
+            # Slots that are left over repeat the last tail.
+            _, tail_stop = _load_run(keys, gl.minimum(tail + i, last), tail + i >= 0, 0, 0)
+            rows = rows + (keys.first_row + gl.where(tail + i >= 0, tail_stop - PIECE, key),)  # noqa: RUF005
+            run, key, stop, next_key, next_stop = _next_piece(keys, run, key, stop, next_key, next_stop)
+        _fill(tiles, tile, keys.k_desc, keys.v_desc, rows)
+    for tile in range(piece_tiles, tiles.total):
+        first_key = (tile - piece_tiles) * BLOCK_N
+        is_valid = first_key + offs_n < keys.context
+        if keys.context_mask_ptr is not None:
+            is_valid = gl.load(keys.context_mask_ptr + first_key + offs_n, mask=is_valid, other=0) != 0
+        _tell_validity(tiles, tile, is_valid, gl.min(is_valid.to(gl.int32), 0) == 0)
+        rows = ()
+        for i in gl.static_range(SLOTS):
+            rows = rows + (keys.first_context_row + first_key + i * PIECE,)  # noqa: RUF005
+        _fill(tiles, tile, keys.context_k_desc, keys.context_v_desc, rows)
 
 
 @gluon.jit
-def _is_valid(
-    tile,
-    piece_tiles,
-    num_pieces,
-    pieces_ptr,
-    context,
-    context_mask_ptr,
-    layout: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    PIECE: gl.constexpr,
-    LENGTH_BITS: gl.constexpr,
-):
-    """Return which keys of a tile may be attended to."""
-    offs_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-    slot = tile * (BLOCK_N // PIECE) + offs_n // PIECE
-    piece = gl.load(pieces_ptr + slot, mask=slot < num_pieces, other=0)
-    in_piece = (offs_n % PIECE) < (piece & ((1 << LENGTH_BITS) - 1))
-    key = (tile - piece_tiles) * BLOCK_N + offs_n
-    is_context = (tile >= piece_tiles) & (key < context)
-    if context_mask_ptr is not None:
-        is_context = gl.load(context_mask_ptr + key, mask=is_context, other=0) != 0
-    return in_piece | is_context
+def _mask(tiles, tile, scores):
+    """Return the scores with those of keys that may not be attended to at -inf."""
+    MASKS: gl.constexpr = tiles.valid_smem.shape[0]
+    layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+    valid = tiles.valid_smem.index(tile % MASKS).load(layout) != 0
+    return gl.where(valid[None, :], scores, -float("inf"))
 
 
 @gluon.jit
-def _softmax(scores, valid, scale_log2, row_max, row_sum, MASKED: gl.constexpr):
+def _softmax(scores, scale_log2, row_max, row_sum):
     """Return the weights of a tile, the factor of what was accumulated before, and the new maximum and sum."""
-    if MASKED:
-        scaled = gl.where(valid[None, :], scores * scale_log2, -float("inf"))
-        new_max = gl.maximum(row_max, gl.max(scaled, 1))
-        shift = gl.where(new_max == -float("inf"), 0.0, new_max)
-        weights = gl.exp2(scaled - shift[:, None])
-    else:
-        new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-        shift = new_max
-        weights = gl.exp2(scores * scale_log2 - shift[:, None])
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+    shift = gl.where(new_max == -float("inf"), 0.0, new_max)
+    weights = gl.exp2(scores * scale_log2 - shift[:, None])
     decay = gl.exp2(row_max - shift)
     return weights, decay, new_max, row_sum * decay + gl.sum(weights, 1)
 
 
 @gluon.jit
-def _step(
-    tile,
-    piece_tiles,
-    num_pieces,
-    pieces_ptr,
-    context,
-    context_mask_ptr,
-    q,
-    k_smem,
-    v_smem,
-    bars,
-    acc,
-    weights,
-    row_max,
-    row_sum,
-    scale_log2,
-    s_layout: gl.constexpr,
-    o_layout: gl.constexpr,
-    STAGES: gl.constexpr,
-    PIECE: gl.constexpr,
-    LENGTH_BITS: gl.constexpr,
-    MASKED: gl.constexpr,
-):
+def _clear(tiles, tile):
+    """Overwrite values that may be NaN, which a weight of 0 would not undo.
+
+    Either group of warps does it before it multiplies; they write the same.
+    """
+    MASKS: gl.constexpr = tiles.valid_smem.shape[0]
+    STAGES: gl.constexpr = tiles.v_smem.shape[0]
+    DIM: gl.constexpr = tiles.v_smem.shape[2]
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    if gl.max(tiles.dirty_smem.index(tile % MASKS).load(one), 0) != 0:
+        # More at once would spill.
+        ROWS: gl.constexpr = 32
+        for i in gl.static_range(tiles.v_smem.shape[1] // ROWS):
+            values = tiles.v_smem.index(tile % STAGES).slice(i * ROWS, ROWS)
+            valid = tiles.valid_smem.index(tile % MASKS).slice(i * ROWS, ROWS).load(gl.SliceLayout(1, layout)) != 0
+            values.store(gl.where(valid[:, None], values.load(layout), 0.0))
+        fence_async_shared()
+        thread_barrier()
+
+
+@gluon.jit
+def _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2):
     """Score tile ``tile`` and accumulate the one before it."""
+    STAGES: gl.constexpr = tiles.k_smem.shape[0]
+    BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
+    ROWS: gl.constexpr = q.shape[0]
+    s_layout: gl.constexpr = row_max.type.layout.parent
+    o_layout: gl.constexpr = acc.type.layout
     stage = tile % STAGES
     phase = (tile // STAGES) & 1
     before = (tile - 1) % STAGES
-    mbarrier.wait(bars.index(stage), phase)
-    ROWS: gl.constexpr = q.shape[0]
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    mbarrier.wait(tiles.bars.index(stage), phase)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-    scores = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    acc = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
-    valid = None
-    if MASKED:
-        valid = _is_valid(
-            tile, piece_tiles, num_pieces, pieces_ptr, context, context_mask_ptr, s_layout, BLOCK_N, PIECE, LENGTH_BITS
-        )
+    scores = warpgroup_mma(q, tiles.k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    acc = warpgroup_mma(weights, tiles.v_smem.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    mbarrier.arrive(bars.index(STAGES + stage), count=1)
-    new_weights, decay, row_max, row_sum = _softmax(scores, valid, scale_log2, row_max, row_sum, MASKED)
-    operand_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
-    new_weights = gl.convert_layout(new_weights.to(v_smem.dtype), operand_layout)
+    mbarrier.arrive(tiles.bars.index(STAGES + stage), count=1)
+    if tile >= tiles.full:
+        scores = _mask(tiles, tile, scores)
+    new_weights, decay, row_max, row_sum = _softmax(scores, scale_log2, row_max, row_sum)
+    new_weights = gl.convert_layout(new_weights.to(tiles.v_smem.dtype), weights.type.layout)
     # Standing here, this wait keeps the assembler from finishing the product before the exponentials.
-    mbarrier.wait(bars.index(2 * STAGES + stage), phase)
+    mbarrier.wait(tiles.bars.index(2 * STAGES + stage), phase)
     acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
-    mbarrier.arrive(bars.index(3 * STAGES + before), count=1)
+    mbarrier.arrive(tiles.bars.index(3 * STAGES + before), count=1)
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
+    if tile >= tiles.full:
+        _clear(tiles, tile)
     return acc, new_weights, row_max, row_sum
 
 
 @gluon.jit
-def _consume(
-    half,
-    q_ptr,
-    order_ptr,
-    out_ptr,
-    lse_ptr,
-    pieces_ptr,
-    context_mask_ptr,
-    q_smem,
-    k_smem,
-    v_smem,
-    bars,
-    stride_q_n,
-    stride_out_n,
-    first_row,
-    last_row,
-    num_pieces,
-    full_tiles,
-    piece_tiles,
-    tiles,
-    context,
-    scale_log2,
-    STAGES: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    PIECE: gl.constexpr,
-    LENGTH_BITS: gl.constexpr,
-):
+def _query_rows(queries, half, layout: gl.constexpr):
+    """Return where 64 queries lie in their head, -1 for those that the tile does not have."""
+    ROWS: gl.constexpr = queries.q_smem.shape[1]
+    rows = queries.first_row + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    is_query = rows < queries.last_row
+    if queries.order_ptr is not None:
+        rows = gl.load(queries.order_ptr + rows, mask=is_query, other=0)
+    return gl.where(is_query, rows, -1)
+
+
+@gluon.jit
+def _consume(half, tiles, queries):
     """Attend from 64 queries to every tile of keys."""
-    ROWS: gl.constexpr = q_smem.shape[1]
-    DIM: gl.constexpr = q_smem.shape[2]
+    STAGES: gl.constexpr = tiles.k_smem.shape[0]
+    BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
+    ROWS: gl.constexpr = queries.q_smem.shape[1]
+    DIM: gl.constexpr = queries.q_smem.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     operand_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    scale_log2 = queries.scale_log2
 
-    offs_m = first_row + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, load_layout))
+    rows = _query_rows(queries, half, load_layout)
     offs_d = gl.arange(0, DIM, gl.SliceLayout(0, load_layout))
-    rows = offs_m
-    if order_ptr is not None:
-        rows = gl.load(order_ptr + offs_m, mask=offs_m < last_row, other=0)
-    q_ptrs = q_ptr + rows.to(gl.int64)[:, None] * stride_q_n + offs_d[None, :]
-    q = q_smem.index(half)
-    q.store(gl.load(q_ptrs, mask=(offs_m < last_row)[:, None], other=0.0))
+    q_ptrs = queries.q_ptr + rows.to(gl.int64)[:, None] * queries.stride_q_n + offs_d[None, :]
+    q = queries.q_smem.index(half)
+    q.store(gl.load(q_ptrs, mask=(rows >= 0)[:, None], other=0.0))
+    rows = _query_rows(queries, half, o_layout)
     fence_async_shared()
     thread_barrier()
 
     row_max = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
     row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
     acc = gl.zeros([ROWS, DIM], gl.float32, o_layout)
-    if tiles > 0:
-        mbarrier.wait(bars.index(0), 0)
+    if tiles.total > 0:
+        mbarrier.wait(tiles.bars.index(0), 0)
         zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
-        scores = warpgroup_mma(q, k_smem.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        valid = _is_valid(
-            0, piece_tiles, num_pieces, pieces_ptr, context, context_mask_ptr, s_layout, BLOCK_N, PIECE, LENGTH_BITS
-        )
+        scores = warpgroup_mma(q, tiles.k_smem.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(bars.index(STAGES), count=1)
-        weights, _, row_max, row_sum = _softmax(scores, valid, scale_log2, row_max, row_sum, True)
-        weights = gl.convert_layout(weights.to(v_smem.dtype), operand_layout)
-        mbarrier.wait(bars.index(2 * STAGES), 0)
-        for tile in range(1, full_tiles):
-            acc, weights, row_max, row_sum = _step(
-                tile,
-                piece_tiles,
-                num_pieces,
-                pieces_ptr,
-                context,
-                context_mask_ptr,
-                q,
-                k_smem,
-                v_smem,
-                bars,
-                acc,
-                weights,
-                row_max,
-                row_sum,
-                scale_log2,
-                s_layout,
-                o_layout,
-                STAGES,
-                PIECE,
-                LENGTH_BITS,
-                False,
-            )
-        for tile in range(gl.maximum(full_tiles, 1), tiles):
-            acc, weights, row_max, row_sum = _step(
-                tile,
-                piece_tiles,
-                num_pieces,
-                pieces_ptr,
-                context,
-                context_mask_ptr,
-                q,
-                k_smem,
-                v_smem,
-                bars,
-                acc,
-                weights,
-                row_max,
-                row_sum,
-                scale_log2,
-                s_layout,
-                o_layout,
-                STAGES,
-                PIECE,
-                LENGTH_BITS,
-                True,
-            )
-        acc = warpgroup_mma(weights, v_smem.index((tiles - 1) % STAGES), acc, is_async=True)
+        mbarrier.arrive(tiles.bars.index(STAGES), count=1)
+        weights, _, row_max, row_sum = _softmax(_mask(tiles, 0, scores), scale_log2, row_max, row_sum)
+        weights = gl.convert_layout(weights.to(tiles.v_smem.dtype), operand_layout)
+        mbarrier.wait(tiles.bars.index(2 * STAGES), 0)
+        _clear(tiles, 0)
+        for tile in range(1, tiles.total):
+            acc, weights, row_max, row_sum = _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2)
+        acc = warpgroup_mma(weights, tiles.v_smem.index((tiles.total - 1) % STAGES), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
     # A row that attends to nothing has sum 0 and maximum -inf: it gets 0 and -inf.
+    row_max = gl.convert_layout(row_max, gl.SliceLayout(1, o_layout))
+    row_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, o_layout))
     divisor = gl.where(row_sum == 0, 1.0, row_sum)
-    lse = (row_max + gl.log2(divisor)) * LN_2
-    acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, o_layout))[:, None]
-    out_m = first_row + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, o_layout))
-    lse_m = first_row + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-    out_rows = out_m
-    lse_rows = lse_m
-    if order_ptr is not None:
-        out_rows = gl.load(order_ptr + out_m, mask=out_m < last_row, other=0)
-        lse_rows = gl.load(order_ptr + lse_m, mask=lse_m < last_row, other=0)
-    gl.store(lse_ptr + lse_rows, lse, mask=lse_m < last_row)
-    out_d = gl.arange(0, DIM, gl.SliceLayout(0, o_layout))
-    out_ptrs = out_ptr + out_rows.to(gl.int64)[:, None] * stride_out_n + out_d[None, :]
-    gl.store(out_ptrs, acc.to(v_smem.dtype), mask=(out_m < last_row)[:, None])
+    gl.store(queries.lse_ptr + rows, (row_max + gl.log2(divisor)) * LN_2, mask=rows >= 0)
+    offs_d = gl.arange(0, DIM, gl.SliceLayout(0, o_layout))
+    out_ptrs = queries.out_ptr + rows.to(gl.int64)[:, None] * queries.stride_out_n + offs_d[None, :]
+    gl.store(out_ptrs, (acc / divisor[:, None]).to(tiles.v_smem.dtype), mask=(rows >= 0)[:, None])
 
 
 @gluon.jit(
@@ -335,7 +338,7 @@ def _consume(
         "context",
         "q_clusters",
         "tile_slots",
-        "piece_slots",
+        "run_slots",
     ]
 )
 def _attention_kernel(
@@ -349,7 +352,7 @@ def _attention_kernel(
     out_ptr,
     lse_ptr,
     tiles_ptr,
-    pieces_ptr,
+    runs_ptr,
     counts_ptr,
     stride_q_b,
     stride_q_h,
@@ -366,13 +369,11 @@ def _attention_kernel(
     context,
     q_clusters,
     tile_slots,
-    piece_slots,
+    run_slots,
     DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    PIECE: gl.constexpr,
     STAGES: gl.constexpr,
-    LENGTH_BITS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -387,15 +388,15 @@ def _attention_kernel(
     first_row = gl.load(tile_ptr + 1)
     last_row = gl.load(tile_ptr + 2)
     row = bh * q_clusters + cluster
-    pieces_ptr += row * piece_slots
-    PIECES: gl.constexpr = BLOCK_N // PIECE
-    num_full = gl.load(counts_ptr + row * 2)
-    num_pieces = gl.load(counts_ptr + row * 2 + 1)
+    runs_ptr += row * run_slots * 2
+    SLOTS: gl.constexpr = BLOCK_N // PIECE
+    num_runs = gl.load(counts_ptr + row * NUM_COUNTS)
+    num_full = gl.load(counts_ptr + row * NUM_COUNTS + FULL_PIECES)
     # A slot that is left over has no rows and shall cost nothing.
     is_used = (first_row < last_row).to(gl.int32)
-    full_tiles = num_full // PIECES * is_used
-    piece_tiles = (num_pieces + PIECES - 1) // PIECES * is_used
-    tiles = piece_tiles + (context + BLOCK_N - 1) // BLOCK_N * is_used
+    full_tiles = num_full // SLOTS * is_used
+    piece_tiles = (num_full + num_runs + SLOTS - 1) // SLOTS
+    total_tiles = (piece_tiles + (context + BLOCK_N - 1) // BLOCK_N) * is_used
 
     q_ptr += b * stride_q_b + h * stride_q_h
     out_ptr += b * stride_out_b + h * stride_out_h
@@ -411,7 +412,11 @@ def _attention_kernel(
     q_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, DIM], q_layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], kv_layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], kv_layout)
-    # Keys arrived, keys used, values arrived, values used; of every stage.
+    # The validity of a tile is written before its stage is free; by then twice the stages before it is used up.
+    masks: gl.constexpr = 2 * STAGES
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    valid_smem = gl.allocate_shared_memory(gl.int8, [masks, BLOCK_N], plain)
+    dirty_smem = gl.allocate_shared_memory(gl.int32, [masks, 1], plain)
     bars = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(bars.index(stage), count=1)
@@ -419,91 +424,25 @@ def _attention_kernel(
         mbarrier.init(bars.index(2 * STAGES + stage), count=1)
         mbarrier.init(bars.index(3 * STAGES + stage), count=2)
     fence_async_shared()
+    tiles = Tiles(k_smem, v_smem, valid_smem, dirty_smem, bars, full_tiles, total_tiles)
+    keys = Keys(
+        k_desc,
+        v_desc,
+        context_k_desc,
+        context_v_desc,
+        context_mask_ptr,
+        runs_ptr,
+        num_runs,
+        num_full,
+        context,
+        key_head * k_tokens,
+        key_head * context,
+    )
+    queries = Queries(
+        q_smem, q_ptr, order_ptr, out_ptr, lse_ptr, stride_q_n, stride_out_n, first_row, last_row, scale_log2
+    )
     gl.warp_specialize(
-        [
-            (
-                _consume,
-                (
-                    0,
-                    q_ptr,
-                    order_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    pieces_ptr,
-                    context_mask_ptr,
-                    q_smem,
-                    k_smem,
-                    v_smem,
-                    bars,
-                    stride_q_n,
-                    stride_out_n,
-                    first_row,
-                    last_row,
-                    num_pieces,
-                    full_tiles,
-                    piece_tiles,
-                    tiles,
-                    context,
-                    scale_log2,
-                    STAGES,
-                    BLOCK_N,
-                    PIECE,
-                    LENGTH_BITS,
-                ),
-            ),
-            (
-                _consume,
-                (
-                    1,
-                    q_ptr,
-                    order_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    pieces_ptr,
-                    context_mask_ptr,
-                    q_smem,
-                    k_smem,
-                    v_smem,
-                    bars,
-                    stride_q_n,
-                    stride_out_n,
-                    first_row,
-                    last_row,
-                    num_pieces,
-                    full_tiles,
-                    piece_tiles,
-                    tiles,
-                    context,
-                    scale_log2,
-                    STAGES,
-                    BLOCK_N,
-                    PIECE,
-                    LENGTH_BITS,
-                ),
-            ),
-            (
-                _produce,
-                (
-                    k_desc,
-                    v_desc,
-                    context_k_desc,
-                    context_v_desc,
-                    pieces_ptr,
-                    k_smem,
-                    v_smem,
-                    bars,
-                    key_head * k_tokens,
-                    key_head * context,
-                    num_pieces,
-                    piece_tiles,
-                    tiles,
-                    STAGES,
-                    BLOCK_N,
-                    PIECE,
-                    LENGTH_BITS,
-                ),
-            ),
-        ],
+        [(_consume, (0, tiles, queries)), (_consume, (1, tiles, queries)), (_produce, (tiles, keys))],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
@@ -514,8 +453,8 @@ def block_sparse_attention_gluon(
     k: Tensor,
     v: Tensor,
     q_sizes: Tensor,
-    k_sizes: Tensor,
-    keep: Tensor,
+    runs: Tensor,
+    counts: Tensor,
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
@@ -525,12 +464,13 @@ def block_sparse_attention_gluon(
     """Compute ``block_sparse_attention_reference`` for fp16 and bf16 rows of 64 or 128 on Hopper.
 
     Allocates what the Triton implementation does, and contiguous copies of keys, values and context that are not yet.
-    No device synchronisation. Beside what is kept it reads up to 15 keys after a run of kept clusters; their weight is
-    0, so they must be finite.
+    No device synchronisation.
     """
+    # The kernel takes the maximum, and masks, before it scales.
     if scale < 0:
-        # The kernel takes the maximum before it scales.
         q, scale = -q, -scale
+    elif scale == 0:
+        q, scale = torch.zeros_like(q), 1.0
     q = q if q.stride(-1) == 1 else q.contiguous()
     batch, heads, tokens, dim = q.shape
     groups, k_tokens = k.shape[1:3]
@@ -538,7 +478,8 @@ def block_sparse_attention_gluon(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    work = work_list_triton(q_sizes, k_sizes, keep, tokens, k_tokens, GLUON.block_m, GLUON.piece)
+    tiles = query_tiles_triton(q_sizes, tokens, GLUON.block_m)
+    runs, counts = runs.contiguous(), counts.contiguous()
     keys, values = _rows(k), _rows(v)
     # Without a context its arguments are never read.
     context = 0 if context_k is None else context_k.shape[2]
@@ -546,7 +487,7 @@ def block_sparse_attention_gluon(
     context_values = values if context_v is None or context == 0 else _rows(context_v)
     mask = None if context_mask is None or context == 0 else context_mask.contiguous().view(torch.uint8)
     with torch.cuda.device_of(q):
-        _attention_kernel[(batch * heads * work.tiles.shape[2],)](
+        _attention_kernel[(batch * heads * tiles.shape[2],)](
             q,
             keys,
             values,
@@ -556,9 +497,9 @@ def block_sparse_attention_gluon(
             None if q_order is None else q_order.contiguous(),
             out,
             lse,
-            work.tiles,
-            work.pieces,
-            work.counts,
+            tiles,
+            runs,
+            counts,
             *q.stride()[:3],
             *out.stride()[:3],
             0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
@@ -568,9 +509,9 @@ def block_sparse_attention_gluon(
             tokens,
             k_tokens,
             context,
-            keep.shape[2],
-            work.tiles.shape[2],
-            work.pieces.shape[3],
+            runs.shape[2],
+            tiles.shape[2],
+            runs.shape[3],
             num_warps=GLUON.num_warps,
             **_constexprs(dim),
         )
@@ -591,9 +532,7 @@ def _constexprs(dim: int) -> dict[str, int]:
         "DIM": dim,
         "BLOCK_M": GLUON.block_m,
         "BLOCK_N": GLUON.block_n,
-        "PIECE": GLUON.piece,
         "STAGES": GLUON.num_stages,
-        "LENGTH_BITS": LENGTH_BITS,
         "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
     }
@@ -611,7 +550,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
             if not has_context_mask:
                 constexprs["context_mask_ptr"] = None
             types = dict.fromkeys(_attention_kernel.arg_names, "i32") | {"scale_log2": "fp32", "lse_ptr": "*fp32"}
-            types |= dict.fromkeys(("order_ptr", "tiles_ptr", "pieces_ptr", "counts_ptr"), "*i32")
+            types |= dict.fromkeys(("order_ptr", "tiles_ptr", "runs_ptr", "counts_ptr"), "*i32")
             types |= {"q_ptr": f"*{name}", "out_ptr": f"*{name}", "context_mask_ptr": "*u8"}
             descriptors = ("k_desc", "v_desc", "context_k_desc", "context_v_desc")
             types |= dict.fromkeys(descriptors, f"tensordesc<{name}[{GLUON.piece}, {dim}],{layout!r}>")

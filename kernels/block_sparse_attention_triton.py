@@ -1,67 +1,86 @@
 """Block-sparse attention on the GPU: one program per tile of queries, over packed tiles of kept keys.
 
-The work list holds what a query cluster keeps as pieces of 16 keys. A tile of keys is assembled from whatever pieces
-come next, so clusters of any size cost their own keys and little more. Full pieces come first: their tiles need no
-mask.
+A program walks the runs of kept keys of its query cluster and cuts them into pieces of 16. A tile of keys is assembled
+from whatever pieces come next, so clusters of any size cost their own keys and little more. Full pieces come first:
+their tiles need no mask.
 """
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
-
-import math
+# mypy: disable-error-code="assignment, misc"
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg2_compile.kernels.attention_steps import (
+    LOG2_E,
+    accumulate,
+    attend_context,
+    attend_masked,
+    empty_results,
+    first_and_last_key,
+    load_rows,
+    load_runs,
+    packed_runs,
+    query_rows,
+    rows_of_unit_stride,
+    scores_of,
+    softmax,
+    spread,
+    store_results,
+)
 from svg2_compile.kernels.launch import AotVariant, padded_power_of_two
-from svg2_compile.kernels.permute import empty_token_major
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
-from svg2_compile.kernels.work_list import LENGTH_BITS
-from svg2_compile.kernels.work_list_triton import work_list_triton
-
-LOG2_E = math.log2(math.e)
-LN_2 = tl.constexpr(math.log(2))
+from svg2_compile.kernels.work_list import COUNTS, PIECES
+from svg2_compile.kernels.work_list_triton import query_tiles_triton
 
 
 @triton.jit
-def _load_rows(base_ptr, rows, stride, valid, offs_d, DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Return the rows [BLOCK, BLOCK_D]; 0 in the padding of the head dimension and, if masked, in invalid rows."""
-    ptrs = base_ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
-    if MASKED:
-        return tl.load(ptrs, mask=valid[:, None] & (offs_d < DIM)[None, :], other=0.0)
-    if offs_d.shape[0] != DIM:
-        return tl.load(ptrs, mask=(offs_d < DIM)[None, :], other=0.0)
-    return tl.load(ptrs)
+def _next_pieces(key, stop, run, ahead, PIECE: tl.constexpr, COUNT: tl.constexpr):
+    """Return the first keys of the next full pieces, and where the walk stands after them.
+
+    The walk is at ``key`` of the run that ends before ``stop``; ``run`` is the index of the one after it, the first of
+    those in ``ahead``.
+    """
+    # First of all: then Triton's pipeliner loads the runs in the stage that walks them, one tile before they are used.
+    first_keys = ()
+    last_keys = ()
+    for i in tl.static_range(COUNT):
+        first_key, last_key = first_and_last_key(ahead[i])
+        first_keys = first_keys + (first_key,)  # noqa: RUF005
+        last_keys = last_keys + (last_key,)  # noqa: RUF005
+    keys = ()
+    for i in tl.static_range(COUNT):
+        keys = keys + (key,)  # noqa: RUF005
+        key += PIECE
+        is_done = key + PIECE > stop
+        key = tl.where(is_done, first_keys[0], key)
+        stop = tl.where(is_done, last_keys[0], stop)
+        run += is_done.to(tl.int32)
+        next_first_keys = ()
+        next_last_keys = ()
+        for j in tl.static_range(COUNT - 1 - i):
+            next_first_keys = next_first_keys + (tl.where(is_done, first_keys[j + 1], first_keys[j]),)  # noqa: RUF005
+            next_last_keys = next_last_keys + (tl.where(is_done, last_keys[j + 1], last_keys[j]),)  # noqa: RUF005
+        first_keys = next_first_keys
+        last_keys = next_last_keys
+    return keys, key, stop, run
 
 
 @triton.jit
-def _scores(q, k):
-    """Return q k^T in fp32."""
-    return tl.dot(q, tl.trans(k), input_precision="ieee")
-
-
-@triton.jit
-def _softmax(scores, valid, scale_log2, row_max, row_sum, MASKED: tl.constexpr):
-    """Return the weights of a tile, the factor of what was accumulated before, and the new maximum and sum."""
-    if MASKED:
-        scaled = tl.where(valid[None, :], scores * scale_log2, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(scaled, 1))
-        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        weights = tl.exp2(scaled - shift[:, None])
-    else:
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-        shift = new_max
-        weights = tl.exp2(scores * scale_log2 - shift[:, None])
-    decay = tl.exp2(row_max - shift)
-    return weights, decay, new_max, row_sum * decay + tl.sum(weights, 1)
-
-
-@triton.jit
-def _accumulate(acc, weights, decay, v):
-    """Return acc * decay + weights v."""
-    return tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+def _last_pieces(runs, piece_keys, left_pieces, PIECE: tl.constexpr, COUNT: tl.constexpr):
+    """Return the first keys and the lengths of what is left: full pieces, then what full pieces leave of every run."""
+    keys = ()
+    lengths = ()
+    for i in tl.static_range(COUNT):
+        first_key, last_key = first_and_last_key(runs[i])
+        length = last_key - first_key
+        is_full = i < left_pieces
+        keys = keys + (tl.where(is_full, piece_keys[i], first_key + length // PIECE * PIECE),)  # noqa: RUF005
+        lengths = lengths + (tl.where(is_full, PIECE, length % PIECE),)  # noqa: RUF005
+    return keys, lengths
 
 
 @triton.jit(
@@ -73,7 +92,7 @@ def _accumulate(acc, weights, decay, v):
         "context",
         "q_clusters",
         "tile_slots",
-        "piece_slots",
+        "run_slots",
     ]
 )
 def _attention_kernel(
@@ -87,7 +106,7 @@ def _attention_kernel(
     out_ptr,
     lse_ptr,
     tiles_ptr,
-    pieces_ptr,
+    runs_ptr,
     counts_ptr,
     stride_q_b,
     stride_q_h,
@@ -115,13 +134,14 @@ def _attention_kernel(
     context,
     q_clusters,
     tile_slots,
-    piece_slots,
+    run_slots,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PIECE: tl.constexpr,
-    LENGTH_BITS: tl.constexpr,
+    COUNTS: tl.constexpr,
+    COLUMN: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
     HAS_CONTEXT_MASK: tl.constexpr,
 ):
@@ -142,70 +162,77 @@ def _attention_kernel(
         return
 
     offs_d = tl.arange(0, BLOCK_D)
-    offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     slot_n = offs_n // PIECE
     offs_piece = offs_n % PIECE
-    inside = offs_m < last_row
-    rows = offs_m
+    lse_ptr += bh * tokens
+    out_ptr += b * stride_out_b + h * stride_out_h
     if order_ptr is not None:
-        rows = tl.load(order_ptr + bh * tokens + offs_m, mask=inside, other=0)
-    q = _load_rows(q_ptr + b * stride_q_b + h * stride_q_h, rows, stride_q_n, inside, offs_d, DIM, MASKED=True)
+        order_ptr += bh * tokens
+    rows, inside = query_rows(order_ptr, first_row, last_row, BLOCK_M)
+    q = load_rows(q_ptr + b * stride_q_b + h * stride_q_h, rows, stride_q_n, inside, offs_d, DIM, MASKED=True)
     k_ptr += b * stride_k_b + g * stride_k_h
     v_ptr += b * stride_v_b + g * stride_v_h
 
     row = bh * q_clusters + cluster
-    pieces_ptr += row * piece_slots
-    num_full = tl.load(counts_ptr + row * 2)
-    num_pieces = tl.load(counts_ptr + row * 2 + 1)
+    runs_ptr += row * run_slots
+    num_runs = tl.load(counts_ptr + row * COUNTS)
+    full_pieces = tl.load(counts_ptr + row * COUNTS + COLUMN)
     PIECES_PER_TILE: tl.constexpr = BLOCK_N // PIECE
-    full_tiles = num_full // PIECES_PER_TILE
+    full_tiles = full_pieces // PIECES_PER_TILE
 
     row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    for tile in range(full_tiles):
-        keys = (tl.load(pieces_ptr + tile * PIECES_PER_TILE + slot_n) >> LENGTH_BITS) + offs_piece
-        k = _load_rows(k_ptr, keys, stride_k_n, offs_n, offs_d, DIM, MASKED=False)
-        scores = _scores(q, k)
-        weights, decay, row_max, row_sum = _softmax(scores, offs_n, scale_log2, row_max, row_sum, MASKED=False)
-        v = _load_rows(v_ptr, keys, stride_v_n, offs_n, offs_d, DIM, MASKED=False)
-        acc = _accumulate(acc, weights, decay, v)
-
-    # The full pieces that fill no tile, and the ragged ones.
-    for first_piece in range(full_tiles * PIECES_PER_TILE, num_pieces, PIECES_PER_TILE):
-        slot = first_piece + slot_n
-        piece = tl.load(pieces_ptr + slot, mask=slot < num_pieces, other=0)
-        valid = offs_piece < (piece & ((1 << LENGTH_BITS) - 1))
-        keys = (piece >> LENGTH_BITS) + offs_piece
-        k = _load_rows(k_ptr, keys, stride_k_n, valid, offs_d, DIM, MASKED=True)
-        scores = _scores(q, k)
-        weights, decay, row_max, row_sum = _softmax(scores, valid, scale_log2, row_max, row_sum, MASKED=True)
-        v = _load_rows(v_ptr, keys, stride_v_n, valid, offs_d, DIM, MASKED=True)
-        acc = _accumulate(acc, weights, decay, v)
-
     if HAS_CONTEXT:
-        context_k_ptr += b * stride_ck_b + g * stride_ck_h
-        context_v_ptr += b * stride_cv_b + g * stride_cv_h
-        for start in range(0, context, BLOCK_N):
-            keys = start + offs_n
-            valid = keys < context
-            if HAS_CONTEXT_MASK:
-                valid = tl.load(context_mask_ptr + b * stride_mask_b + keys, mask=valid, other=0) != 0
-            k = _load_rows(context_k_ptr, keys, stride_ck_n, valid, offs_d, DIM, MASKED=True)
-            scores = _scores(q, k)
-            weights, decay, row_max, row_sum = _softmax(scores, valid, scale_log2, row_max, row_sum, MASKED=True)
-            v = _load_rows(context_v_ptr, keys, stride_cv_n, valid, offs_d, DIM, MASKED=True)
-            acc = _accumulate(acc, weights, decay, v)
+        # First, so that what only the context needs keeps no registers from the long loops.
+        acc, row_max, row_sum = attend_context(
+            q,
+            context_k_ptr + b * stride_ck_b + g * stride_ck_h,
+            context_v_ptr + b * stride_cv_b + g * stride_cv_h,
+            context_mask_ptr + b * stride_mask_b,
+            context,
+            stride_ck_n,
+            stride_cv_n,
+            offs_n,
+            offs_d,
+            scale_log2,
+            acc,
+            row_max,
+            row_sum,
+            DIM,
+            HAS_CONTEXT_MASK,
+        )
 
-    # A row that attends to nothing has sum 0 and maximum -inf: it gets 0 and -inf.
-    acc = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    lse = (row_max + tl.log2(tl.where(row_sum == 0, 1.0, row_sum))) * LN_2
-    tl.store(lse_ptr + bh * tokens + rows, lse, mask=inside)
-    out_rows = out_ptr + b * stride_out_b + h * stride_out_h + rows.to(tl.int64) * stride_out_n
-    out_ptrs = out_rows[:, None] + offs_d[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (offs_d < DIM)[None, :])
+    key, stop = first_and_last_key(tl.load(runs_ptr, mask=num_runs > 0, other=0))
+    run = 1
+    # Loaded a tile before it is needed. A tile of P pieces gets through P runs at most.
+    ahead = load_runs(runs_ptr, run, num_runs, PIECES_PER_TILE)
+    for _ in range(full_tiles):
+        piece_keys, key, stop, run = _next_pieces(key, stop, run, ahead, PIECE, PIECES_PER_TILE)
+        ahead = load_runs(runs_ptr, run, num_runs, PIECES_PER_TILE)
+        keys = spread(piece_keys, slot_n, PIECES_PER_TILE) + offs_piece
+        k = load_rows(k_ptr, keys, stride_k_n, offs_n, offs_d, DIM, MASKED=False)
+        scores = scores_of(q, k)
+        weights, decay, row_max, row_sum = softmax(scores, offs_n, scale_log2, row_max, row_sum, MASKED=False)
+        v = load_rows(v_ptr, keys, stride_v_n, offs_n, offs_d, DIM, MASKED=False)
+        acc = accumulate(acc, weights, decay, v)
+
+    # The full pieces that fill no tile, and what is left at the end of every run.
+    left_pieces = full_pieces - full_tiles * PIECES_PER_TILE
+    piece_keys, key, stop, run = _next_pieces(key, stop, run, ahead, PIECE, PIECES_PER_TILE)
+    tails = load_runs(runs_ptr, -left_pieces, num_runs, PIECES_PER_TILE)
+    for first_slot in range(0, left_pieces + num_runs, PIECES_PER_TILE):
+        tile_keys, lengths = _last_pieces(tails, piece_keys, left_pieces - first_slot, PIECE, PIECES_PER_TILE)
+        tails = load_runs(runs_ptr, first_slot + PIECES_PER_TILE - left_pieces, num_runs, PIECES_PER_TILE)
+        keys = spread(tile_keys, slot_n, PIECES_PER_TILE) + offs_piece
+        valid = offs_piece < spread(lengths, slot_n, PIECES_PER_TILE)
+        acc, row_max, row_sum = attend_masked(
+            q, k_ptr, v_ptr, keys, valid, stride_k_n, stride_v_n, offs_d, scale_log2, acc, row_max, row_sum, DIM
+        )
+
+    store_results(out_ptr, lse_ptr, acc, row_max, row_sum, rows, inside, stride_out_n, offs_d, DIM)
 
 
 def block_sparse_attention_triton(
@@ -213,8 +240,8 @@ def block_sparse_attention_triton(
     k: Tensor,
     v: Tensor,
     q_sizes: Tensor,
-    k_sizes: Tensor,
-    keep: Tensor,
+    runs: Tensor,
+    counts: Tensor,
     context_k: Tensor | None,
     context_v: Tensor | None,
     context_mask: Tensor | None,
@@ -224,10 +251,10 @@ def block_sparse_attention_triton(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``block_sparse_attention_reference`` for fp16, bf16 and fp32 in two launches, blind to what is kept.
 
-    Besides its results it allocates the work list, mostly 4 bytes per query cluster, head and 16 keys. No device
-    synchronisation; keys that are not kept are not read. ``tiles`` None takes what ``tuning`` says.
+    Besides its results it allocates the tiles of queries, 12 bytes each. No device synchronisation; keys that are not
+    kept are not read. ``tiles`` None takes what ``tuning`` says.
     """
-    q, k, v = (_rows_of_unit_stride(x) for x in (q, k, v))
+    q, k, v = (rows_of_unit_stride(x) for x in (q, k, v))
     if scale < 0:
         # The kernel takes the maximum before it scales.
         q, scale = -q, -scale
@@ -235,18 +262,18 @@ def block_sparse_attention_triton(
     if tiles is None:
         major, minor = torch.cuda.get_device_capability(q.device)
         tiles = attention_tiles(10 * major + minor, padded_power_of_two(dim), q.dtype)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_order is None else empty_token_major(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out, lse = empty_results(q, q_order)
     if out.numel() == 0:
         return out, lse
-    work = work_list_triton(q_sizes, k_sizes, keep, tokens, k.shape[2], tiles.block_m, tiles.piece)
+    query_tiles = query_tiles_triton(q_sizes, tokens, tiles.block_m)
+    runs, counts = packed_runs(runs), counts.contiguous()
     has_context = context_k is not None and context_v is not None
     # Without a context its arguments are never read.
-    context_keys = k if context_k is None else _rows_of_unit_stride(context_k)
-    context_values = v if context_v is None else _rows_of_unit_stride(context_v)
-    mask = work.counts if context_mask is None else _rows_of_unit_stride(context_mask).view(torch.uint8)
+    context_keys = k if context_k is None else rows_of_unit_stride(context_k)
+    context_values = v if context_v is None else rows_of_unit_stride(context_v)
+    mask = counts if context_mask is None else rows_of_unit_stride(context_mask).view(torch.uint8)
     with torch.cuda.device_of(q):
-        _attention_kernel[(batch * heads * work.tiles.shape[2],)](
+        _attention_kernel[(batch * heads * query_tiles.shape[2],)](
             q,
             k,
             v,
@@ -256,9 +283,9 @@ def block_sparse_attention_triton(
             None if q_order is None else q_order.contiguous(),
             out,
             lse,
-            work.tiles,
-            work.pieces,
-            work.counts,
+            query_tiles,
+            runs,
+            counts,
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
@@ -271,19 +298,14 @@ def block_sparse_attention_triton(
             heads // k.shape[1],
             tokens,
             context_keys.shape[2],
-            keep.shape[2],
-            work.tiles.shape[2],
-            work.pieces.shape[3],
+            runs.shape[2],
+            query_tiles.shape[2],
+            runs.shape[3],
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
             **_constexprs(dim, tiles, has_context, context_mask is not None),
         )
     return out, lse
-
-
-def _rows_of_unit_stride(x: Tensor) -> Tensor:
-    """Return ``x``, copied if its last axis is strided."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _constexprs(dim: int, tiles: AttentionTiles, has_context: bool, has_context_mask: bool) -> dict[str, int | bool]:
@@ -294,7 +316,8 @@ def _constexprs(dim: int, tiles: AttentionTiles, has_context: bool, has_context_
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "PIECE": tiles.piece,
-        "LENGTH_BITS": LENGTH_BITS,
+        "COUNTS": len(COUNTS),
+        "COLUMN": 1 + PIECES.index(tiles.piece),
         "HAS_CONTEXT": has_context,
         "HAS_CONTEXT_MASK": has_context_mask,
     }
@@ -308,9 +331,8 @@ def aot_variants(capability: int) -> list[AotVariant]:
             tiles = attention_tiles(capability, padded_power_of_two(dim), dtype)
             constexprs = _constexprs(dim, tiles, has_context, has_context)
             types = dict.fromkeys(_attention_kernel.arg_names, "i32") | {"scale_log2": "fp32", "lse_ptr": "*fp32"}
-            types |= dict.fromkeys(("order_ptr", "tiles_ptr", "pieces_ptr", "counts_ptr"), "*i32") | {
-                "context_mask_ptr": "*u8"
-            }
+            types |= dict.fromkeys(("order_ptr", "tiles_ptr", "counts_ptr"), "*i32")
+            types |= {"runs_ptr": "*i64", "context_mask_ptr": "*u8"}
             rows = ("q_ptr", "k_ptr", "v_ptr", "context_k_ptr", "context_v_ptr", "out_ptr")
             types |= dict.fromkeys(rows, f"*{name}")
             signature = {argument: type_ for argument, type_ in types.items() if argument not in constexprs}

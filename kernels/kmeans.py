@@ -22,18 +22,26 @@ torch.library.define(
 )
 
 
-def _check(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int) -> None:
-    """Check the arguments of ``svg2::kmeans_``."""
-    check_rank("x", x, 4)
-    check_rank("centroids", centroids, 4)
-    check_dtype("x", x, *FLOATING)
-    check_dtype("centroids", centroids, accumulation_dtype(x))
-    check_dtype("calls", calls, torch.int32)
+def check_clustering(
+    x: Tensor,
+    centroids: Tensor,
+    calls: Tensor,
+    iters_init: int,
+    iters_step: int,
+    names: tuple[str, str, str] = ("x", "centroids", "calls"),
+) -> None:
+    """Check the arguments of ``svg2::kmeans_``, or of one side of an op that takes two."""
+    x_name, centroids_name, calls_name = names
+    check_rank(x_name, x, 4)
+    check_rank(centroids_name, centroids, 4)
+    check_dtype(x_name, x, *FLOATING)
+    check_dtype(centroids_name, centroids, accumulation_dtype(x))
+    check_dtype(calls_name, calls, torch.int32)
     batch, heads, tokens, dim = x.shape
     clusters = centroids.shape[2]
-    check_shape("centroids", centroids, (batch, heads, clusters, dim))
-    check_shape("calls", calls, (1,))
-    check_value(clusters >= 1, lambda: f"centroids must hold at least 1 cluster, got {clusters}")
+    check_shape(centroids_name, centroids, (batch, heads, clusters, dim))
+    check_shape(calls_name, calls, (1,))
+    check_value(clusters >= 1, lambda: f"{centroids_name} must hold at least 1 cluster, got {clusters}")
     check_value(clusters <= tokens, lambda: f"there must be no more clusters than tokens, got {clusters} and {tokens}")
     check_value(
         iters_init >= 1 and iters_step >= 1,
@@ -74,13 +82,13 @@ def kmeans_reference(
         empty cluster keeps its centroid. Heads and batch elements do not influence each other. This reference reads
         ``calls`` on the host, a device synchronisation on CUDA.
     """
-    _check(x, centroids, calls, iters_init, iters_step)
+    check_clustering(x, centroids, calls, iters_init, iters_step)
     return _cluster(x, centroids, calls, iters_init, iters_step, seed, _lloyd_iteration)
 
 
 def kmeans_cpu(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
     """Compute ``kmeans_reference`` with tiles that fit a cache and sums over sorted tokens."""
-    _check(x, centroids, calls, iters_init, iters_step)
+    check_clustering(x, centroids, calls, iters_init, iters_step)
     return _cluster(x, centroids, calls, iters_init, iters_step, seed, _lloyd_iteration_cpu)
 
 
@@ -190,7 +198,7 @@ torch.library.impl("svg2::kmeans_", "cpu", kmeans_cpu)
 
 @torch.library.impl("svg2::kmeans_", "cuda")
 def _kmeans_cuda(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
-    _check(x, centroids, calls, iters_init, iters_step)
+    check_clustering(x, centroids, calls, iters_init, iters_step)
     if why_not_triton("kmeans_", x.device, x.dtype, dim=x.shape[3], clusters=centroids.shape[2]):
         return kmeans_reference(x, centroids, calls, iters_init, iters_step, seed)
     from svg2_compile.kernels.kmeans_triton import kmeans_triton
@@ -199,7 +207,7 @@ def _kmeans_cuda(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, i
 
 
 def _kmeans_fake(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
-    _check(x, centroids, calls, iters_init, iters_step)
+    check_clustering(x, centroids, calls, iters_init, iters_step)
     return x.new_empty(x.shape[:3], dtype=torch.int32)
 
 

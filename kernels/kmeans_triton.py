@@ -1,8 +1,13 @@
 """``svg2::kmeans_`` in Triton: Lloyd iterations without a device synchronisation.
 
-An iteration assigns every token to a centroid, sorts the labels, and averages the tokens of every cluster. As many
-iterations are launched as either kind of call may need; ``calls`` is read on the device, and the kernels of an
-iteration that is not needed return at once. So does the kernel that orders the centroids, unless it is the first call.
+An iteration assigns every token to a centroid and counts the labels, sorts them, and averages the tokens of every
+cluster. As many iterations are launched as either kind of call may need; ``calls`` is read on the device, and the
+kernels of an iteration that is not needed return at once. So does the kernel that orders the centroids, unless it is
+the first call.
+
+Queries and keys share the launches: tiles of queries come first, then tiles of keys, and a tile chooses its pointers
+and sizes. ``kmeans_`` alone has no second side. The last needed sum of the keys can also write them, and the values, in
+the order of the clusters: it reads those rows anyway.
 """
 
 # Triton has no types.
@@ -15,207 +20,111 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two, persistent_grid
-from svg2_compile.kernels.sort_labels_triton import SortedLabels, launch_sort, tiles_to_do
+from svg2_compile.kernels.centroids_triton import (
+    MEAN_WARPS,
+    MOVE_COLUMNS,
+    NAMES,
+    ROWS,
+    SLOT_ELEMENTS,
+    START_CLUSTERS,
+    SUM_N,
+    WALK_COLUMNS,
+    AssignTile,
+    assign_tile,
+    mean_kernel,
+    order_kernel,
+    order_registers,
+    order_warps,
+    start_kernel,
+    token_variant,
+)
+from svg2_compile.kernels.launch import AotVariant, RepeatableLaunch, cdiv, padded_power_of_two, persistent_grid
+from svg2_compile.kernels.sort_labels_triton import (
+    COUNT_N,
+    SIZES,
+    TABLE_COLUMNS,
+    Sides,
+    SortedLabels,
+    count_labels,
+    launch_sort,
+    locate,
+    row_start,
+    tiles_to_do,
+)
 
-SUM_BYTES = 16384  # of x, added up by one program at a time
-SLOT_ELEMENTS = 2048  # of the partial sums, added up by one program at a time
-START_CLUSTERS = 16  # clusters started by one program at a time
-WALK_COLUMNS = 16  # of all centroids of a head, compared at a time
-MOVE_COLUMNS = 8  # of the same, moved at a time
+SUM_BYTES = 8192  # of x, read together by one program
 SUM_WARPS = 4
-MEAN_WARPS = 4
+SUM_REGISTERS = 128  # of a thread: four programs share a processor
 PROGRAMS_PER_PROCESSOR = 8
+SUM_PROGRAMS_PER_PROCESSOR = 16  # rows are gathered in short chains of loads; many chains hide their latency
 
 
-@triton.jit
-def mix32(x):
-    """Return MurmurHash3's 32-bit finaliser of ``x``, uint32."""
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def store_operand(operand_ptr, half_norms_ptr, rows, clusters, mask, BLOCK_D: tl.constexpr):
-    """Store centroids [n, BLOCK_D] as the assignment wants them: rounded, with half the squared norm of the rounded."""
-    operand = clusters.to(operand_ptr.dtype.element_ty)
-    rounded = operand.to(tl.float32)
-    half_norms = tl.sum(rounded * rounded, 1) * 0.5
-    tl.store(operand_ptr + rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :], operand, mask=mask[:, None])
-    tl.store(half_norms_ptr + rows, half_norms, mask=mask)
-
-
-@triton.jit(do_not_specialize=["heads", "batch_heads", "tokens", "seed_hash", "iters_init", "iters_step"])
-def start_kernel(
-    x_ptr,
-    centroids_ptr,
-    calls_ptr,
-    operand_ptr,
-    half_norms_ptr,
-    needed_ptr,
-    stride_x_b,
-    stride_x_h,
-    stride_x_n,
-    heads,
-    batch_heads,
-    tokens,
-    clusters,
-    padded_clusters,
-    seed_hash,
-    iters_init,
-    iters_step,
-    DIM: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Write the iterations this call needs and, on the first call, the starting centroids; prepare the assignment.
-
-    ``initial_tokens`` of the reference, in 32-bit arithmetic.
-    """
-    is_first_call = tl.load(calls_ptr) == 0
-    if tl.program_id(0) == 0:
-        tl.store(needed_ptr, tl.where(is_first_call, iters_init, iters_step))
-    tiles_per_head = tl.cdiv(padded_clusters, BLOCK_C)
-    offs_d = tl.arange(0, BLOCK_D)
-    is_dim = (offs_d < DIM)[None, :]
-    started = tl.where(is_first_call, clusters, 0)
-    for tile in range(tl.program_id(0), batch_heads * tiles_per_head, tl.num_programs(0)):
-        tile_index = tl.cast(tile, tl.int64)
-        batch_head = tile_index // tiles_per_head
-        batch, head = batch_head // heads, batch_head % heads
-        cluster = (tile_index % tiles_per_head) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = (cluster < clusters)[:, None] & is_dim
-        is_started = (cluster < started)[:, None] & is_dim
-
-        first = cluster * tokens // clusters
-        length = ((cluster + 1) * tokens // clusters - first).to(tl.uint32)
-        seed = seed_hash.to(tl.uint32) + head.to(tl.uint32)
-        draw = mix32(mix32(seed) + cluster.to(tl.uint32))
-        token = first + tl.umulhi(draw, length).to(tl.int64)
-        x_rows = x_ptr + batch * stride_x_b + head * stride_x_h + token * stride_x_n
-        x_pointers = x_rows[:, None] + offs_d[None, :]
-        rows = tl.load(x_pointers, mask=is_started, other=0.0).to(tl.float32)
-
-        pointers = centroids_ptr + (batch_head * clusters + cluster)[:, None] * DIM + offs_d[None, :]
-        rows = tl.where(is_started, rows, tl.load(pointers, mask=mask, other=0.0))
-        tl.store(pointers, rows, mask=is_started)
-        operand_rows = batch_head * padded_clusters + cluster
-        store_operand(operand_ptr, half_norms_ptr, operand_rows, rows, cluster < padded_clusters, BLOCK_D)
-        # Nobody is nearest to a cluster that only fills the last tile.
-        is_padding = (cluster >= clusters) & (cluster < padded_clusters)
-        tl.store(half_norms_ptr + operand_rows, tl.full([BLOCK_C], float("inf"), tl.float32), mask=is_padding)
-
-
-@triton.jit
-def permute_columns(pointers, order, stride, mask):
-    """Let row i of a tile of columns become what row ``order[i]`` was; ``pointers`` [1, columns] are those of row 0."""
-    rows = tl.load(pointers + order[:, None] * stride, mask=mask)
-    # Every thread has read before any of them writes.
-    tl.debug_barrier()
-    tl.store(pointers + tl.arange(0, order.shape[0])[:, None] * stride, rows, mask=mask)
-
-
-@triton.jit(do_not_specialize=["batch_heads"])
-def order_kernel(
-    centroids_ptr,
-    operand_ptr,
-    half_norms_ptr,
-    calls_ptr,
-    batch_heads,
-    clusters,
-    padded_clusters,
-    DIM: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WALK_COLUMNS: tl.constexpr,
-    MOVE_COLUMNS: tl.constexpr,
-):
-    """On the first call, put the centroids and what the assignment reads of them into the order of the reference.
-
-    A program walks one head, its distances in registers. Every step reads the centroids that are left, 2 C^2 D bytes
-    altogether. On Hopper, with 50 bytes per clock from L2, 300 clocks before them for every tile of columns and 700 for
-    the minimum, that is about 2 ms for 500 clusters of 128 and 5 ms for 1000, once per generation: an estimate.
-    """
-    offs_c = tl.arange(0, BLOCK_C)
-    is_cluster = offs_c < clusters
-    largest = tl.full([BLOCK_C], 3.4028234663852886e38, tl.float32)
-    todo = tl.where(tl.load(calls_ptr) == 0, batch_heads, 0)
-    for item in range(tl.program_id(0), todo, tl.num_programs(0)):
-        batch_head = tl.cast(item, tl.int64)
-        head_ptr = centroids_ptr + batch_head * clusters * DIM
-        order = tl.zeros([BLOCK_C], tl.int32)
-        current = tl.min(order, 0)
-        is_left = is_cluster & (offs_c > 0)
-        for position in range(1, clusters):
-            squares = tl.zeros([BLOCK_C, WALK_COLUMNS], tl.float32)
-            for first in range(0, BLOCK_D, WALK_COLUMNS):
-                offs_d = first + tl.arange(0, WALK_COLUMNS)
-                is_dim = offs_d < DIM
-                here = tl.load(head_ptr + current * DIM + offs_d, mask=is_dim, other=0.0)
-                pointers = head_ptr + offs_c[:, None] * DIM + offs_d[None, :]
-                rows = tl.load(pointers, mask=is_left[:, None] & is_dim[None, :], other=0.0)
-                difference = rows - here[None, :]
-                squares += difference * difference
-            distances = tl.sum(squares, 1)
-            distances = tl.where(distances < largest, distances, largest)
-            current = tl.argmin(tl.where(is_left, distances, float("inf")), 0)
-            is_left = is_left & (offs_c != current)
-            order = tl.where(offs_c == position, current, order)
-
-        for first in range(0, BLOCK_D, MOVE_COLUMNS):
-            offs_d = (first + tl.arange(0, MOVE_COLUMNS))[None, :]
-            mask = is_cluster[:, None] & (offs_d < DIM)
-            permute_columns(head_ptr + offs_d, order, DIM, mask)
-            operand_row = operand_ptr + batch_head * padded_clusters * BLOCK_D
-            permute_columns(operand_row + offs_d, order, BLOCK_D, mask)
-        half_norm_row = half_norms_ptr + batch_head * padded_clusters + tl.zeros([1, 1], tl.int32)
-        permute_columns(half_norm_row, order, 1, is_cluster[:, None])
-
-
-@triton.jit(do_not_specialize=["heads", "batch_heads", "tokens", "iteration"])
+@triton.jit(do_not_specialize=[*SIZES, "iteration"])
 def assign_kernel(
-    x_ptr,
+    q_ptr,
+    k_ptr,
     operand_ptr,
     half_norms_ptr,
     labels_ptr,
+    counts_ptr,
     needed_ptr,
-    stride_x_b,
-    stride_x_h,
-    stride_x_n,
-    heads,
-    batch_heads,
-    tokens,
-    padded_clusters,
+    stride_q_b,
+    stride_q_h,
+    stride_q_n,
+    stride_k_b,
+    stride_k_h,
+    stride_k_n,
+    batch,
+    q_heads,
+    k_heads,
+    q_tokens,
+    k_tokens,
+    q_clusters,
+    k_clusters,
     iteration,
     DIM: tl.constexpr,
+    COUNT_N: tl.constexpr,
+    TABLE_COLUMNS: tl.constexpr,
+    COUNT_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write the label of every token: argmax_j (x . c_j - ||c_j||^2 / 2), the lowest of equal ones."""
-    tiles_per_head = tl.cdiv(tokens, BLOCK_N)
-    tiles = tiles_to_do(batch_heads * tiles_per_head, needed_ptr, iteration)
+    """Write the label of every token, argmax_j (x . c_j - ||c_j||^2 / 2), the lowest of equal ones; count the labels.
+
+    A program takes a block of the table of counts, ``BLOCK_N`` tokens at a time. Blocks and steps within them are one
+    loop: of two, the compiler would keep the addresses of the tokens in registers that another program could use.
+    """
+    STEPS: tl.constexpr = COUNT_N // BLOCK_N
+    q_tiles = tiles_to_do(batch, q_heads, q_tokens, needed_ptr, iteration, COUNT_N, 0)
+    k_tiles = tiles_to_do(batch, k_heads, k_tokens, needed_ptr, iteration, COUNT_N, 1)
+    q_padded, k_padded = tl.cdiv(q_clusters, BLOCK_C) * BLOCK_C, tl.cdiv(k_clusters, BLOCK_C) * BLOCK_C
     in_tile = tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
     offs_d = tl.arange(0, BLOCK_D)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        tile_index = tl.cast(tile, tl.int64)
-        batch_head = tile_index // tiles_per_head
-        batch, head = batch_head // heads, batch_head % heads
-        offs_n = (tile_index % tiles_per_head) * BLOCK_N + in_tile
+    own_tiles = tl.cdiv(q_tiles + k_tiles - tl.program_id(0), tl.num_programs(0))
+    for step in range(own_tiles * STEPS):
+        tile = tl.program_id(0) + step // STEPS * tl.num_programs(0)
+        is_k, row, block = locate(tile, q_tiles, q_tokens, k_tokens, COUNT_N)
+        heads = tl.where(is_k, k_heads, q_heads)
+        tokens = tl.where(is_k, k_tokens, q_tokens)
+        padded = tl.where(is_k, k_padded, q_padded)
+        first_token = block * COUNT_N + step % STEPS * BLOCK_N
+        offs_n = first_token + in_tile
         is_token = offs_n < tokens
-        x_rows = x_ptr + batch * stride_x_b + head * stride_x_h + offs_n * stride_x_n
+        x_row = tl.where(is_k, k_ptr, q_ptr) + tl.cast(row // heads, tl.int64) * tl.where(is_k, stride_k_b, stride_q_b)
+        x_row += tl.cast(row % heads, tl.int64) * tl.where(is_k, stride_k_h, stride_q_h)
+        x_rows = x_row + offs_n.to(tl.int64) * tl.where(is_k, stride_k_n, stride_q_n)
         x_pointers = x_rows[:, None] + offs_d[None, :]
         x = tl.load(x_pointers, mask=is_token[:, None] & (offs_d < DIM)[None, :], other=0.0)
 
         # A running maximum for every column of the tile, so that columns are compared only once, at the end.
         best = tl.full([BLOCK_N, BLOCK_C], float("-inf"), tl.float32)
         best_first = tl.zeros([BLOCK_N, BLOCK_C], tl.int32)
-        operand_pointers = operand_ptr + batch_head * padded_clusters * BLOCK_D
-        operand_pointers += offs_c[None, :] * BLOCK_D + offs_d[:, None]
-        half_norm_pointers = half_norms_ptr + batch_head * padded_clusters + offs_c
-        for first in range(0, padded_clusters, BLOCK_C):
+        operand_start = row_start(is_k, row, batch * q_heads, q_padded, k_padded)
+        operand_pointers = operand_ptr + operand_start * BLOCK_D + offs_c[None, :] * BLOCK_D + offs_d[:, None]
+        half_norm_pointers = half_norms_ptr + operand_start + offs_c
+        for first in range(0, tl.where(first_token < tokens, padded, 0), BLOCK_C):
             operand = tl.load(operand_pointers + first * BLOCK_D)  # [BLOCK_D, BLOCK_C]
             half_norms = tl.load(half_norm_pointers + first)
             scores = tl.broadcast_to(-half_norms[None, :], [BLOCK_N, BLOCK_C])
@@ -223,128 +132,119 @@ def assign_kernel(
             is_better = scores > best
             best = tl.where(is_better, scores, best)
             best_first = tl.where(is_better, first, best_first)
-        cluster = tl.where(best == tl.max(best, 1)[:, None], best_first + offs_c[None, :], padded_clusters)
-        tl.store(labels_ptr + batch_head * tokens + offs_n, tl.min(cluster, 1), mask=is_token)
+        cluster = tl.where(best == tl.max(best, 1)[:, None], best_first + offs_c[None, :], padded)
+        labels_row = labels_ptr + row_start(is_k, row, batch * q_heads, q_tokens, k_tokens)
+        tl.store(labels_row + offs_n, tl.min(cluster, 1), mask=is_token)
+
+    # What this program labelled; in a loop of its own, which leaves the registers of the other one alone.
+    tl.debug_barrier()
+    q_columns = tl.cdiv(q_clusters, TABLE_COLUMNS) * TABLE_COLUMNS
+    k_columns = tl.cdiv(k_clusters, TABLE_COLUMNS) * TABLE_COLUMNS
+    q_table, k_table = tl.cdiv(q_tokens, COUNT_N) * q_columns, tl.cdiv(k_tokens, COUNT_N) * k_columns
+    for tile in range(tl.program_id(0), q_tiles + k_tiles, tl.num_programs(0)):
+        is_k, row, block = locate(tile, q_tiles, q_tokens, k_tokens, COUNT_N)
+        columns = tl.where(is_k, k_columns, q_columns)
+        labels_row = labels_ptr + row_start(is_k, row, batch * q_heads, q_tokens, k_tokens)
+        counts_row = counts_ptr + row_start(is_k, row, batch * q_heads, q_table, k_table)
+        counts_row += tl.cast(block, tl.int64) * columns
+        tokens = tl.where(is_k, k_tokens, q_tokens)
+        count_labels(labels_row, counts_row, block * COUNT_N, tokens, columns, COUNT_N, COUNT_C)
 
 
-@triton.jit(do_not_specialize=["heads", "batch_heads", "tokens", "iteration"])
+@triton.jit(do_not_specialize=[*SIZES, "iteration"])
 def sum_kernel(
-    x_ptr,
-    labels_ptr,
-    order_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_order_ptr,
+    k_order_ptr,
+    starts_ptr,
     sums_ptr,
+    k_clustered_ptr,
+    v_clustered_ptr,
     needed_ptr,
-    stride_x_b,
-    stride_x_h,
-    stride_x_n,
-    heads,
-    batch_heads,
-    tokens,
-    slots,
+    stride_q_b,
+    stride_q_h,
+    stride_q_n,
+    stride_k_b,
+    stride_k_h,
+    stride_k_n,
+    stride_v_b,
+    stride_v_h,
+    stride_v_n,
+    batch,
+    q_heads,
+    k_heads,
+    q_tokens,
+    k_tokens,
+    q_clusters,
+    k_clusters,
     iteration,
     DIM: tl.constexpr,
+    SUM_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Add up the tokens of every cluster within every tile of the sorted tokens.
 
     The sum of cluster c in tile t goes to slot t + c. Along the sorted tokens one of the two grows at every step, so
     no slot is taken twice, and the slots of a cluster are neighbours.
+
+    With pointers for them, the last needed iteration of the keys also writes keys and values in sorted order.
     """
-    tiles_per_head = tl.cdiv(tokens, BLOCK_N)
-    tiles = tiles_to_do(batch_heads * tiles_per_head, needed_ptr, iteration)
+    q_tiles = tiles_to_do(batch, q_heads, q_tokens, needed_ptr, iteration, SUM_N, 0)
+    k_tiles = tiles_to_do(batch, k_heads, k_tokens, needed_ptr, iteration, SUM_N, 1)
+    is_last = tl.load(needed_ptr + 1) == iteration + 1
+    in_tile = tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_C)
     offs_d = tl.arange(0, BLOCK_D)
     is_dim = offs_d < DIM
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        tile_index = tl.cast(tile, tl.int64)
-        batch_head = tile_index // tiles_per_head
-        batch, head = batch_head // heads, batch_head % heads
-        tile_of_head = tile_index % tiles_per_head
-        position = tile_of_head * BLOCK_N + tl.arange(0, BLOCK_N)
-        is_token = position < tokens
-        token = tl.load(order_ptr + batch_head * tokens + position, mask=is_token, other=0).to(tl.int64)
-        label = tl.load(labels_ptr + batch_head * tokens + token, mask=is_token, other=-1)
-        x_rows = x_ptr + batch * stride_x_b + head * stride_x_h + token * stride_x_n
-        x_pointers = x_rows[:, None] + offs_d[None, :]
-        rows = tl.load(x_pointers, mask=is_token[:, None] & is_dim[None, :], other=0.0).to(tl.float32)
-        last = tl.max(label, 0)
-        lowest = tl.min(tl.where(is_token, label, last), 0)
-        slot_row = sums_ptr + (batch_head * slots + tile_of_head) * DIM
-        for cluster in range(lowest, last + 1):
-            total = tl.sum(tl.where((label == cluster)[:, None], rows, 0.0), 0)
-            tl.store(slot_row + cluster * DIM + offs_d, total, mask=is_dim)
+    for tile in range(tl.program_id(0), q_tiles + k_tiles, tl.num_programs(0)):
+        is_k, row, tile_of_row = locate(tile, q_tiles, q_tokens, k_tokens, SUM_N)
+        heads = tl.where(is_k, k_heads, q_heads)
+        tokens = tl.where(is_k, k_tokens, q_tokens)
+        clusters = tl.where(is_k, k_clusters, q_clusters)
+        stride_n = tl.where(is_k, stride_k_n, stride_q_n)
+        batch_index, head = tl.cast(row // heads, tl.int64), tl.cast(row % heads, tl.int64)
+        x_row = tl.where(is_k, k_ptr, q_ptr) + batch_index * tl.where(is_k, stride_k_b, stride_q_b)
+        x_row += head * tl.where(is_k, stride_k_h, stride_q_h)
+        order_row = tl.where(is_k, k_order_ptr, q_order_ptr) + tl.cast(row, tl.int64) * tokens
+        v_row = v_ptr + batch_index * stride_v_b + head * stride_v_h
+        copies_start = tl.cast(row, tl.int64) * tokens * DIM
+        ends = starts_ptr + row_start(is_k, row, batch * q_heads, q_clusters + 1, k_clusters + 1) + 1
+        q_slots = tl.cdiv(q_tokens, SUM_N) + q_clusters - 1
+        k_slots = tl.cdiv(k_tokens, SUM_N) + k_clusters - 1
+        slot_row = sums_ptr + (row_start(is_k, row, batch * q_heads, q_slots, k_slots) + tile_of_row) * DIM
 
-
-@triton.jit(do_not_specialize=["batch_heads", "iteration"])
-def mean_kernel(
-    sums_ptr,
-    sizes_ptr,
-    starts_ptr,
-    centroids_ptr,
-    operand_ptr,
-    half_norms_ptr,
-    needed_ptr,
-    batch_heads,
-    clusters,
-    padded_clusters,
-    slots,
-    iteration,
-    DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Write the mean of every cluster that is not empty, and prepare the next assignment."""
-    offs_d = tl.arange(0, BLOCK_D)
-    is_dim = offs_d < DIM
-    for item in range(tl.program_id(0), tiles_to_do(batch_heads * clusters, needed_ptr, iteration), tl.num_programs(0)):
-        item_index = tl.cast(item, tl.int64)
-        batch_head = item_index // clusters
-        cluster = item_index % clusters
-        size = tl.load(sizes_ptr + item_index)
-        start = tl.load(starts_ptr + item_index)
-        if size > 0:
-            # The tiles of the sum kernel that the cluster reaches into.
-            first = start // BLOCK_N
-            reached = (start + size - 1) // BLOCK_N - first + 1
-            slot_row = sums_ptr + (batch_head * slots + first + cluster) * DIM
-            totals = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-            for done in range(0, reached, BLOCK_S):
-                slot = done + tl.arange(0, BLOCK_S)
-                pointers = slot_row + slot[:, None] * DIM + offs_d[None, :]
-                totals += tl.load(pointers, mask=(slot < reached)[:, None] & is_dim[None, :], other=0.0)
-            mean = tl.div_rn(tl.sum(totals, 0), tl.full([BLOCK_D], 1.0, tl.float32) * size.to(tl.float32))
-            tl.store(centroids_ptr + item_index * DIM + offs_d, mean, mask=is_dim)
-            operand_row = batch_head * padded_clusters + cluster + tl.zeros([1], tl.int64)
-            store_operand(operand_ptr, half_norms_ptr, operand_row, mean[None, :], operand_row >= 0, BLOCK_D)
-
-
-@dataclass(frozen=True, slots=True)
-class AssignTile:
-    """The shape of the assignment's product."""
-
-    block_n: int
-    """Tokens."""
-    block_c: int
-    """Clusters."""
-    num_warps: int
-    """Warps of a program."""
-    num_stages: int
-    """Tiles of centroids in flight."""
-
-
-def assign_tile(dtype: torch.dtype, block_d: int) -> AssignTile:
-    """Return the tile for tokens of ``dtype`` and rows padded to ``block_d``."""
-    if dtype == torch.float32:
-        return AssignTile(32, 32, 4, 1)
-    if block_d > 128:
-        return AssignTile(64, 64, 4, 2)
-    return AssignTile(128, 32, 4, 3)
-
-
-def order_warps(block_c: int) -> int:
-    """Return the warps that order ``block_c`` clusters: four clusters a thread; one processor holds all of them."""
-    return min(8, max(1, block_c // 128))
+        begin = tile_of_row * SUM_N
+        stop = tl.minimum(begin + SUM_N, tokens)
+        token = tl.load(order_row + begin + in_tile, mask=begin + in_tile < stop, other=0)
+        is_before = tl.load(ends + offs_c, mask=offs_c < clusters, other=2147483647) <= begin
+        cluster = tl.sum(is_before.to(tl.int32), 0)
+        next_end = tl.load(ends + cluster)
+        while begin < stop:
+            end = tl.minimum(next_end, stop)
+            next_end = tl.load(ends + cluster + 1, mask=cluster + 1 < clusters, other=0)
+            totals = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+            for first in range(begin, end, BLOCK_N):
+                offs_n = first + in_tile
+                mask = (offs_n < end)[:, None] & is_dim[None, :]
+                here = token.to(tl.int64)
+                rows = tl.load(x_row + (here * stride_n)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+                # Which tokens are next, whatever their cluster, is read while their rows' predecessors are on the way.
+                following = tl.minimum(first + BLOCK_N, end) + in_tile
+                token = tl.load(order_row + following, mask=following < stop, other=0)
+                if k_clustered_ptr is not None:  # noqa: SIM102  (one is known at compile time, one is not)
+                    if is_k & is_last:
+                        values = tl.load(v_row + (here * stride_v_n)[:, None] + offs_d[None, :], mask=mask)
+                        target = copies_start + offs_n.to(tl.int64)[:, None] * DIM + offs_d[None, :]
+                        tl.store(k_clustered_ptr + target, rows, mask=mask)
+                        tl.store(v_clustered_ptr + target, values, mask=mask)
+                totals += rows.to(tl.float32)
+            tl.store(slot_row + tl.cast(cluster, tl.int64) * DIM + offs_d, tl.sum(totals, 0), mask=is_dim)
+            begin = end
+            cluster += 1
 
 
 def kmeans_triton(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
@@ -354,133 +254,264 @@ def kmeans_triton(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, 
     a label is the exact nearest of the rounded centroids. The means, kept in fp32, are those of the returned labels.
     Rows whose elements are not neighbours are copied.
     """
-    # Strided rows would be added up in another order, which shows in the last bits of the means.
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    batch, heads, tokens, dim = x.shape
-    clusters = centroids.shape[2]
-    batch_heads = batch * heads
-    block_d = padded_power_of_two(dim)
-    tile = assign_tile(x.dtype, block_d)
-    padded_clusters = cdiv(clusters, tile.block_c) * tile.block_c
-    sum_rows = SUM_BYTES // (block_d * x.element_size())
-    slots = cdiv(tokens, sum_rows) + clusters - 1
+    clustering = Clustering.prepare(Side.of(x, centroids, calls))
+    clustering.launch(iters_init, iters_step, seed)
+    return clustering.labels.view(x.shape[:3])
 
-    labels = torch.empty((batch, heads, tokens), dtype=torch.int32, device=x.device)
-    result = SortedLabels.empty(labels, clusters)
-    means = centroids.contiguous()
-    operand = x.new_empty((batch, heads, padded_clusters, block_d))
-    half_norms = means.new_empty((batch, heads, padded_clusters))
-    sums = means.new_empty((batch, heads, slots, dim))
-    needed = torch.empty_like(calls)
 
-    strides = x.stride()[:3]
-    start_grid = persistent_grid(x.device, batch_heads * cdiv(padded_clusters, START_CLUSTERS), PROGRAMS_PER_PROCESSOR)
-    assign_grid = persistent_grid(x.device, batch_heads * cdiv(tokens, tile.block_n), PROGRAMS_PER_PROCESSOR)
-    sum_grid = persistent_grid(x.device, batch_heads * cdiv(tokens, sum_rows), PROGRAMS_PER_PROCESSOR)
-    mean_grid = persistent_grid(x.device, batch_heads * clusters, PROGRAMS_PER_PROCESSOR)
-    block_c = padded_power_of_two(clusters)
-    with torch.cuda.device_of(x):
-        start_kernel[start_grid](
-            x,
-            means,
-            calls,
-            operand,
-            half_norms,
-            needed,
-            *strides,
-            heads,
-            batch_heads,
-            tokens,
-            clusters,
-            padded_clusters,
-            _seed_hash(seed),
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Tokens and their state, as the kernels take them."""
+
+    x: Tensor
+    """[B, H, N, D], rows without gaps."""
+    centroids: Tensor
+    """fp32 [B, H, C, D], contiguous."""
+    calls: Tensor
+    """int32 [1]."""
+    updated: Tensor
+    """What the caller wants ``centroids`` in, often the same."""
+
+    @classmethod
+    def of(cls, x: Tensor, centroids: Tensor, calls: Tensor) -> "Side":
+        """Return the side, with copies of what has gaps."""
+        # Strided rows would be added up in another order, which shows in the last bits of the means.
+        return cls(with_plain_rows(x), centroids.contiguous(), calls, centroids)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Elements between batch elements, heads and tokens."""
+        return self.x.stride()[:3]
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What the last sum of the keys writes beside it."""
+
+    v: Tensor
+    """[B, H, N, D], rows without gaps."""
+    k_clustered: Tensor
+    """[B, H, N, D], contiguous: the keys in sorted order."""
+    v_clustered: Tensor
+    """[B, H, N, D], contiguous: the values in the same order."""
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> "Copies":
+        """Return room for the keys and values in sorted order."""
+        return cls(with_plain_rows(v), k.new_empty(k.shape), v.new_empty(v.shape))
+
+
+def with_plain_rows(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy where the elements of a row are not neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Clustering:
+    """The tensors of one call: arguments, results, workspace. Buffers of both sides hold the queries' rows first."""
+
+    q: Side
+    k: Side
+    """The same as ``q`` where there is no second side."""
+    sides: Sides
+    copies: Copies | None
+    """Of the second side."""
+    labels: Tensor
+    """int32, for every head [N]."""
+    sort: SortedLabels
+    operand: Tensor
+    """Of the dtype of the tokens, for every head [padded C, padded D]: the centroids, rounded."""
+    half_norms: Tensor
+    """fp32, for every head [padded C]."""
+    sums: Tensor
+    """fp32, for every head [slots, D]. Shares its memory with the table of counts, and with labels nobody wants."""
+    needed: Tensor
+    """int32 [2], the iterations of this call for either side."""
+
+    @classmethod
+    def prepare(cls, q: Side, k: Side | None = None, copies: Copies | None = None) -> "Clustering":
+        """Allocate the workspace of a call."""
+        (batch, heads, tokens, dim), clusters = q.x.shape, q.centroids.shape[2]
+        if k is None:
+            sides = Sides.one(batch, heads, tokens, clusters)
+        else:
+            sides = Sides(batch, heads, k.x.shape[1], tokens, k.x.shape[2], clusters, k.centroids.shape[2])
+        block_d = padded_power_of_two(dim)
+        block_c = assign_tile(q.x.dtype, block_d).block_c
+        operand_rows = sides.total(*(cdiv(c, block_c) * block_c for _, c in sides.tokens_and_clusters))
+        slots = sides.total(*(cdiv(n, SUM_N) + c - 1 for n, c in sides.tokens_and_clusters))
+        # Counts and labels are read until tokens are placed, sums are written after that; only kmeans_ returns labels.
+        table, labels = sides.table_elements, sides.total(tokens, sides.k_tokens)
+        shared = q.centroids.new_empty(max(slots * dim, table if k is None else table + labels))
+        sorting = shared.view(torch.int32)
+        return cls(
+            q=q,
+            k=q if k is None else k,
+            sides=sides,
+            copies=copies,
+            labels=q.calls.new_empty(labels) if k is None else sorting[table : table + labels],
+            sort=SortedLabels.empty(sides, sorting),
+            operand=q.x.new_empty((operand_rows, block_d)),
+            half_norms=q.centroids.new_empty(operand_rows),
+            sums=shared,
+            needed=q.calls.new_empty(2),
+        )
+
+    def launch(self, iters_init: int, iters_step: int, seed: int) -> None:
+        """Run the iterations; how many of them do anything is decided on the device."""
+        iterations = max(iters_init, iters_step)
+        with torch.cuda.device_of(self.q.x):
+            self._start(iters_init, iters_step, _seed_hash(seed))
+            launches: list[RepeatableLaunch] = []
+            for iteration in range(iterations):
+                if iteration == iters_init - 1:
+                    self._order()
+                for launch in launches:
+                    launch.again("iteration", iteration)
+                if iteration == 0:
+                    launches.append(self._assign())
+                    launches += launch_sort(self.labels, self.sort, self.sides, self.needed)
+                    launches += (self._sum(), self._mean(iterations))
+        for side in (self.q, self.k):
+            if side.centroids is not side.updated:
+                side.updated.copy_(side.centroids)
+
+    @property
+    def _shape(self) -> dict[str, int]:
+        dim = self.q.x.shape[3]
+        return {"DIM": dim, "BLOCK_D": padded_power_of_two(dim)}
+
+    @property
+    def _tile(self) -> AssignTile:
+        return assign_tile(self.q.x.dtype, padded_power_of_two(self.q.x.shape[3]))
+
+    @property
+    def _state(self) -> tuple[Tensor, ...]:
+        return (self.q.centroids, self.k.centroids, self.q.calls, self.k.calls, self.operand, self.half_norms)
+
+    def _grid(self, q_tiles: int, k_tiles: int, programs_per_processor: int = PROGRAMS_PER_PROCESSOR) -> tuple[int]:
+        return persistent_grid(self.q.x.device, self.sides.total(q_tiles, k_tiles), programs_per_processor)
+
+    def _start(self, iters_init: int, iters_step: int, seed_hash: int) -> None:
+        block_c = self._tile.block_c
+        tiles = [cdiv(cdiv(c, block_c) * block_c, START_CLUSTERS) for _, c in self.sides.tokens_and_clusters]
+        start_kernel[self._grid(*tiles)](
+            self.q.x,
+            self.k.x,
+            *self._state,
+            self.needed,
+            *self.q.strides,
+            *self.k.strides,
+            *self.sides.arguments(),
+            seed_hash,
             iters_init,
             iters_step,
-            DIM=dim,
-            BLOCK_C=START_CLUSTERS,
-            BLOCK_D=block_d,
+            START_CLUSTERS=START_CLUSTERS,
+            BLOCK_C=block_c,
+            **self._shape,
             num_warps=MEAN_WARPS,
         )
-        for iteration in range(max(iters_init, iters_step)):
-            if iteration == iters_init - 1:
-                order_kernel[(batch_heads,)](
-                    means,
-                    operand,
-                    half_norms,
-                    calls,
-                    batch_heads,
-                    clusters,
-                    padded_clusters,
-                    DIM=dim,
-                    BLOCK_C=block_c,
-                    BLOCK_D=block_d,
-                    WALK_COLUMNS=WALK_COLUMNS,
-                    MOVE_COLUMNS=MOVE_COLUMNS,
-                    num_warps=order_warps(block_c),
-                    num_stages=1,
-                )
-            assign_kernel[assign_grid](
-                x,
-                operand,
-                half_norms,
-                labels,
-                needed,
-                *strides,
-                heads,
-                batch_heads,
-                tokens,
-                padded_clusters,
-                iteration,
-                DIM=dim,
-                BLOCK_N=tile.block_n,
-                BLOCK_C=tile.block_c,
-                BLOCK_D=block_d,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
-            launch_sort(labels, result, needed, iteration)
-            sum_kernel[sum_grid](
-                x,
-                labels,
-                result.order,
-                sums,
-                needed,
-                *strides,
-                heads,
-                batch_heads,
-                tokens,
-                slots,
-                iteration,
-                DIM=dim,
-                BLOCK_N=sum_rows,
-                BLOCK_D=block_d,
-                num_warps=SUM_WARPS,
-                num_stages=1,
-            )
-            mean_kernel[mean_grid](
-                sums,
-                result.sizes,
-                result.starts,
-                means,
-                operand,
-                half_norms,
-                needed,
-                batch_heads,
-                clusters,
-                padded_clusters,
-                slots,
-                iteration,
-                DIM=dim,
-                BLOCK_N=sum_rows,
-                BLOCK_S=SLOT_ELEMENTS // block_d,
-                BLOCK_D=block_d,
-                num_warps=MEAN_WARPS,
-                num_stages=1,
-            )
-    if means is not centroids:
-        centroids.copy_(means)
-    calls.add_(1)
-    return labels
+
+    def _order(self) -> None:
+        sides = self.sides
+        block_c = padded_power_of_two(max(sides.q_clusters, sides.k_clusters))
+        order_kernel[(max(1, sides.total(1, 1)),)](
+            *self._state,
+            sides.batch,
+            sides.q_heads,
+            sides.k_heads,
+            sides.q_clusters,
+            sides.k_clusters,
+            OPERAND_C=self._tile.block_c,
+            BLOCK_C=block_c,
+            **self._shape,
+            WALK_COLUMNS=WALK_COLUMNS,
+            MOVE_COLUMNS=MOVE_COLUMNS,
+            num_warps=order_warps(block_c),
+            maxnreg=order_registers(block_c),
+            num_stages=1,
+        )
+
+    def _assign(self) -> RepeatableLaunch:
+        tile = self._tile
+        return RepeatableLaunch.first(
+            assign_kernel,
+            self._grid(*(cdiv(n, COUNT_N) for n, _ in self.sides.tokens_and_clusters)),
+            self.q.x,
+            self.k.x,
+            self.operand,
+            self.half_norms,
+            self.labels,
+            self.sort.counts,
+            self.needed,
+            *self.q.strides,
+            *self.k.strides,
+            *self.sides.arguments(),
+            0,  # iteration
+            COUNT_N=COUNT_N,
+            TABLE_COLUMNS=TABLE_COLUMNS,
+            COUNT_C=self.sides.block_c,
+            BLOCK_N=tile.block_n,
+            BLOCK_C=tile.block_c,
+            **self._shape,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            maxnreg=tile.max_registers,
+        )
+
+    def _sum(self) -> RepeatableLaunch:
+        tiles = cdiv(self.sides.q_tokens, SUM_N), cdiv(self.sides.k_tokens, SUM_N)
+        v = self.k.x if self.copies is None else self.copies.v
+        return RepeatableLaunch.first(
+            sum_kernel,
+            self._grid(*tiles, SUM_PROGRAMS_PER_PROCESSOR),
+            self.q.x,
+            self.k.x,
+            v,
+            self.sort.q_order,
+            self.sort.k_order,
+            self.sort.starts,
+            self.sums,
+            None if self.copies is None else self.copies.k_clustered,
+            None if self.copies is None else self.copies.v_clustered,
+            self.needed,
+            *self.q.strides,
+            *self.k.strides,
+            *v.stride()[:3],
+            *self.sides.arguments(),
+            0,  # iteration
+            SUM_N=SUM_N,
+            BLOCK_N=sum_rows(self.q.x.dtype, self._shape["BLOCK_D"]),
+            BLOCK_C=self.sides.block_c,
+            **self._shape,
+            num_warps=SUM_WARPS,
+            num_stages=1,
+            maxnreg=SUM_REGISTERS,
+        )
+
+    def _mean(self, iterations: int) -> RepeatableLaunch:
+        return RepeatableLaunch.first(
+            mean_kernel,
+            self._grid(self.sides.q_clusters, self.sides.k_clusters),
+            self.sums,
+            self.sort.starts,
+            *self._state,
+            self.needed,
+            *self.sides.arguments(),
+            0,  # iteration
+            iterations,
+            SUM_N=SUM_N,
+            OPERAND_C=self._tile.block_c,
+            BLOCK_S=SLOT_ELEMENTS // self._shape["BLOCK_D"],
+            **self._shape,
+            num_warps=MEAN_WARPS,
+            num_stages=1,
+        )
+
+
+def sum_rows(dtype: torch.dtype, block_d: int) -> int:
+    """Return how many rows of ``block_d`` are read together to be added up."""
+    return SUM_BYTES // (block_d * dtype.itemsize)
 
 
 def _seed_hash(seed: int) -> int:
@@ -490,107 +521,33 @@ def _seed_hash(seed: int) -> int:
 
 
 def aot_variants() -> list[AotVariant]:
-    """Return every kernel for the usual rows, and for padded and fp32 ones."""
-    strides = ["stride_x_b", "stride_x_h", "stride_x_n"]
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    """Return the assignment and the sum for the usual rows, the sum of ``kmeans_`` alone."""
     variants = []
-    for dtype, dim in (
-        (torch.bfloat16, 128),
-        (torch.bfloat16, 64),
-        (torch.float16, 80),
-        (torch.bfloat16, 256),
-        (torch.float32, 64),
-        (torch.float32, 128),
-    ):
+    for dtype, dim in ROWS:
         block_d = padded_power_of_two(dim)
         tile = assign_tile(dtype, block_d)
-        sum_rows = SUM_BYTES // (block_d * dtype.itemsize)
-        x_type = f"*{names[dtype]}"
-        x_strides = dict.fromkeys(strides, "i32")
-        centroid_types = {"centroids_ptr": "*fp32", "operand_ptr": x_type, "half_norms_ptr": "*fp32"}
-        x_sizes = dict.fromkeys(("heads", "batch_heads", "tokens"), "i32")
         shape: dict[str, object] = {"DIM": dim, "BLOCK_D": block_d}
-        blocks = shape | {"BLOCK_N": sum_rows}
-        start = (
-            {"x_ptr": x_type, **centroid_types, "calls_ptr": "*i32", "needed_ptr": "*i32"}
-            | x_strides
-            | x_sizes
-            | dict.fromkeys(("clusters", "padded_clusters", "seed_hash", "iters_init", "iters_step"), "i32")
-        )
-        assign = (
-            {"x_ptr": x_type, "operand_ptr": x_type, "half_norms_ptr": "*fp32", "labels_ptr": "*i32"}
-            | {"needed_ptr": "*i32"}
-            | x_strides
-            | x_sizes
-            | dict.fromkeys(("padded_clusters", "iteration"), "i32")
-        )
-        add = (
-            {"x_ptr": x_type, "labels_ptr": "*i32", "order_ptr": "*i32", "sums_ptr": "*fp32", "needed_ptr": "*i32"}
-            | x_strides
-            | x_sizes
-            | dict.fromkeys(("slots", "iteration"), "i32")
-        )
-        mean = {
-            "sums_ptr": "*fp32",
-            "sizes_ptr": "*i32",
-            "starts_ptr": "*i32",
-            **centroid_types,
-            "needed_ptr": "*i32",
-        } | dict.fromkeys(("batch_heads", "clusters", "padded_clusters", "slots", "iteration"), "i32")
-        assign_shape = shape | {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c}
-        for fn, signature, constexprs, warps, stages in (
-            (start_kernel, start, shape | {"BLOCK_C": START_CLUSTERS}, MEAN_WARPS, 3),
-            (assign_kernel, assign, assign_shape, tile.num_warps, tile.num_stages),
-            (sum_kernel, add, blocks, SUM_WARPS, 1),
-            (mean_kernel, mean, blocks | {"BLOCK_S": SLOT_ELEMENTS // block_d}, MEAN_WARPS, 1),
-        ):
-            aligned = tuple(name for name, kind in signature.items() if kind.startswith("*") or name in strides)
-            if "padded_clusters" in signature:
-                aligned += ("padded_clusters",)
-            variants.append(
-                AotVariant(
-                    name=f"{fn.__name__}_{names[dtype]}_d{dim}",
-                    fn=fn,
-                    signature=signature,
-                    constexprs=constexprs,
-                    num_warps=warps,
-                    num_stages=stages,
-                    divisible_by_16=aligned,
-                )
-            )
-    return variants + _order_variants()
-
-
-def _order_variants() -> list[AotVariant]:
-    """Return the ordering kernel for the usual numbers of clusters, and for padded rows."""
-    variants = []
-    for dtype, dim, block_c in (
-        ("bf16", 128, 128),
-        ("bf16", 128, 512),
-        ("bf16", 128, 1024),
-        ("bf16", 64, 1024),
-        ("fp16", 80, 64),
-        ("bf16", 256, 1024),
-        ("fp32", 64, 512),
-    ):
-        pointers = {"centroids_ptr": "*fp32", "operand_ptr": f"*{dtype}", "half_norms_ptr": "*fp32"}
+        assign = shape | {"COUNT_N": COUNT_N, "TABLE_COLUMNS": TABLE_COLUMNS, "COUNT_C": 512}
+        assign |= {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c}
+        suffix = f"{NAMES[dtype]}_d{dim}"
         variants.append(
-            AotVariant(
-                name=f"order_kernel_{dtype}_d{dim}_c{block_c}",
-                fn=order_kernel,
-                signature=pointers
-                | {"calls_ptr": "*i32"}
-                | dict.fromkeys(("batch_heads", "clusters", "padded_clusters"), "i32"),
-                constexprs={
-                    "DIM": dim,
-                    "BLOCK_C": block_c,
-                    "BLOCK_D": padded_power_of_two(dim),
-                    "WALK_COLUMNS": WALK_COLUMNS,
-                    "MOVE_COLUMNS": MOVE_COLUMNS,
-                },
-                num_warps=order_warps(block_c),
-                num_stages=1,
-                divisible_by_16=(*pointers, "calls_ptr", "padded_clusters"),
+            token_variant(
+                f"assign_kernel_{suffix}",
+                assign_kernel,
+                dtype,
+                assign,
+                tile.num_warps,
+                tile.num_stages,
+                tile.max_registers,
             )
         )
+        absent: dict[str, object] = {"k_clustered_ptr": None, "v_clustered_ptr": None}
+        variants.append(sum_variant(f"sum_kernel_{suffix}", dtype, dim, absent))
     return variants
+
+
+def sum_variant(name: str, dtype: torch.dtype, dim: int, absent: dict[str, object]) -> AotVariant:
+    """Return the sum for rows of ``dim``, with or without what else it can write."""
+    block_d = padded_power_of_two(dim)
+    shape = {"DIM": dim, "SUM_N": SUM_N, "BLOCK_N": sum_rows(dtype, block_d), "BLOCK_C": 512, "BLOCK_D": block_d}
+    return token_variant(name, sum_kernel, dtype, {**shape, **absent}, SUM_WARPS, 1, SUM_REGISTERS)

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -36,6 +36,8 @@ class AotVariant:
     """Stages of the software pipeline."""
     divisible_by_16: tuple[str, ...] = ()
     """Runtime arguments that are multiples of 16: aligned pointers and most strides."""
+    max_registers: int | None = None
+    """Most registers of a thread. Told none, the assembler may spill a few to fit more programs into a processor."""
 
     def source_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of ``triton.compiler.ASTSource``."""
@@ -65,6 +67,7 @@ class TritonLimits:
 # fp64 is for judging only.
 _FAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_LIMITS = {
+    "cluster_tokens_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
     "kmeans_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
     "sort_labels": TritonLimits(clusters=MAX_CLUSTERS),
     "permute_tokens": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM),
@@ -94,11 +97,15 @@ def why_not_triton(
         return f"no kernel for the {device.type}"
     if not _triton_is_installed():
         return "triton is not installed"
+    return _why_too_old(device, MIN_CAPABILITY)
+
+
+def _why_too_old(device: torch.device, needed: tuple[int, int]) -> str | None:
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        least, got = (".".join(map(str, version)) for version in (MIN_CAPABILITY, capability))
-        return f"compute capability {least} or newer is needed, the GPU has {got}"
-    return None
+    if capability >= needed:
+        return None
+    least, got = (".".join(map(str, version)) for version in (needed, capability))
+    return f"compute capability {least} or newer is needed, the GPU has {got}"
 
 
 # What the Gluon attention is written for: warp-group products and the tensor memory accelerator as Hopper has them.
@@ -120,17 +127,134 @@ def why_not_gluon(device: torch.device, dtype: torch.dtype, *, dim: int, rows: i
         return f"keys of all heads: 1 to 2^31 - 1, got {rows:,}"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != GLUON_CAPABILITY:
         return "made for compute capability 9.0"
-    return _why_no_gluon_module()
+    return _why_no_module("svg2_compile.kernels.block_sparse_attention_gluon")
+
+
+# What the attention with tensor descriptors needs: the tensor memory accelerator, and rows of whole 16-byte units.
+DESCRIPTOR_CAPABILITY = (9, 0)
+DESCRIPTOR_DTYPES = (torch.float16, torch.bfloat16)
+DESCRIPTOR_DIM_STEP, MAX_DESCRIPTOR_DIM = 8, 128
+
+
+def why_not_descriptor(device: torch.device, dtype: torch.dtype, *, dim: int, rows: int) -> str | None:
+    """Return why the attention with descriptors cannot take such tensors where Triton's can, or None where it can.
+
+    ``rows`` are the keys of all heads and batch elements together.
+    """
+    if dtype not in DESCRIPTOR_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} has no descriptor kernel"
+    if dim % DESCRIPTOR_DIM_STEP or not 0 < dim <= MAX_DESCRIPTOR_DIM:
+        return f"head dimension: a multiple of {DESCRIPTOR_DIM_STEP} and at most {MAX_DESCRIPTOR_DIM}, got {dim}"
+    if not 0 < rows < 2**31:
+        return f"keys of all heads: 1 to 2^31 - 1, got {rows:,}"
+    if device.type != "cuda":
+        return f"no kernel for the {device.type}"
+    too_old = _why_too_old(device, DESCRIPTOR_CAPABILITY)
+    return too_old or _why_no_module("svg2_compile.kernels.block_sparse_attention_descriptor")
 
 
 @cache
-def _why_no_gluon_module() -> str | None:
-    """Return what this version of Triton lacks; Gluon is experimental and changes."""
+def _why_no_module(name: str) -> str | None:
+    """Return why a module cannot be imported: Gluon and descriptors change from one version of Triton to the next."""
     try:
-        importlib.import_module("svg2_compile.kernels.block_sparse_attention_gluon")
+        importlib.import_module(name)
     except (ImportError, AttributeError) as error:
-        return f"this Triton has another Gluon: {error}"
+        return f"it does not go with this Triton: {error}"
     return None
+
+
+ATTENTIONS = ("gluon", "descriptor", "pointer")
+"""The attention kernels."""
+# Timed on an H100 (docs/measurements.md, 11); elsewhere the other order is an expectation.
+HOPPERS_ORDER = ("gluon", "pointer", "descriptor")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChoice:
+    """The attention that runs, and why not a faster one."""
+
+    implementation: str
+    """One of ``ATTENTIONS``, or ``reference``, plain PyTorch."""
+    why_not: Mapping[str, str] = field(default_factory=dict)
+    """The reason against each of ``ATTENTIONS`` that is faster here; empty where the implementation was named."""
+
+
+def why_not_attention(
+    implementation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dim: int,
+    clusters: int = 0,
+    keys: int = 0,
+    rows: int = 1,
+) -> str | None:
+    """Return why one of ``ATTENTIONS`` cannot take such tensors, or None where it can.
+
+    Args:
+        implementation: one of ``ATTENTIONS``.
+        device: where the tensors are.
+        dtype: of the tokens.
+        dim: head dimension.
+        clusters: most clusters on either side.
+        keys: keys of a head.
+        rows: keys of all heads and batch elements together.
+    """
+    reason = why_not_triton("block_sparse_attention", device, dtype, dim=dim, clusters=clusters, keys=keys)
+    if reason or implementation == "pointer":
+        return reason
+    why_not = {"gluon": why_not_gluon, "descriptor": why_not_descriptor}[implementation]
+    return why_not(device, dtype, dim=dim, rows=rows)
+
+
+def choose_attention(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dim: int,
+    clusters: int,
+    keys: int,
+    rows: int,
+    implementation: str = "auto",
+) -> AttentionChoice:
+    """Return the attention that runs for such tensors: the fastest that can, or the one that is named.
+
+    Dispatch and ``svg2 doctor`` both ask here. The arguments are those of ``why_not_attention``.
+
+    Raises:
+        ValueError: the named implementation does not exist or cannot take such tensors.
+    """
+    if implementation not in ("auto", *ATTENTIONS):
+        known = ", ".join(map(repr, ATTENTIONS))
+        raise ValueError(f"implementation must be 'auto' or one of {known}, got {implementation!r}")
+    reasons: dict[str, str] = {}
+    chosen = "reference"
+    for name in _fastest_first(device):
+        reason = why_not_attention(name, device, dtype, dim=dim, clusters=clusters, keys=keys, rows=rows)
+        if reason is None:
+            chosen = name
+            break
+        reasons[name] = reason
+    if implementation == "auto":
+        return AttentionChoice(chosen, reasons)
+    reason = why_not_attention(implementation, device, dtype, dim=dim, clusters=clusters, keys=keys, rows=rows)
+    if reason is not None:
+        raise ValueError(
+            f"the {implementation} attention cannot run: {reason}; leave the choice to 'auto', which takes {chosen!r}"
+        )
+    return AttentionChoice(implementation)
+
+
+def _fastest_first(device: torch.device) -> tuple[str, ...]:
+    return HOPPERS_ORDER if capability_of(device) == 90 else ATTENTIONS
+
+
+def capability_of(device: torch.device) -> int | None:
+    """Return the compute capability of a GPU, such as 90 for 9.0, or None for another device."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @cache
@@ -146,6 +270,40 @@ def cdiv(numerator: int, denominator: int) -> int:
 def padded_power_of_two(size: int, at_least: int = 16) -> int:
     """Return the smallest power of two that is no less than either argument; tiles have such sides."""
     return max(at_least, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatableLaunch:
+    """A launch that can be made again with another value of one argument, without looking its kernel up anew.
+
+    Looking it up, by the kinds of all arguments, takes most of the time of a launch on the host.
+    """
+
+    kernel: Any
+    """The ``triton.jit`` function."""
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    """The first arguments of the kernel, in its order."""
+    options: Mapping[str, Any]
+    """The others by name, and what is no argument, such as the number of warps."""
+    compiled: Any
+    """What the first launch ran; None from Triton's interpreter."""
+
+    @classmethod
+    def first(cls, kernel: Any, grid: tuple[int], *arguments: Any, **options: Any) -> "RepeatableLaunch":
+        """Launch the kernel."""
+        return cls(kernel, grid, arguments, options, kernel[grid](*arguments, **options))
+
+    def again(self, name: str, value: int) -> None:
+        """Launch it with another value of an argument that the kernel is not specialised on."""
+        names = self.kernel.arg_names
+        values = list(self.arguments)
+        values[names.index(name)] = value
+        if self.compiled is None:
+            self.kernel[self.grid](*values, **self.options)
+            return
+        values += (self.options[constant] for constant in names[len(values) :])
+        self.compiled[(*self.grid, 1, 1)](*values)
 
 
 def persistent_grid(device: torch.device, tiles: int, programs_per_processor: int) -> tuple[int]:

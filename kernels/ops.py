@@ -2,6 +2,7 @@
 
 from svg2_compile.kernels import (
     block_sparse_attention,
+    cluster_tokens,
     context_attention,
     kmeans,
     permute,
@@ -9,4 +10,12 @@ from svg2_compile.kernels import (
     sort_labels,
 )
 
-__all__ = ["block_sparse_attention", "context_attention", "kmeans", "permute", "select_blocks", "sort_labels"]
+__all__ = [
+    "block_sparse_attention",
+    "cluster_tokens",
+    "context_attention",
+    "kmeans",
+    "permute",
+    "select_blocks",
+    "sort_labels",
+]

@@ -15,15 +15,18 @@ from svg2_compile.kernels.checks import (
     check_value,
 )
 from svg2_compile.kernels.launch import why_not_triton
+from svg2_compile.kernels.work_list import COUNTS, PIECES, kept_runs_reference, max_runs
 
-# The last axis of ``statistics``: how often it was added to, and the sums over these calls of the density, of the kept
-# probability mass (mean over query tokens), and of the kept mass of the worst query cluster.
-STATISTICS = ("calls", "density_sum", "kept_mass_sum", "kept_mass_min_sum")
+# The last axis of ``statistics``, per query cluster and summed over calls: 1; its part of the head's density, which is
+# kept pairs over all pairs; its part of the head's kept probability mass, a mean over query tokens; its own kept mass,
+# 1 where it is empty; its part of the pairs multiplied, when pieces of ``PIECES[0]`` keys fill tiles of ``TILE_KEYS``.
+STATISTICS = ("calls", "density_sum", "kept_mass_sum", "own_kept_mass_sum", "issued_sum")
+TILE_KEYS = 128
 
 torch.library.define(
     "svg2::select_blocks",
     "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, float top_p, "
-    "float min_keep_ratio, Tensor(a!) statistics) -> Tensor",
+    "float min_keep_ratio, Tensor(a!) statistics) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -46,7 +49,7 @@ def _check(
     check_shape("k_centroids", k_centroids, (batch, groups, k_clusters, dim))
     check_shape("q_sizes", q_sizes, (batch, heads, q_clusters))
     check_shape("k_sizes", k_sizes, (batch, groups, k_clusters))
-    check_shape("statistics", statistics, (batch, heads, len(STATISTICS)))
+    check_shape("statistics", statistics, (batch, heads, q_clusters, len(STATISTICS)))
     check_dtype("q_centroids", q_centroids, *FLOATING)
     check_dtype("k_centroids", k_centroids, q_centroids.dtype)
     check_dtype("q_sizes", q_sizes, torch.int32)
@@ -69,7 +72,7 @@ def select_blocks_reference(
     top_p: float,
     min_keep_ratio: float,
     statistics: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Keep, for each query cluster, the likeliest key clusters until they carry ``top_p`` of the attention mass.
 
     Section 1.3, equations 1 and 2. With s_ij = scale * <q_i, k_j> and key cluster sizes n_j,
@@ -84,10 +87,12 @@ def select_blocks_reference(
         scale: factor of the attention scores.
         top_p: share of the mass to keep, above 0; 1 and more keep every block.
         min_keep_ratio: share of the key clusters, by count, to keep in any case, in [0, 1].
-        statistics: fp32 (fp64 for judging) [B, H, 4], columns named by ``STATISTICS``; added to.
+        statistics: fp32 (fp64 for judging) [B, H, C_q, 5], columns named by ``STATISTICS``; added to.
 
     Returns:
-        bool [B, H, C_q, C_k], contiguous, True where the block is kept.
+        runs: int32 [B, H, C_q, ceil(C_k / 2), 2], contiguous, the kept ranges of keys as ``KeptRuns`` has them; there
+            is room for every selection.
+        counts: int32 [B, H, C_q, 4], contiguous, columns named by ``COUNTS``.
 
     Raises:
         TypeError: a dtype other than the above.
@@ -95,17 +100,40 @@ def select_blocks_reference(
 
     Promises:
         Deterministic, no device synchronisation. Ties go to the lowest index. An empty key cluster has probability 0
-        and the last rank, so every row keeps a non-empty one. A larger ``top_p`` keeps a superset.
+        and the last rank, so every row keeps a key. A larger ``top_p`` keeps a superset.
     """
     _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
     dtype = statistics.dtype
-    repeats = q_centroids.shape[1] // k_centroids.shape[1]
-    k_centroids = k_centroids.repeat_interleave(repeats, dim=1).to(dtype)
-    k_sizes = k_sizes.repeat_interleave(repeats, dim=1).to(dtype)
-    k_clusters = k_sizes.shape[2]
+    keep, mass = kept_clusters(q_centroids.to(dtype), k_centroids.to(dtype), k_sizes, scale, top_p, min_keep_ratio)
+    kept = kept_runs_reference(keep, k_sizes)
+    runs, full_pieces, *_ = kept.counts.to(dtype).unbind(-1)
+    k_tokens = k_sizes.sum(-1).repeat_interleave(keep.shape[1] // k_sizes.shape[1], dim=1).unsqueeze(-1).to(dtype)
+    kept_tokens = torch.einsum("bhqk,bhk->bhq", keep.to(dtype), _per_query_head(k_sizes, keep.shape[1]).to(dtype))
+    pieces_per_tile = TILE_KEYS // PIECES[0]
+    full_tiles = (full_pieces / pieces_per_tile).floor()
+    last_tiles = ((full_pieces + runs) / pieces_per_tile - full_tiles).ceil()
+    q_share = q_sizes.to(dtype) / q_sizes.sum(-1, keepdim=True)
+    statistics += torch.stack(
+        (
+            torch.ones_like(mass),
+            q_share * kept_tokens / k_tokens,
+            q_share * mass,
+            mass.masked_fill(q_sizes == 0, 1.0),
+            q_share * (full_tiles + last_tiles) * TILE_KEYS / k_tokens,
+        ),
+        dim=-1,
+    )
+    return kept.runs, kept.counts
 
+
+def kept_clusters(
+    q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, scale: float, top_p: float, min_keep_ratio: float
+) -> tuple[Tensor, Tensor]:
+    """Return which key clusters each query cluster keeps, bool [B, H, C_q, C_k], and their mass [B, H, C_q]."""
+    heads = q_centroids.shape[1]
+    k_centroids, k_sizes = _per_query_head(k_centroids, heads), _per_query_head(k_sizes, heads).to(q_centroids.dtype)
     # log n_j is -inf for an empty cluster. Its centroid may hold anything, so it is overwritten, not added to.
-    scores = q_centroids.to(dtype) @ k_centroids.transpose(-1, -2) * scale  # [B, H, C_q, C_k]
+    scores = q_centroids @ k_centroids.transpose(-1, -2) * scale  # [B, H, C_q, C_k]
     logits = (scores + k_sizes.log().unsqueeze(2)).masked_fill(k_sizes.unsqueeze(2) == 0, -math.inf)
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     probability = ranked.softmax(-1)
@@ -115,17 +143,13 @@ def select_blocks_reference(
         before = torch.nn.functional.pad(probability.cumsum(-1)[..., :-1], (1, 0))
         # `before` is 0 at rank 1, which therefore is always kept.
         kept = before <= top_p
-        kept[..., : math.floor(min_keep_ratio * k_clusters)] = True
-    keep = torch.empty_like(kept).scatter_(-1, order, kept)
+        kept[..., : math.floor(min_keep_ratio * k_sizes.shape[2])] = True
+    return torch.empty_like(kept).scatter_(-1, order, kept), (probability * kept).sum(-1)
 
-    q_sizes = q_sizes.to(dtype)
-    q_share = q_sizes / q_sizes.sum(-1, keepdim=True)
-    k_share = k_sizes / k_sizes.sum(-1, keepdim=True)
-    density = (q_share * (keep.to(dtype) @ k_share.unsqueeze(-1)).squeeze(-1)).sum(-1)
-    mass = (probability * kept).sum(-1)  # [B, H, C_q]
-    worst_mass = mass.masked_fill(q_sizes == 0, math.inf).amin(-1)
-    statistics += torch.stack((torch.ones_like(density), density, (q_share * mass).sum(-1), worst_mass), dim=-1)
-    return keep
+
+def _per_query_head(x: Tensor, heads: int) -> Tensor:
+    """Return what belongs to a key head once for every query head that uses it."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 torch.library.impl("svg2::select_blocks", "cpu", select_blocks_reference)
@@ -141,7 +165,7 @@ def _select_blocks_cuda(
     top_p: float,
     min_keep_ratio: float,
     statistics: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
     clusters = max(q_centroids.shape[2], k_centroids.shape[2])
     dim = q_centroids.shape[3]
@@ -163,9 +187,10 @@ def _select_blocks_fake(
     top_p: float,
     min_keep_ratio: float,
     statistics: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
-    return q_centroids.new_empty((*q_centroids.shape[:3], k_centroids.shape[2]), dtype=torch.bool)
+    runs = q_sizes.new_empty((*q_sizes.shape, max_runs(k_centroids.shape[2]), 2))
+    return runs, q_sizes.new_empty((*q_sizes.shape, len(COUNTS)))
 
 
 torch.library.register_fake("svg2::select_blocks", _select_blocks_fake)

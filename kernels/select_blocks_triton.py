@@ -1,7 +1,12 @@
-"""``svg2::select_blocks`` in Triton: scores, selection and statistics in three launches.
+"""``svg2::select_blocks`` in Triton, from centroids to runs in one launch.
 
 The selection needs no sort. Whether a cluster is kept depends on the mass and on the number of the likelier ones, and
 both fall as the cluster gets likelier: the kept clusters are those above a threshold, which is found by bisection.
+
+A program first writes the logits of its query clusters to its own part of a scratch tensor. Then every warp selects for
+one query cluster at a time: each of its 32 lanes holds a stretch of the key clusters, so that what runs along the
+clusters stays within a thread but for one step. Tiles are therefore [T, ROWS, 32], T clusters to each lane, and the
+scratch tensor has that order too: key cluster ``lane * T + t`` is at position ``t * 32 + lane`` of a row.
 """
 
 # Triton has no types.
@@ -14,125 +19,399 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two, persistent_grid
+from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
+from svg2_compile.kernels.select_blocks import TILE_KEYS
+from svg2_compile.kernels.work_list import COUNTS, PIECES, max_runs
 
-SCORE_BLOCK = 32  # query and key clusters of a tile of scores
-SCORE_BLOCK_D = 32
-SCORE_WARPS = 4
-# One warp holds a whole row of up to 1024 probabilities, so that its sums need no shared memory.
-SELECT_WARPS = 1
-SELECT_PROGRAMS_PER_PROCESSOR = 32
-STATISTICS_WARPS = 4
-
-
-@triton.jit(do_not_specialize=["repeats"])
-def score_kernel(
-    q_ptr,
-    k_ptr,
-    scores_ptr,
-    scale,
-    repeats,
-    q_clusters,
-    k_clusters,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Write scale * q k^T of every head, fp32 [B * H, C_q, C_k]."""
-    batch_head = tl.program_id(2).to(tl.int64)
-    group = batch_head // repeats
-    offs_q = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    offs_k = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_q, is_k = offs_q < q_clusters, offs_k < k_clusters
-    scores = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for first in tl.static_range(0, DIM, BLOCK_D):
-        offs_d = first + tl.arange(0, BLOCK_D)
-        is_dim = offs_d < DIM
-        q_pointers = q_ptr + (batch_head * q_clusters + offs_q)[:, None] * DIM + offs_d[None, :]
-        k_pointers = k_ptr + (group * k_clusters + offs_k)[None, :] * DIM + offs_d[:, None]
-        q = tl.load(q_pointers, mask=is_q[:, None] & is_dim[None, :], other=0.0).to(tl.float32)
-        k = tl.load(k_pointers, mask=is_k[None, :] & is_dim[:, None], other=0.0).to(tl.float32)
-        scores = tl.dot(q, k, scores, input_precision="ieee")
-    pointers = scores_ptr + (batch_head * q_clusters + offs_q)[:, None] * k_clusters + offs_k[None, :]
-    tl.store(pointers, scores * scale, mask=is_q[:, None] & is_k[None, :])
-
-
-@triton.jit(do_not_specialize=["batch_heads", "repeats", "min_keep"])
-def select_kernel(
-    scores_ptr,
-    k_sizes_ptr,
-    keep_ptr,
-    densities_ptr,
-    masses_ptr,
-    top_p,
-    min_keep,
-    batch_heads,
-    repeats,
-    q_clusters,
-    k_clusters,
-    BLOCK_K: tl.constexpr,
-    INDEX_BITS: tl.constexpr,
-):
-    """Write which key clusters a query cluster keeps, their share of the key tokens, and their probability mass."""
-    offs_k = tl.arange(0, BLOCK_K)
-    is_k = offs_k < k_clusters
-    for item in range(tl.program_id(0), batch_heads * q_clusters, tl.num_programs(0)):
-        row = tl.cast(item, tl.int64)
-        group = row // q_clusters // repeats
-        sizes = tl.load(k_sizes_ptr + group * k_clusters + offs_k, mask=is_k, other=0).to(tl.float32)
-        scores = tl.load(scores_ptr + row * k_clusters + offs_k, mask=is_k, other=0.0)
-        # The centroid of an empty cluster may hold anything, so its score is overwritten, not added to.
-        logits = tl.where(sizes > 0.0, scores + tl.log(sizes), float("-inf"))
-        weights = tl.exp(logits - tl.max(logits, 0))
-        probability = weights / tl.sum(weights, 0)
-
-        # One integer in the order of (logit, lowest index first). Minus zero must tie with zero.
-        bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)
-        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-        key = (ordered << INDEX_BITS) + (BLOCK_K - 1 - offs_k)
-        key = tl.where(is_k, key, -(1 << 62))
-
-        # The threshold is in (low, high]: a cluster above `high` is kept, one at `low` is not.
-        low = tl.full((), -(1 << (31 + INDEX_BITS)) - 1, tl.int64)
-        high = tl.full((), (1 << (31 + INDEX_BITS)) - 1, tl.int64)
-        for _ in range(32 + INDEX_BITS):
-            middle = low + ((high - low) >> 1)
-            is_likelier = key > middle
-            mass = tl.sum(tl.where(is_likelier, probability, 0.0), 0)
-            count = tl.sum(is_likelier.to(tl.int32), 0)
-            is_enough = (mass > top_p) & (count >= min_keep)
-            low = tl.where(is_enough, middle, low)
-            high = tl.where(is_enough, high, middle)
-        keep = key >= high
-
-        tl.store(keep_ptr + row * k_clusters + offs_k, keep.to(tl.uint8), mask=is_k)
-        tl.store(densities_ptr + row, tl.sum(tl.where(keep, sizes, 0.0), 0) / tl.sum(sizes, 0))
-        tl.store(masses_ptr + row, tl.sum(tl.where(keep, probability, 0.0), 0))
+BLOCK_Q = 16  # query clusters of a program
+BLOCK_N = 128  # key clusters of a tile of scores
+BLOCK_D = 16
+NUM_WARPS = 4  # and rows of a tile
+NUM_STAGES = 3
+LANES = tl.constexpr(32)
+UNALIGNED = ["logits_ptr", "edges_ptr", "runs_ptr"]
+# Halving the range of values isolates one of a thousand clusters in about a dozen steps; equal and nearly equal ones
+# take the other way, which halves the range of bit patterns and ends after 32 more.
+VALUE_STEPS = tl.constexpr(18)
+# Between two looks at whether every row of a tile is done.
+STEPS_PER_ROUND = tl.constexpr(3)
+ROUNDS = tl.constexpr(17)
+# Logits are finite where there is a key: what overflowed, or is no number, is bounded by this.
+LARGEST = tl.constexpr(3.0e38)
+LOG2_E = tl.constexpr(1.4426950408889634)
+SHORT, MEDIUM, LONG = (tl.constexpr(piece) for piece in PIECES)
+PIECES_PER_TILE = tl.constexpr(TILE_KEYS // PIECES[0])
 
 
 @triton.jit
-def statistics_kernel(
-    densities_ptr,
-    masses_ptr,
-    q_sizes_ptr,
-    update_ptr,
-    q_clusters,
+def _last(left, left_before, right, right_before):
+    """Combine (largest, largest but for the last element) of two neighbouring stretches of numbers."""
+    return tl.maximum(left, right), tl.maximum(left, right_before)
+
+
+@triton.jit
+def _sum(left, right):
+    return left + right
+
+
+@triton.jit
+def _max_before(x, offs_t):
+    """Return the largest element before each one of a tile [T, ROWS, LANES], uint32, and that of every row.
+
+    The order is along T, then along the lanes; there is a 0 before the first.
+    """
+    of_lanes = tl.max(x, 0)
+    _, before_lane = tl.associative_scan((of_lanes, tl.zeros_like(of_lanes)), 1, _last)
+    # Each lane starts with what the lanes before it found.
+    start = tl.where(offs_t == 0, before_lane[None, :, :], 0)
+    _, before = tl.associative_scan((tl.maximum(x, start), start), 0, _last)
+    return before, tl.max(of_lanes, 1)
+
+
+@triton.jit
+def _ordered(x):
+    """Return an integer in the order of ``x``, for finite numbers."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _number(ordered):
+    """Return the number that ``_ordered`` belongs to."""
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pack(start, stop):
+    """Return both in one number of 64 bits, the start first in memory."""
+    return start.to(tl.int64) | (stop.to(tl.int64) << 32)
+
+
+@triton.jit
+def _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K: tl.constexpr):
+    """Write where every key cluster starts and stops; return the keys of a head, and the clusters that have some."""
+    TURNS: tl.constexpr = BLOCK_K // LANES
+    offs_t = tl.arange(0, TURNS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    cluster = lane * TURNS + offs_t
+    sizes = tl.load(k_sizes_ptr + cluster, mask=cluster < k_clusters, other=0)
+    totals = tl.sum(sizes, 0)
+    starts = tl.cumsum(sizes, 0) - sizes + (tl.cumsum(totals, 0) - totals)[None, :]
+    tl.store(edges_ptr + offs_t * LANES + lane, _pack(starts, starts + sizes))
+    return tl.sum(totals, 0), tl.sum((sizes > 0).to(tl.int32))
+
+
+@triton.jit
+def _upper(x):
+    """Return ``x`` rounded to the 11 significant bits that a tensor core multiplies."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _write_logits(
+    q_ptr,
+    k_ptr,
+    k_sizes_ptr,
+    logits_ptr,
+    scale,
+    q_rows,
+    k_clusters,
+    DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Write what one call adds to a head's statistics, columns named by ``STATISTICS``."""
-    batch_head = tl.program_id(0).to(tl.int64)
+    """Write the logits of a program's query clusters, to base 2; those of empty and absent clusters are -inf."""
+    TURNS: tl.constexpr = BLOCK_K // LANES
     offs_q = tl.arange(0, BLOCK_Q)
-    is_q = offs_q < q_clusters
-    row = batch_head * q_clusters + offs_q
-    sizes = tl.load(q_sizes_ptr + row, mask=is_q, other=0).to(tl.float32)
-    share = sizes / tl.sum(sizes, 0)
-    density = tl.load(densities_ptr + row, mask=is_q, other=0.0)
-    mass = tl.load(masses_ptr + row, mask=is_q, other=0.0)
-    update = update_ptr + batch_head * 4
-    tl.store(update, 1.0)
-    tl.store(update + 1, tl.sum(share * density, 0))
-    tl.store(update + 2, tl.sum(share * mass, 0))
-    tl.store(update + 3, tl.min(tl.where(sizes > 0.0, mass, float("inf")), 0))
+    is_q = offs_q < q_rows
+    for block in range(0, BLOCK_K, BLOCK_N):
+        position = block + tl.arange(0, BLOCK_N)
+        cluster = position % LANES * TURNS + position // LANES
+        is_k = cluster < k_clusters
+        scores = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+        for first in range(0, DIM, BLOCK_D):
+            offs_d = first + tl.arange(0, BLOCK_D)
+            is_dim = offs_d < DIM
+            q_pointers = q_ptr + offs_q[:, None] * DIM + offs_d[None, :]
+            k_pointers = k_ptr + cluster[None, :] * DIM + offs_d[:, None]
+            q = tl.load(q_pointers, mask=is_q[:, None] & is_dim[None, :], other=0.0).to(tl.float32)
+            k = tl.load(k_pointers, mask=is_k[None, :] & is_dim[:, None], other=0.0).to(tl.float32)
+            # Tensor cores multiply the upper 19 bits of each number; what the product of the lower parts lacks is less
+            # than the rounding of the sum.
+            q_upper, k_upper = _upper(q), _upper(k)
+            scores = tl.dot(q - q_upper, k_upper, scores, input_precision="tf32")
+            scores = tl.dot(q_upper, k - k_upper, scores, input_precision="tf32")
+            scores = tl.dot(q_upper, k_upper, scores, input_precision="tf32")
+        sizes = tl.load(k_sizes_ptr + cluster, mask=is_k, other=0).to(tl.float32)
+        logits = scores * (scale * LOG2_E) + tl.log2(tl.maximum(sizes, 1.0))[None, :]
+        logits = tl.minimum(tl.maximum(logits, -LARGEST), LARGEST)
+        # The centroid of an empty cluster may hold anything, so its score is overwritten, not added to.
+        logits = tl.where((sizes > 0.0)[None, :], logits, float("-inf"))
+        tl.store(logits_ptr + offs_q[:, None] * BLOCK_K + position[None, :], logits)
+
+
+@triton.jit
+def _per_row(x):
+    """Return the sum over the key clusters of every row of a tile [T, ROWS, LANES]."""
+    return tl.sum(tl.sum(x, 0), 1)
+
+
+@triton.jit
+def _mass_and_count(keep, weights):
+    # Products, not selections: a comparison gives 1 or 0 in one instruction, and a product is added in one.
+    ones = keep.to(tl.float32)
+    return _per_row(ones * weights), _per_row(ones)
+
+
+@triton.jit
+def _threshold(
+    logits,
+    weights,
+    cluster,
+    smallest,
+    largest,
+    total,
+    filled,
+    top_p,
+    min_keep,
+    BLOCK_K: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+):
+    """Return a number that just enough logits are above, the mass of those, and the logits.
+
+    The clusters above ``low`` are enough, those above ``high`` are not: so it is at first, and so it remains. Of equal
+    logits at the threshold, those of the clusters that are not needed are lowered.
+    """
+    enough_mass = top_p * total
+    # Two below, as minus zero is not below zero.
+    low, high = _number(_ordered(smallest) - 2), largest
+    mass_above_low = total
+    above_low, above_high = tl.full(low.shape, 1.0, tl.float32) * filled, tl.zeros_like(low)
+    # Empty clusters come last in any order, and whether they are kept does not matter.
+    at_least = tl.minimum(filled, min_keep).to(tl.float32)
+    step = 0
+    is_open = 1
+    for _round in range(ROUNDS):
+        if is_open > 0:
+            for _step in tl.static_range(STEPS_PER_ROUND):
+                a, b = _ordered(low), _ordered(high)
+                middle = tl.where(step < VALUE_STEPS, 0.5 * low + 0.5 * high, _number((a & b) + ((a ^ b) >> 1)))
+                mass, count = _mass_and_count(logits > middle[None, :, None], weights)
+                is_enough = (mass > enough_mass) & (count >= at_least)
+                low, high = tl.where(is_enough, middle, low), tl.where(is_enough, high, middle)
+                mass_above_low = tl.where(is_enough, mass, mass_above_low)
+                above_low = tl.where(is_enough, count, above_low)
+                above_high = tl.where(is_enough, above_high, count)
+                step += 1
+            is_open = tl.max(((above_low - above_high > 1.0) & (_ordered(high) - 1 > _ordered(low))).to(tl.int32), 0)
+
+    # If there are several between the two, they are equal, and the first ones are kept.
+    if tl.max(above_low - above_high, 0) > 1.0:
+        is_needed = logits > high[None, :, None]
+        is_tied = (logits > low[None, :, None]) & (is_needed == 0)
+        before, last = tl.full(low.shape, -1, tl.int32), tl.full(low.shape, BLOCK_K - 1, tl.int32)
+        for _step in range(INDEX_BITS):
+            middle = (before + last) >> 1
+            mass, count = _mass_and_count(is_needed | (is_tied & (cluster <= middle[None, :, None])), weights)
+            is_enough = (mass > enough_mass) & (count >= at_least)
+            before, last = tl.where(is_enough, before, middle), tl.where(is_enough, middle, last)
+            mass_above_low = tl.where(is_enough, mass, mass_above_low)
+        logits = tl.where(is_tied & (cluster > last[None, :, None]), float("-inf"), logits)
+    return low, mass_above_low, logits
+
+
+@triton.jit
+def _class_shift(length):
+    """Return which 8 of 32 bits belong to the class of a run of ``length`` keys."""
+    return tl.where(length >= LONG, 0, tl.where(length >= MEDIUM, 8, tl.where(length >= SHORT, 16, 24)))
+
+
+@triton.jit
+def _one(length, shift):
+    """Return 1 in the bits of the class of a run, 0 where there is none."""
+    return tl.where(length > 0, tl.full((), 1, tl.int32) << shift, 0)
+
+
+@triton.jit
+def _widen(packed):
+    """Return four numbers of 8 bits as four of 16 bits."""
+    wide = packed.to(tl.int64)
+    return (wide & 0xFF) + ((wide & 0xFF00) << 8) + ((wide & 0xFF0000) << 16) + ((wide & 0x7F000000) << 24)
+
+
+@triton.jit
+def _full_pieces(lengths, final_length, PIECE: tl.constexpr):
+    return (_per_row(lengths.to(tl.uint32) // PIECE) + final_length.to(tl.uint32) // PIECE).to(tl.int32)
+
+
+@triton.jit
+def _write_runs(keep, edges, k_tokens, offs_t, runs_ptrs, counts_ptrs, is_row):
+    """Write the runs of every row and their counts; return the kept keys, the runs and the shortest pieces in full.
+
+    A run ends where a cluster with keys is dropped, and the final one at the last key.
+    """
+    starts, stops = edges.to(tl.int32), (edges >> 32).to(tl.int32)
+    is_dropped = (keep == 0) & (stops > starts)
+    run_starts, final_start = _max_before(tl.where(is_dropped, stops, 0).to(tl.uint32), offs_t)
+    run_starts, final_start = run_starts.to(tl.int32), final_start.to(tl.int32)
+    lengths = tl.where(is_dropped, starts - run_starts, 0)
+    final_length = k_tokens - final_start
+
+    shifts, final_shift = _class_shift(lengths), _class_shift(final_length)
+    ones = _one(lengths, shifts)
+    # The runs that end in a lane are counted in 8 bits for each class, those of a row, at most 512, in 16.
+    of_lanes = _widen(tl.sum(ones, 0))
+    totals = tl.sum(of_lanes, 1)
+    with_final = totals + _widen(_one(final_length, final_shift))
+    # A class begins after all longer ones.
+    first_slots = (with_final << 16) + (with_final << 32) + (with_final << 48)
+    lane_slots = tl.cumsum(of_lanes, 1) - of_lanes + first_slots[:, None]
+    # A run counts itself, so slots are numbered from 1.
+    ranks = (tl.associative_scan(ones, 0, _sum) >> shifts) & 0xFF
+    slots = ranks + ((lane_slots[None, :, :] >> (shifts * 2)).to(tl.int32) & 0xFFFF)
+    run_ptrs = tl.max_contiguous((runs_ptrs - 1)[None, :, None] + slots, [1, 2, LANES])
+    # Subtracting once more spares the registers that would hold the starts until here.
+    tl.store(run_ptrs, _pack(starts - lengths, starts), mask=(lengths > 0) & is_row[None, :, None])
+    final_slot = ((totals + first_slots) >> (final_shift * 2)).to(tl.int32) & 0xFFFF
+    final_run = _pack(final_start, final_start + final_length)
+    tl.store(runs_ptrs + final_slot, final_run, mask=(final_length > 0) & is_row)
+
+    runs = (with_final + (with_final >> 32)).to(tl.int32)
+    runs = (runs + (runs >> 16)) & 0xFFFF
+    full_pieces = _full_pieces(lengths, final_length, SHORT)
+    tl.store(counts_ptrs, runs, mask=is_row)
+    tl.store(counts_ptrs + 1, full_pieces, mask=is_row)
+    tl.store(counts_ptrs + 2, _full_pieces(lengths, final_length, MEDIUM), mask=is_row)
+    tl.store(counts_ptrs + 3, _full_pieces(lengths, final_length, LONG), mask=is_row)
+    return _per_row(lengths) + final_length, runs, full_pieces
+
+
+@triton.jit
+def _add(pointers, update, mask):
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + update, mask=mask)
+
+
+@triton.jit
+def _add_statistics(pointers, is_row, q_sizes, q_tokens, k_tokens, kept_keys, mass, runs, full_pieces):
+    """Add what one call adds to the rows of ``statistics``, columns named by ``STATISTICS``."""
+    q_share = q_sizes.to(tl.float32) / q_tokens.to(tl.float32)
+    full_tiles = full_pieces // PIECES_PER_TILE
+    last_tiles = (full_pieces - full_tiles * PIECES_PER_TILE + runs + PIECES_PER_TILE - 1) // PIECES_PER_TILE
+    issued_keys = (full_tiles + last_tiles).to(tl.float32) * (SHORT * PIECES_PER_TILE)
+    keys = k_tokens.to(tl.float32)
+    _add(pointers, 1.0, is_row)
+    _add(pointers + 1, q_share * kept_keys.to(tl.float32) / keys, is_row)
+    _add(pointers + 2, q_share * mass, is_row)
+    _add(pointers + 3, tl.where(q_sizes == 0, 1.0, mass), is_row)
+    _add(pointers + 4, q_share * issued_keys / keys, is_row)
+
+
+@triton.jit
+def _sum_of(sizes_ptr, clusters, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, clusters, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        total += tl.load(sizes_ptr + offs, mask=offs < clusters, other=0)
+    return tl.sum(total, 0)
+
+
+# A tile lies in the threads as its accesses to memory want it. Here a warp is to have a row, and a lane one of every 32
+# neighbours. Pointers known to be aligned would give a lane four of them. `max_contiguous` tells in which order to take
+# the axes, where versions of Triton differ; nothing else follows from it, as the pointers are not aligned.
+@triton.jit(
+    do_not_specialize=["min_keep", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
+def select_kernel(
+    q_ptr,
+    k_ptr,
+    q_sizes_ptr,
+    k_sizes_ptr,
+    logits_ptr,
+    edges_ptr,
+    runs_ptr,
+    counts_ptr,
+    statistics_ptr,
+    scale,
+    top_p,
+    min_keep,
+    repeats,
+    q_clusters,
+    k_clusters,
+    run_slots,
+    stride_edges_r,
+    DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+):
+    """Select for ``BLOCK_Q`` query clusters of a head."""
+    TURNS: tl.constexpr = BLOCK_K // LANES
+    program = tl.program_id(0).to(tl.int64)
+    blocks = (q_clusters + BLOCK_Q - 1) // BLOCK_Q
+    head = program // blocks
+    group = head // repeats
+    first_row = (program % blocks).to(tl.int32) * BLOCK_Q
+    logits_ptr += program * (BLOCK_Q * BLOCK_K)
+    edges_ptr += program * BLOCK_K
+    k_sizes_ptr += group * k_clusters
+    q_sizes_ptr += head * q_clusters
+
+    k_tokens, filled = _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K)
+    _write_logits(
+        q_ptr + (head * q_clusters + first_row) * DIM,
+        k_ptr + group * k_clusters * DIM,
+        k_sizes_ptr,
+        logits_ptr,
+        scale,
+        q_clusters - first_row,
+        k_clusters,
+        DIM,
+        BLOCK_Q,
+        BLOCK_K,
+        BLOCK_N,
+        BLOCK_D,
+    )
+    q_tokens = _sum_of(q_sizes_ptr, q_clusters, 128)
+    # What a thread reads now, others have written.
+    tl.debug_barrier()
+
+    offs_t = tl.arange(0, TURNS)[:, None, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    cluster = lane * TURNS + offs_t
+    for block_row in range(0, min(BLOCK_Q, q_clusters - first_row), ROWS):
+        offs_r = block_row + tl.arange(0, ROWS)
+        is_row = first_row + offs_r < q_clusters
+        row = head * q_clusters + first_row + offs_r
+        logits_ptrs = logits_ptr + (offs_r * BLOCK_K)[None, :, None] + lane
+        logits = tl.load(tl.max_contiguous(logits_ptrs + offs_t * LANES, [1, 2, LANES]))
+        largest = tl.max(tl.max(logits, 0), 1)
+        smallest = tl.min(tl.min(tl.where(logits > float("-inf"), logits, LARGEST), 0), 1)
+        weights = tl.exp2(logits - largest[None, :, None])
+        total = _per_row(weights)
+        low, mass, logits = _threshold(
+            logits, weights, cluster, smallest, largest, total, filled, top_p, min_keep, BLOCK_K, INDEX_BITS
+        )
+        edges_ptrs = edges_ptr + (offs_r * stride_edges_r)[None, :, None] + lane
+        edges = tl.load(tl.max_contiguous(edges_ptrs + offs_t * LANES, [1, 2, LANES]))
+        kept_keys, runs, full_pieces = _write_runs(
+            logits > low[None, :, None],
+            edges,
+            k_tokens,
+            offs_t,
+            runs_ptr + row * run_slots,
+            counts_ptr + row * 4,
+            is_row,
+        )
+        q_sizes = tl.load(q_sizes_ptr + first_row + offs_r, mask=is_row, other=0)
+        _add_statistics(
+            statistics_ptr + row * 5, is_row, q_sizes, q_tokens, k_tokens, kept_keys, mass / total, runs, full_pieces
+        )
 
 
 def select_blocks_triton(
@@ -144,7 +423,7 @@ def select_blocks_triton(
     top_p: float,
     min_keep_ratio: float,
     statistics: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Compute ``select_blocks_reference`` for at most ``MAX_CLUSTERS`` clusters on either side.
 
     Scores, sums and logarithms round differently: a cluster may differ from the reference's where the mass before it is
@@ -152,95 +431,76 @@ def select_blocks_triton(
     """
     batch, heads, q_clusters, dim = q_centroids.shape
     k_clusters = k_centroids.shape[2]
-    batch_heads, repeats = batch * heads, heads // k_centroids.shape[1]
-    rows = batch_heads * q_clusters
-    block_k = padded_power_of_two(k_clusters, 32)
-    keep = torch.empty((batch, heads, q_clusters, k_clusters), dtype=torch.bool, device=q_centroids.device)
-    scores = statistics.new_empty(keep.shape)
-    densities, masses = statistics.new_empty((2, rows))
-    update = statistics.new_empty(statistics.shape)
-    q_sizes, k_sizes = q_sizes.contiguous(), k_sizes.contiguous()
+    run_slots = max_runs(k_clusters)
+    runs = q_sizes.new_empty((batch, heads, q_clusters, run_slots, 2))
+    counts = q_sizes.new_empty((batch, heads, q_clusters, len(COUNTS)))
+    shape = _constexprs(dim, k_clusters)
+    programs = batch * heads * cdiv(q_clusters, BLOCK_Q)
+    logits = q_sizes.new_empty((programs, BLOCK_Q, shape["BLOCK_K"]), dtype=torch.float32)
+    edges = q_sizes.new_empty((programs, shape["BLOCK_K"]), dtype=torch.int64)
+    sums = statistics.contiguous()
     with torch.cuda.device_of(q_centroids):
-        score_kernel[(cdiv(q_clusters, SCORE_BLOCK), cdiv(k_clusters, SCORE_BLOCK), batch_heads)](
+        select_kernel[(programs,)](
             q_centroids.contiguous(),
             k_centroids.contiguous(),
-            scores,
+            q_sizes.contiguous(),
+            k_sizes.contiguous(),
+            logits,
+            edges,
+            runs.view(torch.int64),
+            counts,
+            sums,
             scale,
-            repeats,
-            q_clusters,
-            k_clusters,
-            DIM=dim,
-            BLOCK=SCORE_BLOCK,
-            BLOCK_D=SCORE_BLOCK_D,
-            num_warps=SCORE_WARPS,
-        )
-        select_kernel[persistent_grid(q_centroids.device, rows, SELECT_PROGRAMS_PER_PROCESSOR)](
-            scores,
-            k_sizes,
-            keep.view(torch.uint8),
-            densities,
-            masses,
             top_p,
             k_clusters if top_p >= 1 else math.floor(min_keep_ratio * k_clusters),
-            batch_heads,
-            repeats,
+            heads // k_centroids.shape[1],
             q_clusters,
             k_clusters,
-            BLOCK_K=block_k,
-            INDEX_BITS=block_k.bit_length() - 1,
-            num_warps=SELECT_WARPS,
+            run_slots,
+            # All rows have the same edges. The compiler is not to know, or it would load them for another layout.
+            0,
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+            **shape,
         )
-        statistics_kernel[(batch_heads,)](
-            densities,
-            masses,
-            q_sizes,
-            update,
-            q_clusters,
-            BLOCK_Q=padded_power_of_two(q_clusters),
-            num_warps=STATISTICS_WARPS,
-        )
-    statistics += update
-    return keep
+    if sums is not statistics:
+        statistics.copy_(sums)
+    return runs, counts
+
+
+def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
+    """Return the compile-time arguments."""
+    block_k = padded_power_of_two(k_clusters, 32)
+    return {
+        "DIM": dim,
+        "BLOCK_Q": BLOCK_Q,
+        "BLOCK_K": block_k,
+        "BLOCK_N": min(BLOCK_N, block_k),
+        "BLOCK_D": BLOCK_D,
+        "ROWS": NUM_WARPS,
+        "INDEX_BITS": block_k.bit_length() - 1,
+    }
 
 
 def aot_variants() -> list[AotVariant]:
-    """Return the kernels for both usual head dims, few and many clusters."""
-    clusters = {"repeats": "i32", "q_clusters": "i32", "k_clusters": "i32"}
-    variants = []
-    for dim in (64, 80, 128, 256):
-        signature = {"q_ptr": "*fp32", "k_ptr": "*fp32", "scores_ptr": "*fp32", "scale": "fp32"} | clusters
-        variants.append(
-            AotVariant(
-                name=f"score_kernel_d{dim}",
-                fn=score_kernel,
-                signature=signature,
-                constexprs={"DIM": dim, "BLOCK": SCORE_BLOCK, "BLOCK_D": SCORE_BLOCK_D},
-                num_warps=SCORE_WARPS,
-                num_stages=3,
-                divisible_by_16=("q_ptr", "k_ptr", "scores_ptr"),
-            )
+    """Return the kernel for the usual head dims, few and many clusters."""
+    signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
+    signature |= dict.fromkeys(("q_sizes_ptr", "k_sizes_ptr"), "*i32")
+    signature |= {"logits_ptr": "*fp32", "edges_ptr": "*i64", "runs_ptr": "*i64", "counts_ptr": "*i32"}
+    signature |= {"statistics_ptr": "*fp32", "scale": "fp32", "top_p": "fp32"}
+    signature |= dict.fromkeys(
+        ("min_keep", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"), "i32"
+    )
+    return [
+        AotVariant(
+            name=f"select_kernel_d{dim}_c{clusters}",
+            fn=select_kernel,
+            signature=signature,
+            constexprs=dict(_constexprs(dim, clusters)),
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+            divisible_by_16=tuple(name for name, kind in signature.items() if kind[0] == "*" and name not in UNALIGNED),
         )
-    for block in (32, 512, 1024):
-        select = {"scores_ptr": "*fp32", "k_sizes_ptr": "*i32", "keep_ptr": "*u8"}
-        select |= {"densities_ptr": "*fp32", "masses_ptr": "*fp32", "top_p": "fp32"}
-        select |= {"min_keep": "i32", "batch_heads": "i32"} | clusters
-        statistics = {"densities_ptr": "*fp32", "masses_ptr": "*fp32", "q_sizes_ptr": "*i32", "update_ptr": "*fp32"}
-        for fn, signature, constexprs, warps in (
-            (select_kernel, select, {"BLOCK_K": block, "INDEX_BITS": block.bit_length() - 1}, SELECT_WARPS),
-            (statistics_kernel, statistics | {"q_clusters": "i32"}, {"BLOCK_Q": block}, STATISTICS_WARPS),
-        ):
-            variants.append(
-                AotVariant(
-                    name=f"{fn.__name__}_c{block}",
-                    fn=fn,
-                    signature=signature,
-                    constexprs=constexprs,
-                    num_warps=warps,
-                    num_stages=3,
-                    # `masses` begins where `densities` ends, anywhere.
-                    divisible_by_16=tuple(
-                        name for name, kind in signature.items() if kind[0] == "*" and name != "masses_ptr"
-                    ),
-                )
-            )
-    return variants
+        for dim in (64, 80, 128, 256)
+        for clusters in (32, 512, 1024)
+    ]

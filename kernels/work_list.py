@@ -1,8 +1,8 @@
-"""The work of the block-sparse attention kernel as lists made on the device: query tiles and key pieces.
+"""The work of block-sparse attention as lists made on the device: ranges of kept keys, and tiles of queries.
 
-Kept key clusters that follow one another merge into runs, because their keys are contiguous; empty clusters do not
-break a run. Runs are cut into pieces of at most ``piece`` keys, and the kernel packs pieces of any runs into one tile
-of keys: only the last piece of a run pads. A piece is one int32: start * 32 + length.
+Kept key clusters that follow one another merge into one run, because their keys are contiguous; empty clusters do not
+break a run. An implementation cuts runs into pieces of one of ``PIECES`` keys: first the full pieces of every run, then
+what is left at its end. Long runs come first, so those with a full piece are the first ones, whatever the piece.
 """
 
 from dataclasses import dataclass
@@ -10,22 +10,76 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A piece length, at most 16, takes the low five bits of a piece.
-LENGTH_BITS = 5
-MAX_PIECE = 16
-MAX_KEYS = 1 << (31 - LENGTH_BITS)
+PIECES = (16, 64, 128)
+"""Keys of a piece, as different implementations want it."""
+COUNTS = ("runs", *(f"full_pieces_{piece}" for piece in PIECES))
+"""The last axis of ``KeptRuns.counts``."""
+MAX_KEYS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class WorkList:
-    """What the attention kernel walks through; all int32."""
+class KeptRuns:
+    """What every query cluster attends to; all int32."""
 
-    tiles: Tensor
-    """[B, H, T, 3], (query cluster, first row, row after the last) of every tile of queries; slots left over are 0."""
-    pieces: Tensor
-    """[B, H, C_q, S], per query cluster its full pieces in order, then the shorter last pieces of runs in order."""
+    runs: Tensor
+    """[B, H, C_q, R, 2], (first key, key after the last) of every run, in key order but for their class: runs of at
+    least the largest piece, then of the next, and last those shorter than the smallest. R = ``max_runs(C_k)``; slots
+    past the number of runs are undefined."""
     counts: Tensor
-    """[B, H, C_q, 2], the number of full pieces and of all pieces; slots of ``pieces`` past that are undefined."""
+    """[B, H, C_q, 4], columns named by ``COUNTS``: the runs, and the pieces of either length that fit into them."""
+
+
+def max_runs(clusters: int) -> int:
+    """Return how many runs any selection out of ``clusters`` key clusters can have: the list cannot overflow.
+
+    Two runs have a dropped cluster between them.
+    """
+    return (clusters + 1) // 2
+
+
+def kept_runs_reference(keep: Tensor, k_sizes: Tensor) -> KeptRuns:
+    """Return the runs of kept keys of every query cluster.
+
+    Args:
+        keep: bool [B, H, C_q, C_k], True where query cluster i attends to key cluster j.
+        k_sizes: int32 [B, G, C_k], tokens per key cluster; query head h uses key head h // (H / G).
+
+    Returns:
+        The runs: every kept key lies in exactly one, dropped keys in none. Slots left over are 0.
+    """
+    heads, k_clusters = keep.shape[1], keep.shape[3]
+    sizes = k_sizes.repeat_interleave(heads // k_sizes.shape[1], dim=1).unsqueeze(2)  # [B, H, 1, C_k]
+    kept, dropped = keep & (sizes > 0), ~keep & (sizes > 0)
+    kept_sizes = sizes * kept
+    # The clusters of a run have equally many dropped ones before them.
+    breaks = dropped.cumsum(-1) + 1
+    last_break = torch.nn.functional.pad((breaks * kept).cummax(-1).values, (1, 0))[..., :-1]
+    is_first = kept & (last_break < breaks)
+    run = is_first.cumsum(-1) - 1  # of kept clusters
+    # A slot more than there can be runs takes what belongs to none.
+    slots = max_runs(k_clusters)
+    starts = torch.zeros((*keep.shape[:3], slots + 1), dtype=torch.int64, device=keep.device)
+    lengths = torch.zeros_like(starts)
+    starts.scatter_(-1, run.where(is_first, slots), (sizes.cumsum(-1) - sizes).expand(keep.shape))
+    lengths.scatter_add_(-1, run.where(kept, slots), kept_sizes.long())
+    starts, lengths = starts[..., :slots], lengths[..., :slots]
+    rank = sum((lengths < piece).int() for piece in PIECES) + (lengths == 0).int()
+    order = rank.sort(dim=-1, stable=True).indices
+    starts, lengths = starts.gather(-1, order), lengths.gather(-1, order)
+    starts = starts * (lengths > 0)
+    columns = [(lengths > 0).sum(-1), *((lengths // piece).sum(-1) for piece in PIECES)]
+    runs = torch.stack((starts, starts + lengths), dim=-1)
+    return KeptRuns(runs.int(), torch.stack(columns, dim=-1).int())
+
+
+def kept_keys(runs: Tensor, counts: Tensor, k_tokens: int) -> Tensor:
+    """Return who attends to which key, bool [B, H, C_q, N_k], from the tensors of a ``KeptRuns``."""
+    is_run = torch.arange(runs.shape[3], device=runs.device) < counts[..., :1]
+    starts, stops = (torch.where(is_run, edge, k_tokens).long() for edge in runs.unbind(-1))
+    steps = torch.zeros((*runs.shape[:3], k_tokens + 1), dtype=torch.int32, device=runs.device)
+    one = torch.ones_like(starts, dtype=torch.int32)
+    steps.scatter_add_(-1, starts, one).scatter_add_(-1, stops, -one)
+    return steps[..., :-1].cumsum(-1) > 0
 
 
 def max_tiles(tokens: int, clusters: int, block: int) -> int:
@@ -36,73 +90,26 @@ def max_tiles(tokens: int, clusters: int, block: int) -> int:
     return (tokens + clusters * (block - 1)) // block
 
 
-def max_pieces(tokens: int, clusters: int, piece: int) -> int:
-    """Return how many pieces any selection out of ``clusters`` key clusters can need: no list can overflow.
-
-    Two runs have a dropped cluster between them, so there are at most ceil(clusters / 2); each is rounded up.
-    """
-    return max_tiles(tokens, (clusters + 1) // 2, piece)
-
-
-def work_list_reference(
-    q_sizes: Tensor, k_sizes: Tensor, keep: Tensor, q_tokens: int, k_tokens: int, block_m: int, piece: int
-) -> WorkList:
-    """Return the tiles of queries and, per query cluster, the pieces of keys it attends to.
+def query_tiles_reference(q_sizes: Tensor, q_tokens: int, block_m: int) -> Tensor:
+    """Return the tiles of queries: (query cluster, first row, row after the last) of each.
 
     Args:
         q_sizes: int32 [B, H, C_q], tokens per query cluster; sums to q_tokens.
-        k_sizes: int32 [B, G, C_k], tokens per key cluster; sums to k_tokens.
-        keep: bool [B, H, C_q, C_k], True where query cluster i attends to key cluster j.
         q_tokens: queries per head.
-        k_tokens: keys per head, less than MAX_KEYS.
-        block_m: rows of a tile of queries.
-        piece: keys of a full piece, at most MAX_PIECE.
+        block_m: most rows of a tile.
 
     Returns:
-        The work list; ``tiles`` has ``max_tiles`` slots a head and ``pieces`` has ``max_pieces`` a query cluster.
-
-    Promises:
-        Every query row lies in exactly one tile, every kept key of a row in exactly one piece, dropped keys in none.
+        int32 [B, H, T, 3] with T = ``max_tiles``, cluster by cluster; every row lies in exactly one tile. Slots left
+        over are 0.
     """
-    batch, heads, q_clusters, k_clusters = keep.shape
-    repeats = heads // k_sizes.shape[1]
-    tiles = q_sizes.new_zeros((batch, heads, max_tiles(q_tokens, q_clusters, block_m), 3))
-    pieces = q_sizes.new_zeros((batch, heads, q_clusters, max_pieces(k_tokens, k_clusters, piece)))
-    counts = q_sizes.new_zeros((batch, heads, q_clusters, 2))
+    batch, heads, clusters = q_sizes.shape
+    tiles = q_sizes.new_zeros((batch, heads, max_tiles(q_tokens, clusters, block_m), 3))
     for b in range(batch):
         for h in range(heads):
-            rows = _tiles(q_sizes[b, h].tolist(), block_m)
-            tiles[b, h, : len(rows)] = tiles.new_tensor(rows).view(-1, 3)
-            for i in range(q_clusters):
-                full, ragged = _pieces(keep[b, h, i].repeat_interleave(k_sizes[b, h // repeats].long()), piece)
-                pieces[b, h, i, : len(full) + len(ragged)] = pieces.new_tensor(full + ragged)
-                counts[b, h, i] = counts.new_tensor([len(full), len(full) + len(ragged)])
-    return WorkList(tiles, pieces, counts)
-
-
-def _tiles(sizes: list[int], block: int) -> list[tuple[int, int, int]]:
-    """Return (cluster, first row, row after the last) of every tile of one head."""
-    tiles: list[tuple[int, int, int]] = []
-    end = 0
-    for cluster, size in enumerate(sizes):
-        start, end = end, end + size
-        tiles += [(cluster, row, min(row + block, end)) for row in range(start, end, block)]
+            end, slot = 0, 0
+            for cluster, size in enumerate(q_sizes[b, h].tolist()):
+                start, end = end, end + size
+                for row in range(start, end, block_m):
+                    tiles[b, h, slot] = tiles.new_tensor([cluster, row, min(row + block_m, end)])
+                    slot += 1
     return tiles
-
-
-def _pieces(kept: Tensor, piece: int) -> tuple[list[int], list[int]]:
-    """Return the full and the ragged pieces of the keys where ``kept`` [N_k] is True."""
-    full: list[int] = []
-    ragged: list[int] = []
-    for start, stop in runs(kept):
-        for key in range(start, stop, piece):
-            length = min(piece, stop - key)
-            (full if length == piece else ragged).append((key << LENGTH_BITS) + length)
-    return full, ragged
-
-
-def runs(kept: Tensor) -> list[tuple[int, int]]:
-    """Return the maximal ranges [start, stop) in which ``kept`` [N_k] is True."""
-    edges = torch.diff(kept.int(), prepend=kept.new_zeros(1).int(), append=kept.new_zeros(1).int())
-    starts, stops = ((edges == sign).nonzero().flatten().tolist() for sign in (1, -1))
-    return list(zip(starts, stops, strict=True))

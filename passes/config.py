@@ -11,6 +11,32 @@ MIN_AUTO_CLUSTERS = 16
 MAX_CLUSTERS = 1024
 
 
+def check_number(
+    name: str, value: object, low: float, high: float, advice: str, *, exclusive_low: bool = False
+) -> None:
+    """Raise ConfigError unless the option is a number in the range."""
+    bounds = f"{'(' if exclusive_low else '['}{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number in {bounds}, got {value!r}; {advice}")
+    if not low <= value <= high or (exclusive_low and value == low):
+        raise ConfigError(f"{name} must be in {bounds}, got {value}; {advice}")
+
+
+def check_integer(name: str, value: object, low: int, high: int | None, advice: str) -> None:
+    """Raise ConfigError unless the option is an integer in the range; ``high`` None is no limit."""
+    bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be an integer {bounds}, got {value!r}; {advice}")
+    if value < low or (high is not None and value > high):
+        raise ConfigError(f"{name} must be {bounds}, got {value}; {advice}")
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the option is one of the words."""
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class SparseConfig:
     """What is sparse, when, and how much is kept. Every field can change the picture."""
@@ -60,46 +86,27 @@ class SparseConfig:
         Raises:
             ConfigError: naming the option, its range, and the value given.
         """
-        self._number("top_p", 0, 1, "0.9 is a good start for Wan 2.1", exclusive_low=True)
-        self._number("min_keep_ratio", 0, 1, "0.1 is the paper's setting")
-        self._number("max_context_ratio", 0, 1, "0.5 is the default")
+        check_number("top_p", self.top_p, 0, 1, "0.9 is a good start for Wan 2.1", exclusive_low=True)
+        check_number("min_keep_ratio", self.min_keep_ratio, 0, 1, "0.1 is the paper's setting")
+        check_number("max_context_ratio", self.max_context_ratio, 0, 1, "0.5 is the default")
         for name in ("q_clusters", "k_clusters"):
             if getattr(self, name) != "auto":
-                self._integer(name, 1, MAX_CLUSTERS, 'or "auto", which scales with the sequence')
-        self._integer("kmeans_iters_init", 1, 1000, "10 is the default")
-        self._integer("kmeans_iters_step", 1, 1000, "2 is the paper's setting")
-        self._integer("dense_layers", 0, None, "1 is the default")
-        self._integer("min_tokens", 1, None, "4096 is the default")
-        self._integer("seed", 0, 2**31 - 1, "0 is the default")
+                check_integer(name, getattr(self, name), 1, MAX_CLUSTERS, 'or "auto", which scales with the sequence')
+        check_integer("kmeans_iters_init", self.kmeans_iters_init, 1, 1000, "10 is the default")
+        check_integer("kmeans_iters_step", self.kmeans_iters_step, 1, 1000, "2 is the paper's setting")
+        check_integer("dense_layers", self.dense_layers, 0, None, "1 is the default")
+        check_integer("min_tokens", self.min_tokens, 1, None, "4096 is the default")
+        check_integer("seed", self.seed, 0, 2**31 - 1, "0 is the default")
         if isinstance(self.dense_steps, float):
-            self._number("dense_steps", 0, 1, "as a float it is a share of all steps; use an int for a count")
+            advice = "as a float it is a share of all steps; use an int for a count"
+            check_number("dense_steps", self.dense_steps, 0, 1, advice)
         else:
-            self._integer("dense_steps", 0, None, "as an int it is a count; use a float in [0, 1] for a share")
-        self._choice("lowering", ("inductor", "eager", "tensorrt"))
+            advice = "as an int it is a count; use a float in [0, 1] for a share"
+            check_integer("dense_steps", self.dense_steps, 0, None, advice)
+        check_choice("lowering", self.lowering, ("inductor", "eager", "tensorrt"))
         if self.lowering == "tensorrt":
             raise ConfigError('lowering="tensorrt" is not available yet; use "inductor"')
-        self._choice("on_unsupported", ("dense", "error"))
-
-    def _number(self, name: str, low: float, high: float, advice: str, exclusive_low: bool = False) -> None:
-        value = getattr(self, name)
-        bounds = f"{'(' if exclusive_low else '['}{low}, {high}]"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{name} must be a number in {bounds}, got {value!r}; {advice}")
-        if not low <= value <= high or (exclusive_low and value == low):
-            raise ConfigError(f"{name} must be in {bounds}, got {value}; {advice}")
-
-    def _integer(self, name: str, low: int, high: int | None, advice: str) -> None:
-        value = getattr(self, name)
-        bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{name} must be an integer {bounds}, got {value!r}; {advice}")
-        if value < low or (high is not None and value > high):
-            raise ConfigError(f"{name} must be {bounds}, got {value}; {advice}")
-
-    def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        check_choice("on_unsupported", self.on_unsupported, ("dense", "error"))
 
     def clusters_for(self, tokens: int) -> tuple[int, int]:
         """Return the query and key cluster counts for a video sequence of ``tokens`` tokens."""

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from svg2_compile.kernels.select_blocks import STATISTICS
+
 Size = int | torch.SymInt
 
 
@@ -112,7 +114,7 @@ class AttentionSite:
             "q_calls": ((1,), torch.int32),
             "k_centroids": ((self.batch, self.k_heads, self.k_clusters, self.head_dim), torch.float32),
             "k_calls": ((1,), torch.int32),
-            "statistics": ((self.batch, self.q_heads, 4), torch.float32),
+            "statistics": ((self.batch, self.q_heads, self.q_clusters, len(STATISTICS)), torch.float32),
         }
         if self.has_mask:
             shapes["masked_video_keys"] = ((1,), torch.int64)

@@ -6,13 +6,14 @@ becomes, for a sequence of video rows only,
 
     q_labels = kmeans_(q, q_centroids, q_calls);         k_labels = kmeans_(k, k_centroids, k_calls)
     q_order, q_sizes = sort_labels(q_labels);            k_order, k_sizes = sort_labels(k_labels)
-    keep = select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, statistics)
+    runs, counts = select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, statistics)
     o, _ = block_sparse_attention(permute_tokens(q, q_order), permute_tokens(k, k_order), permute_tokens(v, k_order),
-                                  q_sizes, k_sizes, keep)
+                                  q_sizes, runs, counts)
     o = unpermute_tokens(o, q_order)
 
 With context rows, q, k and v are cut first; the context keys go to ``block_sparse_attention``, which always keeps them,
 the context queries attend to everything (``context_attention``), and the outputs are joined in the original order.
+What a ``KernelConfig`` asks for comes last in ``block_sparse_attention``; left to the defaults, nothing is added.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from svg2_compile.kernels import ops as _registers_the_ops  # noqa: F401
+from svg2_compile.kernels.launch import capability_of, padded_power_of_two
+from svg2_compile.kernels.tuning import attention_tiles
 from svg2_compile.passes.attach_state import StateNodes
 from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.kernel_config import TILES, KernelConfig
 from svg2_compile.passes.match import key_mask_of
 from svg2_compile.passes.nodes import emit, is_sdpa, sdpa_arguments, tensor_of
 from svg2_compile.passes.records import AttentionSite
@@ -34,14 +38,20 @@ from svg2_compile.passes.records import AttentionSite
 aten = torch.ops.aten
 
 
-def rewrite(gm: GraphModule, sites: Sequence[AttentionSite], config: SparseConfig, state: StateNodes) -> None:
+def rewrite(
+    gm: GraphModule,
+    sites: Sequence[AttentionSite],
+    config: SparseConfig,
+    kernel_config: KernelConfig,
+    state: StateNodes,
+) -> None:
     """Rewrite ``gm`` in place. The caller runs it inside the fake mode of the graph's example values."""
     attentions = [node for node in gm.graph.nodes if is_sdpa(node)]
     by_name = {node.name: node for node in gm.graph.nodes}
     for site in sites:
         node = attentions[site.index]
         with gm.graph.inserting_before(node):
-            replacement = _SiteRewriter(gm, site, config, state, node, by_name).sparse_attention()
+            replacement = _SiteRewriter(gm, site, config, kernel_config, state, node, by_name).sparse_attention()
         node.replace_all_uses_with(replacement)
         gm.graph.erase_node(node)
         by_name[site.node] = replacement
@@ -57,11 +67,13 @@ class _SiteRewriter:
         gm: GraphModule,
         site: AttentionSite,
         config: SparseConfig,
+        kernel_config: KernelConfig,
         state: StateNodes,
         node: Node,
         by_name: dict[str, Node],
     ) -> None:
-        self.gm, self.site, self.config, self.node, self.by_name = gm, site, config, node, by_name
+        self.gm, self.site, self.node, self.by_name = gm, site, node, by_name
+        self.config, self.kernel_config = config, kernel_config
         self.state = {name: tensor for (index, name), tensor in state.items() if index == site.index}
         self.call = sdpa_arguments(node)
         self.mask = None if self.call.attn_mask is None else key_mask_of(self.call.attn_mask)
@@ -117,7 +129,7 @@ class _SiteRewriter:
     def video_attention(self, q: Any, k: Any, v: Any, context_k: Any, context_v: Any, context_mask: Any) -> Any:
         q_order, q_sizes = self.cluster(q, "q", self.site.q_clusters)
         k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters)
-        keep = self.emit(
+        selection = self.emit(
             torch.ops.svg2.select_blocks.default,
             self.state["q_centroids"],
             self.state["k_centroids"],
@@ -135,15 +147,37 @@ class _SiteRewriter:
             self.emit(permute, k, k_order),
             self.emit(permute, v, k_order),
             q_sizes,
-            k_sizes,
-            keep,
+            self.emit(operator.getitem, selection, 0),
+            self.emit(operator.getitem, selection, 1),
             context_k,
             context_v,
             context_mask,
             None,
             self.scale,
+            *self.kernel_arguments(),
         )
         return self.emit(torch.ops.svg2.unpermute_tokens.default, self.emit(operator.getitem, attention, 0), q_order)
+
+    def kernel_arguments(self) -> list[Any]:
+        """Return the last arguments of the attention, up to the last one that is not the default."""
+        arguments = [self.kernel_config.attention, self.tiles(), self.kernel_config.autotune]
+        defaults = ["auto", None, False]
+        while arguments and arguments[-1] == defaults[len(arguments) - 1]:
+            arguments.pop()
+        return arguments
+
+    def tiles(self) -> list[int] | None:
+        """Return the tiles asked for, the tuned ones where only some numbers are, or None."""
+        given = self.kernel_config.given_tiles
+        if not given:
+            return None
+        tuned = attention_tiles(
+            capability_of(self.site.device),
+            padded_power_of_two(self.site.head_dim),
+            self.site.dtype,
+            self.kernel_config.attention,
+        )
+        return [given.get(name, getattr(tuned, name)) for name in TILES]
 
     def cluster(self, x: Any, side: str, clusters: int) -> tuple[Any, Any]:
         labels = self.emit(

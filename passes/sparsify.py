@@ -22,6 +22,7 @@ from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.errors import InternalError, UnsupportedError
 from svg2_compile.passes.fuse import fuse
+from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.match import match
 from svg2_compile.passes.nodes import tensor_of
 from svg2_compile.passes.records import AttentionSite, Rejection, StateSpec
@@ -65,7 +66,11 @@ class Sparsified:
 
 
 def sparsify(
-    gm: GraphModule, config: SparseConfig | None = None, *, state: Literal["inputs", "buffers"] = "inputs"
+    gm: GraphModule,
+    config: SparseConfig | None = None,
+    kernel_config: KernelConfig | None = None,
+    *,
+    state: Literal["inputs", "buffers"] = "inputs",
 ) -> Sparsified:
     """Make the long self-attention of a graph sparse (SVG2, arXiv 2505.18875, sections 4.1 to 4.3).
 
@@ -75,6 +80,7 @@ def sparsify(
     Args:
         gm: a Dynamo-level graph, or an exported one; nodes carry ``meta["example_value"]`` or ``meta["val"]``.
         config: what to keep; the defaults if absent.
+        kernel_config: which kernels run; the defaults if absent.
         state: ``inputs`` appends the state tensors to the graph's inputs (pass zeros at first, the same tensors at
             every step, per CFG branch); ``buffers`` registers them on the graph, for ``torch.export``.
 
@@ -85,9 +91,9 @@ def sparsify(
         UnsupportedError: a long self-attention must stay dense and ``config.on_unsupported`` is ``"error"``.
 
     Promises:
-        ``gm`` is not changed; nothing global is touched; the same graph and config give the same result.
+        ``gm`` is not changed; nothing global is touched; the same graph and configs give the same result.
     """
-    config = config or SparseConfig()
+    config, kernel_config = config or SparseConfig(), kernel_config or KernelConfig()
     timings: dict[str, float] = {}
     work = clone(gm)
 
@@ -115,7 +121,7 @@ def sparsify(
         attach = attach_inputs if state == "inputs" else attach_buffers
         nodes = run("attach_state", lambda: attach(work, sites, fake_mode))
         with fake_mode:
-            run("rewrite", lambda: rewrite(work, sites, config, nodes))
+            run("rewrite", lambda: rewrite(work, sites, config, kernel_config, nodes))
             run("fuse", lambda: fuse(work))
         run("verify", lambda: verify(work, before, sites))
         dump_graph(work, "sparse")

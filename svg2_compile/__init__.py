@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from svg2_compile.options import configure
     from svg2_compile.passes.config import SparseConfig
     from svg2_compile.passes.errors import ConfigError, InternalError, UnsupportedError
+    from svg2_compile.passes.kernel_config import KernelConfig
     from svg2_compile.passes.sparsify import sparsify
     from svg2_compile.region import reset
     from svg2_compile.reporting import explain, report
@@ -23,6 +24,7 @@ _HOMES = {
     "denoise_step": "clock",
     "configure": "options",
     "SparseConfig": "passes.config",
+    "KernelConfig": "passes.kernel_config",
     "ConfigError": "passes.errors",
     "InternalError": "passes.errors",
     "UnsupportedError": "passes.errors",
@@ -35,6 +37,7 @@ _HOMES = {
 __all__ = [
     "ConfigError",
     "InternalError",
+    "KernelConfig",
     "SparseConfig",
     "UnsupportedError",
     "configure",

@@ -43,17 +43,18 @@ def svg2_backend(
     Args:
         gm: the graph that Dynamo traced.
         example_inputs: its inputs.
-        options: fields of ``SparseConfig``, bare or prefixed with ``svg2.``, and Inductor's options.
+        options: fields of ``SparseConfig`` and ``KernelConfig``, bare or prefixed with ``svg2.``, and Inductor's own.
         mode: a mode of ``torch.compile``, for Inductor.
 
     Raises:
         ConfigError: an option is unknown or out of range.
         UnsupportedError: an attention cannot be sparse and ``on_unsupported="error"``.
     """
-    config, inductor_options = split_options(options, mode)
+    ours, inductor_options = split_options(options, mode)
+    config = ours.sparse
     compiled = what_is_compiled()
     # one graph with all layers leaves the first ones out; layers that share a graph are told apart when they run
-    plan = sparsify(gm, dataclasses.replace(config, dense_layers=0) if compiled.is_repeated else config)
+    plan = sparsify(gm, dataclasses.replace(config, dense_layers=0) if compiled.is_repeated else config, ours.kernel)
     _announce(plan)
     lower = _lowering(config, inductor_options)
     # a layer's argument of that name is an embedding; only a model's own is the noise level

@@ -51,7 +51,7 @@ def doctor(
     clusters: Annotated[int, typer.Option(help="Clusters per head, the larger of queries and keys.", min=1)] = 500,
     tokens: Annotated[int, typer.Option(help="Tokens of the sequence.", min=1)] = 75_600,
 ) -> None:
-    """Show which implementation of every op runs here, why not Triton, and what the machine is."""
+    """Show which implementation of every op runs here, why not a faster one, and what the machine is."""
     from rich.console import Console
 
     from svg2_compile.doctor import DTYPES, Workload, default_device, diagnose, print_diagnosis

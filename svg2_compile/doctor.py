@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from svg2_compile.environment import describe_environment
-from svg2_compile.kernels.launch import MIN_CAPABILITY, TRITON_LIMITS, why_not_gluon, why_not_triton
+from svg2_compile.kernels.launch import MIN_CAPABILITY, TRITON_LIMITS, choose_attention, why_not_triton
 
 # Text rows attend densely, with PyTorch's fused attention on any device.
 FUSED_OPS = {"context_attention": "sdpa"}
@@ -39,11 +40,10 @@ class Choice:
 
     op: str
     implementation: str
-    """``gluon``, ``triton``, ``cpu``, ``sdpa``, or ``reference``, plain PyTorch for where nothing faster fits."""
-    why_not_triton: str | None
-    """None where Triton or Gluon runs, and where there is no Triton kernel to miss."""
-    why_not_gluon: str | None = None
-    """None where Gluon runs, where Triton does not either, and where there is no Gluon kernel to miss."""
+    """``triton``, or for attention ``gluon``, ``descriptor`` or ``pointer``; ``cpu``, ``sdpa``, or ``reference``, plain
+    PyTorch for where nothing faster fits."""
+    why_not: Mapping[str, str]
+    """The reason against each faster implementation that there is, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +65,20 @@ def default_device(name: str = "auto") -> torch.device:
 def diagnose(workload: Workload) -> Diagnosis:
     """Return what would run for ``workload``, by the predicate that dispatch uses, and what to know about it."""
     choices = [_choose(op, workload) for op in TRITON_LIMITS]
-    choices += [Choice(op, implementation, None) for op, implementation in FUSED_OPS.items()]
+    choices += [Choice(op, implementation, {}) for op, implementation in FUSED_OPS.items()]
     return Diagnosis(_environment(workload.device), choices, _warnings(workload, choices))
 
 
 def _choose(op: str, workload: Workload) -> Choice:
-    dtype = _dtype_seen_by(op, workload.dtype)
-    reason = why_not_triton(
-        op, workload.device, dtype, dim=workload.dim, clusters=workload.clusters, keys=workload.tokens
-    )
-    fallback = "reference" if workload.device.type == "cuda" else "cpu"
-    if reason or op != "block_sparse_attention":
-        return Choice(op, fallback if reason else "triton", reason)
-    no_gluon = why_not_gluon(workload.device, dtype, dim=workload.dim, rows=workload.tokens)
-    return Choice(op, "triton" if no_gluon else "gluon", None, no_gluon)
+    device, dtype = workload.device, _dtype_seen_by(op, workload.dtype)
+    dim, clusters, keys = workload.dim, workload.clusters, workload.tokens
+    fallback = "reference" if device.type == "cuda" else "cpu"
+    if op == "block_sparse_attention":
+        attention = choose_attention(device, dtype, dim=dim, clusters=clusters, keys=keys, rows=keys)
+        is_fast = attention.implementation != "reference"
+        return Choice(op, attention.implementation if is_fast else fallback, attention.why_not)
+    reason = why_not_triton(op, device, dtype, dim=dim, clusters=clusters, keys=keys)
+    return Choice(op, fallback, {"triton": reason}) if reason else Choice(op, "triton", {})
 
 
 def _dtype_seen_by(op: str, dtype: torch.dtype) -> torch.dtype:
@@ -131,11 +131,19 @@ def _warnings(workload: Workload, choices: list[Choice]) -> list[str]:
     return found
 
 
+def reasons_in_words(why_not: Mapping[str, str]) -> str:
+    """Return one line per reason, after the names of those that it keeps from running."""
+    names: dict[str, list[str]] = {}
+    for name, reason in why_not.items():
+        names.setdefault(reason, []).append(name)
+    return "\n".join(f"{', '.join(held)}: {reason}" for reason, held in names.items()) or "–"
+
+
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     """Print the two tables and the warnings."""
-    ops = Table("op", "runs", "why not triton", "why not gluon", title="Implementations")
+    ops = Table("op", "runs", "why not", title="Implementations")
     for choice in diagnosis.choices:
-        ops.add_row(choice.op, choice.implementation, choice.why_not_triton or "–", choice.why_not_gluon or "–")
+        ops.add_row(choice.op, choice.implementation, reasons_in_words(choice.why_not))
     environment = Table("what", "is", title="Environment")
     for name, value in diagnosis.environment.items():
         environment.add_row(name, value)

@@ -33,7 +33,13 @@ TINY_OPTIONS: dict[str, Any] = {
 """What suits the tiny Wan: the automatic 16 and 55 clusters of 8192 tokens are too coarse, and more iterations gain
 nothing (docs/measurements.md)."""
 
-CLUSTERING_OPS = ("svg2::kmeans_", "svg2::sort_labels", "svg2::permute_tokens", "svg2::select_blocks")
+CLUSTERING_OPS = (
+    "svg2::cluster_tokens_",
+    "svg2::kmeans_",
+    "svg2::sort_labels",
+    "svg2::permute_tokens",
+    "svg2::select_blocks",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,45 @@
-"""From ``torch.compile(options=...)`` to a ``SparseConfig`` and Inductor's own options."""
+"""From ``torch.compile(options=...)`` to our two configs and Inductor's own options."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch._inductor.config
 from torch._inductor import list_mode_options
 
-from svg2_compile.passes.config import FIELD_NAMES, SparseConfig
+from svg2_compile.passes import config, kernel_config
+from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.errors import ConfigError
+from svg2_compile.passes.kernel_config import KernelConfig
 
 PREFIX = "svg2."
+FIELD_NAMES = (*config.FIELD_NAMES, *kernel_config.FIELD_NAMES)
 
-_defaults = SparseConfig()
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Everything that a user can choose, besides Inductor's own options."""
+
+    sparse: SparseConfig = field(default_factory=SparseConfig)
+    """What can change the picture."""
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    """What can only change the time."""
+
+    def replace(self, changes: Mapping[str, Any]) -> Options:
+        """Return the options with other values of some fields of either config."""
+        sparse, kernel = (
+            {name: changes[name] for name in names if name in changes}
+            for names in (config.FIELD_NAMES, kernel_config.FIELD_NAMES)
+        )
+        return Options(dataclasses.replace(self.sparse, **sparse), dataclasses.replace(self.kernel, **kernel))
+
+
+_defaults = Options()
 
 
 class configure:  # reads as a function, and as a context manager
@@ -24,7 +48,7 @@ class configure:  # reads as a function, and as a context manager
     Needed where ``options`` cannot be given, as with ``torch.compile(mode="reduce-overhead", backend="svg2")``.
 
     Args:
-        **fields: fields of ``SparseConfig``.
+        **fields: fields of ``SparseConfig`` and ``KernelConfig``.
 
     Raises:
         ConfigError: a field is unknown or out of range; nothing is changed then.
@@ -34,11 +58,11 @@ class configure:  # reads as a function, and as a context manager
         global _defaults
         for name in fields:
             if name not in FIELD_NAMES:
-                raise ConfigError(_unknown(name, FIELD_NAMES))
+                raise ConfigError(_unknown(name))
         self._previous = _defaults
-        _defaults = dataclasses.replace(_defaults, **fields)
+        _defaults = _defaults.replace(fields)
 
-    def __enter__(self) -> SparseConfig:
+    def __enter__(self) -> Options:
         """Return the defaults in force."""
         return _defaults
 
@@ -50,16 +74,17 @@ class configure:  # reads as a function, and as a context manager
         _defaults = self._previous
 
 
-def current_defaults() -> SparseConfig:
+def current_defaults() -> Options:
     """Return the options in force where none are given."""
     return _defaults
 
 
-def split_options(options: dict[str, Any] | None, mode: str | None = None) -> tuple[SparseConfig, dict[str, Any]]:
-    """Return our config and the options that are Inductor's.
+def split_options(options: dict[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:
+    """Return our options and those that are Inductor's.
 
     Args:
-        options: field names of ``SparseConfig``, bare or with the prefix ``svg2.``; every other key is Inductor's.
+        options: field names of ``SparseConfig`` and ``KernelConfig``, bare or with the prefix ``svg2.``; every other
+            key is Inductor's.
         mode: a mode of ``torch.compile``; its Inductor options are added under the given ones.
 
     Raises:
@@ -72,17 +97,18 @@ def split_options(options: dict[str, Any] | None, mode: str | None = None) -> tu
         if name in FIELD_NAMES:
             ours[name] = value
         elif key.startswith(PREFIX) or not _is_inductors(key):
-            raise ConfigError(_unknown(key, FIELD_NAMES))
+            raise ConfigError(_unknown(key))
         else:
             inductors[key] = value
-    return dataclasses.replace(_defaults, **ours), inductors
+    return _defaults.replace(ours), inductors
 
 
 def _is_inductors(key: str) -> bool:
     return key.replace("-", "_") in torch._inductor.config.get_config_copy()
 
 
-def _unknown(key: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(key.removeprefix(PREFIX), known, n=1)
-    advice = f"did you mean {close[0]!r}?" if close else f"known options are {', '.join(known)}, and Inductor's own"
+def _unknown(key: str) -> str:
+    close = difflib.get_close_matches(key.removeprefix(PREFIX), FIELD_NAMES, n=1)
+    known = f"known options are {', '.join(FIELD_NAMES)}, and Inductor's own"
+    advice = f"did you mean {close[0]!r}?" if close else known
     return f"unknown option {key!r}; {advice}"

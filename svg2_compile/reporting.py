@@ -40,7 +40,10 @@ class SiteReport:
     """Share of the attention mass, estimated from the centroids, that the kept pairs hold."""
 
     lowest_kept_mass: float | None
-    """The same for the query cluster that kept least, averaged over calls and heads."""
+    """The same for the query cluster that kept least on average, averaged over heads."""
+
+    k_padding: float | None
+    """Keys multiplied over keys kept, in tiles of 128 made of pieces of 16; 1 is no padding."""
 
     density_per_head: tuple[float, ...]
     sparse_calls: int
@@ -79,9 +82,15 @@ class Report:
         """Mean kept mass of the sparse calls."""
         return _mean((site.kept_mass, site.sparse_calls) for site in self.sparse_sites)
 
+    @property
+    def k_padding(self) -> float | None:
+        """Mean of keys multiplied over keys kept in the sparse calls."""
+        return _mean((site.k_padding, site.sparse_calls) for site in self.sparse_sites)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
-        totals = {name: getattr(self, name) for name in ("density", "density_with_dense_calls", "kept_mass")}
+        names = ("density", "density_with_dense_calls", "kept_mass", "k_padding")
+        totals = {name: getattr(self, name) for name in names}
         return {**asdict(self), **totals}
 
     def __str__(self) -> str:
@@ -100,7 +109,7 @@ class Report:
         lines.append(
             f"{sparse} attentions sparse, {len(self.sites) - sparse} dense; density {_percent(self.density) or '-'} in "
             f"sparse calls, {_percent(self.density_with_dense_calls) or '-'} with the dense ones; kept mass "
-            f"{_percent(self.kept_mass) or '-'}; state {self.state_mib:.1f} MiB"
+            f"{_percent(self.kept_mass) or '-'}; key padding {_factor(self.k_padding)}; state {self.state_mib:.1f} MiB"
         )
         hints = dict.fromkeys(f"{site.plan}: {site.hint}" for site in self.sites if site.hint)
         lines += [f"hint: {hint}" for hint in hints]
@@ -155,10 +164,10 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
         One entry per attention; densities are unknown before a run.
     """
     sites: list[SiteReport] = []
-    config = current_defaults()
+    options = current_defaults()
 
     def describe(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        found = sparsify(gm, config)
+        found = sparsify(gm, options.sparse, options.kernel)
         compiled = what_is_compiled()
         modules = {id(module): name for name, module in model.named_modules()}
         prefix = modules.get(id(compiled.root), "")
@@ -214,13 +223,15 @@ class _Row:
     def describe(self, path: str) -> SiteReport:
         if isinstance(self.decision, Rejection):
             reason, hint = self.decision.reason, self.decision.hint
-            return SiteReport(path, "", reason, hint, False, None, None, None, (), 0, 0, 0)
+            return SiteReport(path, "", reason, hint, False, None, None, None, None, (), 0, 0, 0)
         site, states = self.decision, self.states
         context = f" + {site.context_tokens} context" if len(site.segments) > 1 else ""
-        statistics = torch.zeros(site.q_heads, len(STATISTICS), dtype=torch.float64)
+        statistics = torch.zeros(site.q_heads, site.q_clusters, len(STATISTICS), dtype=torch.float64)
         for state in states:
             statistics += state.tensors["statistics"].double().sum(dim=0).cpu()
-        calls, densities, masses, least = statistics.unbind(-1)
+        calls, _, _, own_masses, _ = statistics.unbind(-1)
+        least = own_masses.amin(-1)  # [H]; every query cluster has been called as often
+        calls, densities, masses, _, issued = (calls[:, 0], *statistics.sum(1).unbind(-1)[1:])
         ran = bool(calls.sum() > 0)
         return SiteReport(
             path=path,
@@ -231,6 +242,7 @@ class _Row:
             density=float(densities.sum() / calls.sum()) if ran else None,
             kept_mass=float(masses.sum() / calls.sum()) if ran else None,
             lowest_kept_mass=float(least.sum() / calls.sum()) if ran else None,
+            k_padding=float(issued.sum() / densities.sum()) if ran else None,
             density_per_head=tuple((densities / calls).tolist()) if ran else (),
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
@@ -248,6 +260,10 @@ def _join(prefix: str, path: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}%"
+
+
+def _factor(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:

@@ -385,6 +385,28 @@ def test_prefixed_and_inductor_options_mix():
     assert svg2_compile.report(compiled).sparse_sites
 
 
+def test_options_for_kernels_reach_the_attention_through_inductor():
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(1, 2, 128, 16, generator=torch.Generator().manual_seed(0))
+    options, outputs = SPARSE | {"dense_steps": 0}, []
+    for extra, told in (
+        ({}, ()),
+        ({"svg2.attention": "pointer", "num_stages": 5}, ("pointer", [32, 32, 4, 5])),
+        ({"autotune": True}, ("auto", None, True)),
+    ):
+        compiled = compile_model(Block(), options | extra)
+        outputs.append(compiled(x))
+        (region,) = (each for each in Region.instances if each.sparse_calls)
+        (attention,) = (node for node in region.plan.gm.graph.nodes if "block_sparse" in str(node.target))
+        assert attention.args[11:] == told
+        svg2_compile.reset()
+    # the CPU has one attention and takes no notice
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
 def test_configure_gives_defaults_where_options_cannot_be_given():
     with svg2_compile.configure(**FULL):
         compiled = torch.compile(wan(), backend="svg2", mode="reduce-overhead")

@@ -64,7 +64,6 @@ def test_a_failing_test_is_red(module, monkeypatch, tmp_path):
 
 def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(module, monkeypatch, capsys):
     from svg2_compile.kernels.tuning import AttentionTiles
-    from svg2_compile.kernels.work_list import work_list_reference
 
     gpu_kernels = module("gpu_kernels")
 
@@ -73,21 +72,20 @@ def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(mod
         function()
         return 2.0 if getattr(function, "func", None) is torch.ops.svg2.block_sparse_attention else 1.0
 
-    def work_list(plan, keep, tiles):
-        return work_list_reference(plan.q_sizes, plan.k_sizes, keep, 300, 300, tiles.block_m, tiles.piece).counts
-
+    tiles = AttentionTiles(128, 64, 16, 8, 3)
     monkeypatch.setattr(gpu_kernels, "median_ms", call_once)
+    monkeypatch.setattr(gpu_kernels, "attempt", call_once)
     monkeypatch.setattr(gpu_kernels, "dense_ms", lambda *tensors: {"cuDNN": 1.0, "flash": "failed: for a test"})
-    monkeypatch.setattr(gpu_kernels, "tiles_for", lambda dim: AttentionTiles(128, 64, 16, 8, 3))
-    monkeypatch.setattr(gpu_kernels, "make_work_list", work_list)
+    monkeypatch.setattr(gpu_kernels, "implementations", lambda dim: {"descriptor": tiles, "pointer": tiles})
     shape = gpu_kernels.Shape("Wan 14B 720p", 2, 300, 128, ((3, 10),))
     result = gpu_kernels.measure(shape, 2, (0.4,), 1.0, device="cpu")
     json.dumps(result)
     (overhead,), (attention,) = result["overhead"], result["attention"]
-    # Two sorts, two permutations, selection, list, and k-means of q and k, 1 ms each.
-    assert overhead["percent_of_dense"] == {1: 800.0, 2: 800.0}
+    # Clustering and selection, 1 ms each.
+    assert overhead["percent_of_dense"] == {1: 200.0, 2: 200.0}
+    assert attention["other_ms"] == {"pointer": 2.0}
     assert overhead["verdicts"][2] == "below gate (5/3/2.3)"
-    assert attention["eps_sel"] == pytest.approx(attention["density"])
+    assert attention["eps_sel"] == pytest.approx(attention["density"] / 2)
     assert attention["eps_tile"] > attention["eps_sel"]
     assert attention["speedup"] == 0.5
     assert "failed: for a test" in capsys.readouterr().out
@@ -115,15 +113,17 @@ def test_random_blocks_reach_the_density(module):
 
 
 def test_issued_pairs_are_counted_tile_by_tile(module):
-    from svg2_compile.kernels.work_list import work_list_reference
+    from svg2_compile.kernels.work_list import kept_runs_reference
 
     costs = module("plan_costs")
     q_sizes = torch.tensor([[[130, 0, 70]]], dtype=torch.int32)
     k_sizes = torch.tensor([[[40, 10, 150]]], dtype=torch.int32)
     keep = torch.tensor([[[[True, False, True], [True, True, True], [False, True, False]]]])
-    counts = work_list_reference(q_sizes, k_sizes, keep, 200, 200, 128, 16).counts
-    # 40 and 150 keys are 2 + 9 full pieces and 2 ragged ones: 2 full tiles, 5 pieces in 2 more; 10 keys are one tile.
+    counts = kept_runs_reference(keep, k_sizes).counts
+    # 40 and 150 keys are 2 + 9 full pieces of 16 and 2 shorter ones; all 200 are 12 and one; 10 keys are one.
     assert costs.key_tiles(counts, 64, 16)[0, 0].tolist() == [4, 4, 1]
+    # Of 64: 0 + 2 full ones and 2 shorter ones; 3 and one; one.
+    assert costs.key_tiles(counts, 64, 64)[0, 0].tolist() == [4, 4, 1]
     assert costs.issued_pairs(q_sizes, counts, 128, 64, 16) == 128 * 64 * (2 * 4 + 1)
     assert costs.selected_pairs(q_sizes, k_sizes, keep) == 130 * 190 + 70 * 10
 
@@ -155,14 +155,15 @@ def test_a_wave_reads_once_what_any_of_its_tiles_keeps(module):
     assert simulator.wave_keys(simulator.Machine(128, 64, 16, 3), q_tiles, k_sizes, keep) == 16
 
 
-def test_keeping_everything_in_whole_tiles_pads_nothing(module):
+def test_keeping_everything_pads_only_the_last_tiles(module):
     simulator = module("planning_simulator")
-    sizes = torch.full((1, 2, 2), 128, dtype=torch.int32)
+    sizes = torch.full((1, 2, 2), 120, dtype=torch.int32)
     selection = simulator.Selection("a model", 2, 64, sizes, sizes, torch.ones(1, 2, 2, 2, dtype=torch.bool))
     cells = [cell.strip() for cell in simulator.row(simulator.Machine(128, 64, 16, 4), selection).split("|")[1:-1]]
-    assert cells[:8] == ["a model", "2 / 2", "1.000", "1.000 pass", "1.000", "1.000", "1", "1.000 pass"]
-    # 2 heads, 2 tiles, 256 keys of 64 numbers of 2 bytes, K and V; from afar K, V, Q and the result once.
-    assert cells[8:10] == [f"{2 * 2 * 256 * 256 / 1e9:.3g}", f"{2 * 2 * 256 * 256 / 1e9:.3g}"]
+    # 240 keys are 15 pieces of 16 and an empty one, 4 tiles of 64; 120 queries are a tile of 128.
+    assert cells[:8] == ["a model", "2 / 2", "1.000", "1.067 pass", "1.067", "1.067", "1", "1.000 pass"]
+    # 2 heads, 2 tiles, 240 keys of 64 numbers of 2 bytes, K and V; from afar K, V, Q and the result once.
+    assert cells[8:10] == [f"{2 * 2 * 240 * 256 / 1e9:.3g}", f"{2 * 2 * 240 * 256 / 1e9:.3g}"]
 
 
 def test_a_table_replaces_the_one_between_its_markers(module, tmp_path):

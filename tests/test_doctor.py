@@ -22,19 +22,25 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(launch, "_triton_is_installed", lambda: True)
-    monkeypatch.setattr(launch, "_why_no_gluon_module", lambda: None)
+    monkeypatch.setattr(launch, "_why_no_module", lambda name: None)
     monkeypatch.setattr(doctor, "_driver", lambda: "1.2")
 
 
 def test_every_op_is_in_the_table():
-    modules = set(ops.__all__) - {"kmeans", "permute"} | {"kmeans_", "permute_tokens"}
+    modules = set(ops.__all__) - {"cluster_tokens", "kmeans", "permute"} | {
+        "cluster_tokens_",
+        "kmeans_",
+        "permute_tokens",
+    }
     assert set(choices(device=torch.device("cpu"))) == modules
 
 
 def test_nothing_is_triton_on_a_cpu():
     found = choices(device=torch.device("cpu"))
     assert {choice.implementation for choice in found.values()} == {"cpu", "sdpa"}
-    assert found["kmeans_"].why_not_triton == "no kernel for the cpu"
+    assert found["kmeans_"].why_not == {"triton": "no kernel for the cpu"}
+    assert found["block_sparse_attention"].why_not == dict.fromkeys(launch.ATTENTIONS, "no kernel for the cpu")
+    assert found["context_attention"].why_not == {}
 
 
 def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
@@ -42,65 +48,93 @@ def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
     assert found.pop("context_attention").implementation == "sdpa"
     assert found.pop("block_sparse_attention").implementation == "gluon"
     assert {choice.implementation for choice in found.values()} == {"triton"}
+    assert not any(choice.why_not for choice in found.values())
 
 
 @pytest.mark.parametrize(
     ("changes", "slow"),
     [
-        ({"dim": 257}, {"kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"}),
-        ({"clusters": 1025}, {"kmeans_", "sort_labels", "select_blocks", "block_sparse_attention"}),
-        ({"tokens": 2**26}, {"block_sparse_attention"}),
-        ({"tokens": 2**26 - 1, "dim": 256, "clusters": 1024}, set()),
+        ({"dim": 257}, {"cluster_tokens_", "kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"}),
+        ({"clusters": 1025}, {"cluster_tokens_", "kmeans_", "sort_labels", "select_blocks", "block_sparse_attention"}),
+        ({"tokens": 2**31}, {"block_sparse_attention"}),
+        ({"tokens": 2**31 - 2, "dim": 256, "clusters": 1024}, set()),
         (
             {"dtype": torch.float64},
-            {"kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"},
+            {"cluster_tokens_", "kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"},
         ),
     ],
 )
 def test_the_limits_are_named_op_by_op(hopper, changes, slow):
     found = choices(**changes)
     assert {op for op, choice in found.items() if choice.implementation == "reference"} == slow
-    assert all(found[op].why_not_triton for op in slow)
+    assert all(found[op].why_not for op in slow)
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "runs", "reasons"),
     [
-        ({"dim": 80}, "head dimension: 64 or 128, got 80"),
-        ({"dtype": torch.float32}, "float32 has no Gluon kernel"),
+        ({"dim": 80}, "pointer", {"gluon": "head dimension: 64 or 128, got 80"}),
+        ({"dtype": torch.float32}, "pointer", {"gluon": "float32 has no Gluon kernel"}),
+        ({"dim": 100}, "pointer", {"gluon": "head dimension: 64 or 128, got 100"}),
     ],
+    ids=str,
 )
-def test_what_gluon_cannot_take_is_triton_with_a_reason(hopper, changes, reason):
+def test_the_fastest_attention_that_can_runs_with_a_reason_against_each_faster_one(hopper, changes, runs, reasons):
     choice = choices(**changes)["block_sparse_attention"]
-    assert (choice.implementation, choice.why_not_gluon) == ("triton", reason)
+    assert (choice.implementation, choice.why_not) == (runs, reasons)
 
 
-def test_other_gpus_and_other_versions_of_gluon_get_triton(hopper, monkeypatch):
-    monkeypatch.setattr(launch, "_why_no_gluon_module", lambda: "this Triton has another Gluon")
-    assert choices()["block_sparse_attention"].why_not_gluon == "this Triton has another Gluon"
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((8, 0), "pointer"), ((8, 9), "pointer"), ((9, 0), "gluon"), ((10, 0), "descriptor"), ((12, 0), "descriptor")],
+)
+def test_every_generation_has_its_fastest_attention(hopper, capability, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    choice = choices()["block_sparse_attention"]
+    assert choice.implementation == runs
+    old = f"compute capability 9.0 or newer is needed, the GPU has {capability[0]}.{capability[1]}"
+    made_for_hopper = {} if runs == "gluon" else {"gluon": "made for compute capability 9.0"}
+    assert choice.why_not == made_for_hopper | ({"descriptor": old} if runs == "pointer" else {})
+
+
+def test_a_module_that_does_not_go_with_this_triton_is_passed_over(hopper, monkeypatch):
+    reason = "it does not go with this Triton"
+    monkeypatch.setattr(launch, "_why_no_module", lambda name: reason if name.endswith("_gluon") else None)
+    choice = choices()["block_sparse_attention"]
+    assert (choice.implementation, choice.why_not) == ("pointer", {"gluon": reason})
+    monkeypatch.setattr(launch, "_why_no_module", lambda name: reason)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert choices()["block_sparse_attention"].why_not_gluon == "made for compute capability 9.0"
+    choice = choices()["block_sparse_attention"]
+    assert choice.implementation == "pointer"
+    assert choice.why_not == {"gluon": "made for compute capability 9.0", "descriptor": reason}
 
 
 def test_an_old_gpu_and_a_missing_triton_are_named(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0" in choices()["sort_labels"].why_not_triton
+    assert "8.0" in choices()["sort_labels"].why_not["triton"]
+    assert set(choices()["block_sparse_attention"].why_not) == set(launch.ATTENTIONS)
     monkeypatch.setattr(launch, "_triton_is_installed", lambda: False)
-    assert choices()["sort_labels"].why_not_triton == "triton is not installed"
+    assert choices()["sort_labels"].why_not == {"triton": "triton is not installed"}
+
+
+def test_a_reason_is_printed_once_for_all_that_it_holds_back():
+    words = doctor.reasons_in_words({"gluon": "too old", "descriptor": "too old", "pointer": "too new"})
+    assert words == "gluon, descriptor: too old\npointer: too new"
+    assert doctor.reasons_in_words({}) == "–"
 
 
 def test_dispatch_asks_the_same_predicate(monkeypatch):
-    from svg2_compile.kernels import block_sparse_attention, kmeans, permute, select_blocks, sort_labels
+    from svg2_compile.kernels import block_sparse_attention, cluster_tokens, kmeans, permute, select_blocks, sort_labels
 
-    for module in (block_sparse_attention, kmeans, permute, select_blocks, sort_labels):
+    for module in (cluster_tokens, kmeans, permute, select_blocks, sort_labels):
         assert module.why_not_triton is doctor.why_not_triton
-    assert block_sparse_attention.why_not_gluon is doctor.why_not_gluon
+    assert doctor.choose_attention is launch.choose_attention is block_sparse_attention.choose_attention
 
 
 def test_the_command_prints_ops_versions_and_warnings():
     result = CliRunner().invoke(app, ["doctor", "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    for word in ("kmeans_", "context_attention", "torch", "diffusers", "warning"):
+    for word in ("kmeans_", "context_attention", "torch", "diffusers", "warning", "no kernel for the cpu"):
         assert word in result.output
 
 

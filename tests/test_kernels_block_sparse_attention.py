@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
+from svg2_compile.kernels.work_list import kept_runs_reference
 
 PROPERTY = settings(max_examples=50, deadline=None)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -17,7 +18,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Arguments of the op."""
+    """Arguments of the op, the runs as the key clusters that are kept."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -25,6 +26,8 @@ class Case:
     q_sizes: torch.Tensor
     k_sizes: torch.Tensor
     keep: torch.Tensor
+    runs: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
     context_k: torch.Tensor | None = None
     context_v: torch.Tensor | None = None
     context_mask: torch.Tensor | None = None
@@ -32,7 +35,12 @@ class Case:
     scale: float = 0.2
 
     def arguments(self):
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        if self.runs is None:
+            kept = kept_runs_reference(self.keep, self.k_sizes)
+            return self.replace(runs=kept.runs, counts=kept.counts).arguments()
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["k_sizes"], values["keep"]
+        return tuple(values.values())
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
@@ -316,9 +324,10 @@ def test_rows_of_any_stride():
         ({"k": torch.zeros(2, 2, 63, 24).half()}, TypeError, "k must be torch.float32, got torch.float16"),
         ({"v": torch.zeros(2, 2, 62, 24)}, ValueError, r"v must have shape \(2, 2, 63, 24\), got \(2, 2, 62, 24\)"),
         ({"k": torch.zeros(2, 3, 63, 24)}, ValueError, "multiple of the key/value heads, got 4 and 3"),
-        ({"keep": torch.ones(2, 4, 5, 7)}, TypeError, "keep must be torch.bool, got torch.float32"),
+        ({"runs": torch.ones(2, 4, 5, 4, 2)}, TypeError, "runs must be torch.int32, got torch.float32"),
+        ({"runs": torch.ones(2, 4, 6, 4, 2).int()}, ValueError, r"counts must have shape \(2, 4, 6, 4\)"),
+        ({"counts": torch.ones(2, 4, 5, 3).int()}, ValueError, r"counts must have shape \(2, 4, 5, 4\)"),
         ({"q_sizes": torch.ones(2, 4, 5).int()}, ValueError, "q_sizes must be non-negative and sum to 65"),
-        ({"k_sizes": torch.ones(2, 2, 7).long()}, TypeError, "k_sizes must be torch.int32"),
         ({"q_order": torch.zeros(2, 4, 64).int()}, ValueError, r"q_order must have shape \(2, 4, 65\)"),
         ({"q_order": torch.zeros(2, 4, 65)}, TypeError, "q_order must be torch.int32, got torch.float32"),
         ({"context_v": None}, ValueError, "context_k and context_v must be given together"),
@@ -328,7 +337,22 @@ def test_rows_of_any_stride():
 )
 def test_bad_input_is_named(changes, error, message):
     with pytest.raises(error, match=message):
-        random_case().replace(**changes).attend()
+        case = random_case()
+        kept = kept_runs_reference(case.keep, case.k_sizes)
+        case.replace(**({"runs": kept.runs, "counts": kept.counts} | changes)).attend()
+
+
+@pytest.mark.parametrize("anything", [(0, 5), (2**31 - 1, 2**31 - 1), (-7, 3)])
+def test_runs_past_their_number_may_hold_anything(anything):
+    case = random_case(density=0.4)
+    kept = kept_runs_reference(case.keep, case.k_sizes)
+    unused = torch.arange(kept.runs.shape[3]) >= kept.counts[..., :1]
+    assert unused.any()
+    runs = torch.where(unused.unsqueeze(-1), torch.tensor(anything, dtype=torch.int32), kept.runs)
+    poisoned = case.replace(runs=runs, counts=kept.counts)
+    for implementation in (torch.ops.svg2.block_sparse_attention, block_sparse_attention_reference):
+        for got, expected in zip(implementation(*poisoned.arguments()), implementation(*case.arguments()), strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

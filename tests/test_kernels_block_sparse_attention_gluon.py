@@ -1,28 +1,15 @@
 """Block-sparse attention in Gluon: on a Hopper GPU, as exact as the reference."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import test_kernels_block_sparse_attention as op_tests
 from svg2_compile.kernels.launch import GLUON_DTYPES, why_not_gluon
 
 REASON = why_not_gluon(torch.device("cuda"), torch.bfloat16, dim=128, rows=1) if torch.cuda.is_available() else "no GPU"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"not run by Gluon: {REASON}")]
-
-
-def module_beside(name):
-    """Return another test module: its cases are tested here, too."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-op_tests = module_beside("test_kernels_block_sparse_attention")
 
 
 def attend(case):
@@ -89,14 +76,74 @@ def test_a_row_that_attends_to_nothing_is_zero_with_lse_minus_infinity():
     assert (lse == -math.inf).all()
 
 
-@pytest.mark.parametrize("dropped_cluster", [0, 3, 6])
-def test_dropped_keys_of_any_finite_value_cannot_influence_the_output(dropped_cluster):
-    case = random_case(context=15)
-    case.keep[..., dropped_cluster] = False
-    cluster_of_key = torch.arange(case.k_sizes.shape[-1]).repeat_interleave(case.k_sizes[0, 0].long())
-    unseen = (cluster_of_key == dropped_cluster)[:, None]
-    changed = case.replace(k=case.k.masked_fill(unseen, 1000.0), v=case.v.masked_fill(unseen, -1e30))
-    for got, expected in zip(attend(changed), attend(case), strict=True):
+def with_key_sizes(case, sizes):
+    return case.replace(k_sizes=torch.tensor(sizes).int().expand(*case.k_sizes.shape[:2], -1).contiguous())
+
+
+# Of the seven clusters the odd ones are kept: no run merges.
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [5, 1, 5, 15, 5, 7, 5],  # no full piece
+        [5, 16, 5, 32, 5, 128, 5],  # no tail
+        [5, 17, 5, 31, 5, 129, 5],
+        [5, 1, 5, 160, 5, 16, 5],  # classes out of order
+        [0, 112, 1, 0, 0, 9, 6],  # a tile with one slot left for two tails
+        [1000, 640, 1000, 1, 1000, 15, 1000],
+    ],
+)
+@pytest.mark.parametrize("context", [0, 15])
+def test_runs_of_any_length(context, sizes):
+    case = with_key_sizes(random_case(k_tokens=sum(sizes), context=context), sizes)
+    case.keep[:] = torch.arange(7) % 2 == 1
+    assert_kernel_is_accurate(case)
+
+
+def test_hundreds_of_runs_shorter_than_a_piece():
+    case = random_case(k_tokens=1023, k_clusters=1023, k_kind="singletons")
+    case.keep[:] = torch.arange(1023) % 2 == 1
+    assert_kernel_is_accurate(case)
+
+
+@pytest.mark.parametrize("sizes", [[9] * 7, [16] * 7, [150] * 7, [1, 300, 2, 16, 3, 15, 4]])
+@pytest.mark.parametrize("kept_clusters", [[0], [6], [1, 3, 5], [0, 2, 4, 6]])
+def test_dropped_keys_cannot_influence_the_output_even_as_nan(kept_clusters, sizes):
+    case = with_key_sizes(random_case(k_tokens=sum(sizes), batch=2, groups=2), sizes)
+    case.keep[:] = torch.isin(torch.arange(7), torch.tensor(kept_clusters))
+    unseen = ~case.keep[0, 0, 0].repeat_interleave(torch.tensor(sizes))[:, None]
+    poisoned = case.replace(k=case.k.masked_fill(unseen, math.nan), v=case.v.masked_fill(unseen, math.nan))
+    for got, expected in zip(attend(poisoned), attend(case), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("context", [1, 128, 300])
+@pytest.mark.parametrize("density", [0.0, 0.5])
+def test_masked_context_keys_cannot_influence_the_output_even_as_nan(density, context):
+    case = random_case(batch=2, context=context, density=density)
+    unseen = ~case.context_mask.mT
+    changes = {name: getattr(case, name).masked_fill(unseen, math.nan) for name in ("context_k", "context_v")}
+    for got, expected in zip(attend(case.replace(**changes)), attend(case), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.5])
+def test_the_context_of_another_head_cannot_influence_the_output_even_as_nan(density):
+    case = random_case(groups=2, context=15, context_mask=False, density=density)
+    changes = {name: getattr(case, name).clone() for name in ("context_k", "context_v")}
+    for x in changes.values():
+        x[:, 1] = math.nan
+    got, expected = attend(case.replace(**changes)), attend(case)
+    heads = slice(case.q.shape[1] // 2)
+    assert torch.equal(got[0][:, heads], expected[0][:, heads])
+    assert torch.equal(got[1][:, heads], expected[1][:, heads])
+
+
+def test_runs_past_their_number_may_hold_anything():
+    case = random_case(density=0.4)
+    kept = op_tests.kept_runs_reference(case.keep, case.k_sizes)
+    unused = torch.arange(kept.runs.shape[3]) >= kept.counts[..., :1]
+    poisoned = case.replace(runs=kept.runs.masked_fill(unused.unsqueeze(-1), 2**31 - 1), counts=kept.counts)
+    for got, expected in zip(attend(poisoned), attend(case), strict=True):
         assert torch.equal(got, expected)
 
 

@@ -208,7 +208,7 @@ def test_a_first_call_orders_the_centroids_before_its_last_iteration(tokens, clu
 @runs_kernels
 @pytest.mark.parametrize(("clusters", "dim"), [(1, 16), (65, 24)])
 def test_the_ordering_kernel_moves_everything_the_assignment_reads(clusters, dim):
-    from svg2_compile.kernels.kmeans_triton import MOVE_COLUMNS, WALK_COLUMNS, order_kernel
+    from svg2_compile.kernels.centroids_triton import MOVE_COLUMNS, WALK_COLUMNS, order_kernel
 
     # Small integers: distances are exact, so the chain is the reference's; many centroids have duplicates.
     generator = torch.Generator().manual_seed(0)
@@ -219,10 +219,14 @@ def test_the_ordering_kernel_moves_everything_the_assignment_reads(clusters, dim
     order = torch.arange(128).repeat(2, 1)
     order[:, :clusters] = torch.stack([nearest_neighbour_chain(head) for head in centroids])
     state = [each.clone().to(DEVICE) for each in (centroids, rounded, norms)]
-    columns = {"WALK_COLUMNS": WALK_COLUMNS, "MOVE_COLUMNS": MOVE_COLUMNS}
+    blocks = {"DIM": dim, "OPERAND_C": 128, "BLOCK_C": 128, "BLOCK_D": 32}
+    blocks |= {"WALK_COLUMNS": WALK_COLUMNS, "MOVE_COLUMNS": MOVE_COLUMNS}
     for calls in (1, 0):
         calls_so_far = torch.full((1,), calls, dtype=torch.int32, device=DEVICE)
-        order_kernel[(1,)](*state, calls_so_far, 2, clusters, 128, DIM=dim, BLOCK_C=128, BLOCK_D=32, **columns)
+        means, operand, half_norms = state
+        # The first head is one of queries, the second one of keys.
+        arguments = (means[:1], means[1:], calls_so_far, calls_so_far, operand, half_norms)
+        order_kernel[(1,)](*arguments, 1, 1, 1, clusters, clusters, **blocks)
         expected = (centroids, rounded[:, :, :dim], norms)
         if calls == 0:
             expected = [torch.stack([rows[at[: len(rows)]] for rows, at in zip(each, order)]) for each in expected]

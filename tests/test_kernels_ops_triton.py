@@ -6,8 +6,9 @@ import torch
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.kmeans import kmeans_reference
 from svg2_compile.kernels.permute import permute_tokens_reference, unpermute_tokens_reference
-from svg2_compile.kernels.select_blocks import select_blocks_reference
+from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
 from svg2_compile.kernels.sort_labels import sort_labels_reference
+from svg2_compile.kernels.work_list import kept_keys
 
 svg2 = torch.ops.svg2
 pytestmark = [
@@ -51,6 +52,45 @@ def test_clusters_are_as_tight_as_the_reference_and_the_same_twice(batch, heads,
     assert inertia(x, first[0], labels) == pytest.approx(inertia(x, expected[0], wanted), rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("batch", "heads", "tokens", "dim", "clusters"), SHAPES)
+def test_clustering_both_sides_is_as_tight_as_the_reference_and_the_same_twice(
+    batch, heads, tokens, dim, clusters, dtype
+):
+    q, k = (clustered_tokens(batch, each, tokens, dim, dtype) for each in (heads, 1))
+    q = q[:, :, : tokens // 2 + clusters]
+    # Two numbers say which token a value belongs to; every dtype holds them exactly.
+    v = torch.stack([torch.arange(tokens, device="cuda") // 256, torch.arange(tokens, device="cuda") % 256], -1)
+    v = torch.nn.functional.pad(v, (0, dim - 2)).to(dtype).expand(batch, 1, tokens, dim)
+    first, second, expected = (
+        [state for pair in zip(*(fresh_state(batch, n, clusters, dim) for n in (heads, 1))) for state in pair]
+        for _ in range(3)
+    )
+    for _ in range(2):
+        outputs, again = (svg2.cluster_tokens_(q, k, v, *state, 5, 2, 0) for state in (first, second))
+        expected_labels = [
+            kmeans_reference(x, expected[side], expected[side + 2], 5, 2, 0) for side, x in enumerate((q, k))
+        ]
+    assert all(map(torch.equal, (*outputs, *first), (*again, *second)))
+    q_order, q_sizes, k_sizes, k_clustered, v_clustered = outputs
+    k_order = (v_clustered[..., 0].long() * 256 + v_clustered[..., 1].long()).int()
+    assert torch.equal(k_clustered, permute_tokens_reference(k, k_order))
+    for side, (x, order, sizes) in enumerate(((q, q_order, q_sizes), (k, k_order, k_sizes))):
+        labels = labels_of(order, sizes)
+        # Sorting the labels gives the order back: it is a permutation, and stable.
+        assert all(map(torch.equal, (order, sizes), sort_labels_reference(labels, clusters)))
+        wanted = inertia(x, expected[side], expected_labels[side])
+        assert inertia(x, first[side], labels) == pytest.approx(wanted, rel=0.02)
+
+
+def labels_of(order, sizes):
+    """Return the labels, int32 [B, H, N], that sort to ``order`` with clusters of ``sizes``."""
+    clusters = torch.arange(sizes.shape[2], device=sizes.device, dtype=torch.int32)
+    rows = [clusters.repeat_interleave(each) for each in sizes.flatten(0, 1)]
+    in_order = torch.stack(rows).view(order.shape)
+    return torch.empty_like(in_order).scatter_(2, order.long(), in_order)
+
+
 @pytest.mark.parametrize(("batch", "heads", "tokens", "dim", "clusters"), SHAPES)
 def test_sort_permutation_and_selection_equal_the_reference(batch, heads, tokens, dim, clusters):
     x = clustered_tokens(batch, heads, tokens, dim, torch.bfloat16)
@@ -62,10 +102,12 @@ def test_sort_permutation_and_selection_equal_the_reference(batch, heads, tokens
     permuted = svg2.permute_tokens(x, order)
     assert torch.equal(permuted, permute_tokens_reference(x, order))
     assert torch.equal(svg2.unpermute_tokens(permuted, order), unpermute_tokens_reference(permuted, order))
-    statistics = [torch.zeros(batch, heads, 4, device="cuda") for _ in range(2)]
+    statistics = [torch.zeros(batch, heads, clusters, len(STATISTICS), device="cuda") for _ in range(2)]
     arguments = (centroids, centroids, sizes, sizes, dim**-0.5, 0.9, 0.1)
-    keep = svg2.select_blocks(*arguments, statistics[0])
-    wanted = select_blocks_reference(*arguments, statistics[1])
+    kept, wanted = (
+        kept_keys(*select(*arguments, each), tokens)
+        for select, each in zip((svg2.select_blocks, select_blocks_reference), statistics)
+    )
     # A cluster may differ where the mass before it is within rounding of top_p.
-    assert float((keep != wanted).float().mean()) <= 1e-3
-    torch.testing.assert_close(*statistics, rtol=1e-3, atol=1e-3)
+    assert float((kept != wanted).float().mean()) <= 1e-3
+    torch.testing.assert_close(*(each.sum(2) for each in statistics), rtol=1e-3, atol=1e-3)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.select_blocks import STATISTICS, TILE_KEYS, kept_clusters
+from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 
 PROPERTY = settings(max_examples=60, deadline=None)
 
@@ -27,11 +28,21 @@ class Case:
     min_keep_ratio: float = 0.0
 
     def arguments(self):
-        batch, heads = self.q_sizes.shape[:2]
-        return (*(getattr(self, f.name) for f in dataclasses.fields(self)), torch.zeros(batch, heads, len(STATISTICS)))
+        statistics = torch.zeros(*self.q_sizes.shape, len(STATISTICS))
+        return (*(getattr(self, f.name) for f in dataclasses.fields(self)), statistics)
+
+    def select(self, **changes):
+        """Return the runs and the counts."""
+        return torch.ops.svg2.select_blocks(*dataclasses.replace(self, **changes).arguments())
 
     def keep(self, **changes):
-        return torch.ops.svg2.select_blocks(*dataclasses.replace(self, **changes).arguments())
+        """Return which key clusters are kept, empty ones included, which the runs cannot tell."""
+        case = dataclasses.replace(self, **changes)
+        assert (case.q_centroids.dtype, case.k_centroids.dtype) == (torch.float32, torch.float32)
+        keep, _ = kept_clusters(
+            case.q_centroids, case.k_centroids, case.k_sizes, case.scale, case.top_p, case.min_keep_ratio
+        )
+        return keep
 
     def statistics(self):
         arguments = self.arguments()
@@ -79,6 +90,18 @@ def selection_cases(draw):
         top_p=draw(st.sampled_from([0.01, 0.5, 0.9, 0.999])),
         min_keep_ratio=draw(st.sampled_from([0.0, 0.1, 0.5])),
     )
+
+
+@PROPERTY
+@given(selection_cases())
+def test_the_runs_are_the_kept_clusters(case):
+    runs, counts = case.select()
+    blocks = case.for_every_query_head(case.k_sizes).unsqueeze(2)
+    keep = case.keep()
+    expected = kept_runs_reference(keep, case.k_sizes)
+    assert torch.equal(runs, expected.runs)
+    assert torch.equal(counts, expected.counts)
+    assert torch.equal(kept_keys(runs, counts, 100).sum(-1), (keep * blocks).sum(-1))
 
 
 @PROPERTY
@@ -161,22 +184,25 @@ def test_an_empty_cluster_cannot_influence_the_rest(case):
 
 @PROPERTY
 @given(selection_cases())
-def test_statistics_are_density_and_kept_mass(case):
+def test_statistics_are_density_kept_mass_and_padding(case):
     keep, probability = case.keep(), case.probability()
     q_share = case.q_sizes.double() / 100
-    k_share = case.for_every_query_head(case.k_sizes).double() / 100
+    kept = (keep * case.for_every_query_head(case.k_sizes).unsqueeze(2)).sum(-1)
     mass = (probability * keep).sum(-1)
+    full, runs = case.select()[1][..., 1], case.select()[1][..., 0]
+    tiles = (full + runs + 7) // 8
     expected = torch.stack(
         [
-            torch.ones(keep.shape[:2], dtype=torch.float64),
-            (q_share.unsqueeze(-1) * k_share.unsqueeze(-2) * keep).sum((-1, -2)),
-            (q_share * mass).sum(-1),
-            mass.masked_fill(case.q_sizes == 0, math.inf).amin(-1),
+            torch.ones_like(mass),
+            q_share * kept / 100,
+            q_share * mass,
+            mass.masked_fill(case.q_sizes == 0, 1.0),
+            q_share * tiles * TILE_KEYS / 100,
         ],
         dim=-1,
     )
-    # each row is as accurate as its sum over key clusters; the mean over query clusters adds one rounding a cluster
-    atol = case.tolerance() + case.q_sizes.shape[-1] * torch.finfo(torch.float32).eps
+    # each row is as accurate as its sum over key clusters, plus one rounding of the result
+    atol = case.tolerance() + torch.finfo(torch.float32).eps * float(expected.max())
     torch.testing.assert_close(case.statistics().double(), expected, rtol=0, atol=atol)
 
 
@@ -200,7 +226,7 @@ def test_density_weighs_clusters_by_their_tokens():
         scale=1.0,
     )
     assert torch.equal(case.keep(), torch.eye(2, dtype=torch.bool).view(1, 1, 2, 2))
-    assert case.statistics()[0, 0, 1] == (3 * 1 + 1 * 3) / 16
+    assert case.statistics()[0, 0, :, 1].tolist() == [3 * 1 / 16, 1 * 3 / 16]
 
 
 def test_statistics_accumulate_over_calls():
@@ -242,7 +268,7 @@ def test_equal_probabilities_keep_the_lowest_indices():
 )
 def test_bad_input_is_named(changes, error, message):
     with pytest.raises(error, match=message):
-        random_case().keep(**changes)
+        random_case().select(**changes)
 
 
 def test_opcheck():
@@ -252,5 +278,6 @@ def test_opcheck():
 def test_compiled_equals_eager():
     arguments, expected_arguments = random_case().arguments(), random_case().arguments()
     compiled = torch.compile(lambda *args: torch.ops.svg2.select_blocks(*args), fullgraph=True)
-    assert torch.equal(compiled(*arguments), torch.ops.svg2.select_blocks(*expected_arguments))
+    for got, expected in zip(compiled(*arguments), torch.ops.svg2.select_blocks(*expected_arguments), strict=True):
+        assert torch.equal(got, expected)
     assert torch.equal(arguments[-1], expected_arguments[-1])

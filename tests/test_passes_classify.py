@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
+from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.passes.classify import classify
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.match import match
@@ -146,7 +147,7 @@ def test_the_site_describes_the_attention():
         (0, "q_calls", (1,), torch.int32),
         (0, "k_centroids", (BATCH, 2, 5, CHANNELS), torch.float32),
         (0, "k_calls", (1,), torch.int32),
-        (0, "statistics", (BATCH, 4, 4), torch.float32),
+        (0, "statistics", (BATCH, 4, 3, len(STATISTICS)), torch.float32),
     ]
 
 

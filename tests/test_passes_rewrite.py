@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
 
+from svg2_compile.kernels.tiles import AttentionTiles
+from svg2_compile.passes import rewrite as rewrite_module
 from svg2_compile.passes import sparsify as sparsify_module
 from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.errors import InternalError, UnsupportedError
 from svg2_compile.passes.fuse import Q_ORDER
+from svg2_compile.passes.kernel_config import TILES, KernelConfig
 from svg2_compile.passes.nodes import is_sdpa, target_name, tensor_of
 from svg2_compile.passes.records import size_hint
 from svg2_compile.passes.sparsify import PASSES, Sparsified, sparsify
@@ -295,9 +298,10 @@ def test_every_site_becomes_the_same_nodes(name):
     plan = sparsify(gm, SPARSE)
     after = ops(plan.gm)
     per_site = {
-        "kmeans_": 2,
-        "sort_labels": 2,
-        "permute_tokens": 2,
+        "cluster_tokens_": 1,
+        "kmeans_": 0,
+        "sort_labels": 0,
+        "permute_tokens": 0,
         "select_blocks": 1,
         "block_sparse_attention": 1,
         "unpermute_tokens": 0,
@@ -313,20 +317,59 @@ def test_queries_and_keys_go_in_their_own_order(name):
     gm, _, _ = traced(name)
     plan = sparsify(gm, SPARSE)
 
-    def clustered(order: Node) -> Node:
-        """The node whose labels were sorted to give ``order``."""
-        return order.args[0].args[0].args[0]
-
     for node in plan.gm.graph.nodes:
         if target_name(node) == "block_sparse_attention":
-            q, k, v = node.args[:3]
-            q_order = node.args[Q_ORDER]
-            assert clustered(q_order) is q
-            assert clustered(k.args[1]) is k.args[0]
-            assert v.args[1] is k.args[1]
-            q_sizes, k_sizes = node.args[3:5]
-            assert (q_sizes.args[0], q_sizes.args[1]) == (q_order.args[0], 1)
-            assert (k_sizes.args[0], k_sizes.args[1]) == (k.args[1].args[0], 1)
+            q, k, v, q_sizes, runs, counts = node.args[:6]
+            clustering, selection = k.args[0], runs.args[0]
+            assert target_name(clustering) == "cluster_tokens_"
+            assert clustering.args[0] is q
+            results = [node.args[Q_ORDER], q_sizes, selection.args[3], k, v]
+            assert [each.args for each in results] == [(clustering, index) for index in range(5)]
+            assert (runs.args[1], counts.args) == (0, (selection, 1))
+            assert selection.args[2] is q_sizes
+
+
+@pytest.mark.parametrize(
+    ("kernel_config", "arguments"),
+    [
+        (None, ()),
+        (KernelConfig(), ()),
+        (KernelConfig(attention="pointer"), ("pointer",)),
+        (KernelConfig(autotune=True), ("auto", None, True)),
+        (KernelConfig("descriptor", 32, 64, 4, 5), ("descriptor", [32, 64, 4, 5])),
+        (KernelConfig(attention="gluon", autotune=True), ("gluon", None, True)),
+    ],
+    ids=str,
+)
+def test_the_attention_is_told_of_kernels_only_what_is_not_the_default(kernel_config, arguments):
+    gm, inputs, expected = traced("text first")
+    plan = sparsify(gm, DENSE, kernel_config)
+    schema = torch.ops.svg2.block_sparse_attention.default._schema
+    first = [argument.name for argument in schema.arguments].index("scale") + 1
+    assert [argument.name for argument in schema.arguments[first:]] == ["implementation", "tiles", "autotune"]
+    attentions = [node for node in plan.gm.graph.nodes if target_name(node) == "block_sparse_attention"]
+    assert [node.args[first:] for node in attentions] == [arguments] * len(plan.sites)
+    assert_equal_within_rounding(run(plan, inputs, zeros(plan)), expected, len(plan.sites))
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_that_are_left_out_are_the_tuned_ones_of_the_site(name, monkeypatch):
+    gm, _, _ = traced("text first")
+    asked = []
+
+    def tuned(*question: Any) -> AttentionTiles:
+        asked.append(question)
+        return AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=4, num_stages=2)
+
+    monkeypatch.setattr(rewrite_module, "attention_tiles", tuned)
+    monkeypatch.setattr(rewrite_module, "capability_of", lambda device: 90)
+    given = {name: 8 if name.startswith("num") else 128}
+    plan = sparsify(gm, SPARSE, KernelConfig(attention="descriptor", **given))
+    expected = {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2} | given
+    attentions = [node for node in plan.gm.graph.nodes if target_name(node) == "block_sparse_attention"]
+    assert [list(node.args[-1]) for node in attentions] == [list(expected.values())] * 2
+    # heads of 8 are padded to 16
+    assert asked == [(90, 16, torch.float32, "descriptor")] * 2
 
 
 @every_case
@@ -372,7 +415,7 @@ def test_metadata_of_new_nodes_is_what_running_them_gives(name):
     with torch.no_grad():
         recorder.run(*inputs, *zeros(plan))
     assert recorder.wrong == []
-    assert recorder.new > 12 * len(plan.sites)
+    assert recorder.new > 8 * len(plan.sites)
 
 
 @every_case
@@ -457,7 +500,7 @@ def test_options_reach_the_ops():
     )
     site = (plan := sparsify(gm, config)).sites[0]
     nodes = {target_name(node): node for node in plan.gm.graph.nodes}
-    assert nodes["kmeans_"].args[3:] == (4, 3, 11)
+    assert nodes["cluster_tokens_"].args[7:] == (4, 3, 11)
     assert nodes["select_blocks"].args[4:7] == (0.9, 0.7, 0.3)
     assert nodes["block_sparse_attention"].args[-1] == nodes["context_attention"].args[-1] == site.scale == 0.9
     assert (site.q_clusters, site.k_clusters) == config.clusters_for(VIDEO)
@@ -704,7 +747,7 @@ def forget_a_rewrite(gm: GraphModule) -> None:
 
 def drop_a_sparse_attention(gm: GraphModule) -> None:
     (result,) = find(gm, "block_sparse_attention").users
-    result.replace_all_uses_with(find(gm, "kmeans_").args[0])
+    result.replace_all_uses_with(find(gm, "cluster_tokens_").args[0])
     gm.graph.eliminate_dead_code()
 
 
@@ -726,7 +769,7 @@ def change_the_shape_of_the_output(gm: GraphModule) -> None:
 
 def add_an_output(gm: GraphModule) -> None:
     output = next(node for node in gm.graph.nodes if node.op == "output")
-    output.args = ((*output.args[0], find(gm, "permute_tokens")),)
+    output.args = ((*output.args[0], find(gm, "block_sparse_attention").args[1]),)
 
 
 def share(argument: int, op: str) -> Callable[[GraphModule], None]:
@@ -752,8 +795,8 @@ PLANTED: dict[str, tuple[Callable[[GraphModule], None], str]] = {
     "output dtype": (change_the_dtype_of_the_output, r"output 0 was torch.float32 .* and is now torch.float16"),
     "output shape": (change_the_shape_of_the_output, r"output 0 was .*\(2, 64, 16\).* and is now .*\(1, 64, 16\)"),
     "another output": (add_an_output, r"1 outputs became 2"),
-    "centroids shared": (share(1, "kmeans_"), r"svg2_0_q_centroids is updated by 2"),
-    "calls shared": (share(2, "kmeans_"), r"svg2_0_q_calls is updated by 2"),
+    "centroids shared": (share(3, "cluster_tokens_"), r"svg2_0_q_centroids is updated by 2"),
+    "calls shared": (share(5, "cluster_tokens_"), r"svg2_0_q_calls is updated by 2"),
     "statistics shared": (share(7, "select_blocks"), r"svg2_0_statistics is updated by 2"),
 }
 

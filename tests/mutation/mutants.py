@@ -8,6 +8,7 @@ REFERENCE_AND_CPU = ("tests/test_kernels_block_sparse_attention.py",)
 CONTEXT = ("tests/test_kernels_context_attention.py",)
 KMEANS = ("tests/test_kernels_kmeans.py",)
 PERMUTE = ("tests/test_kernels_permute.py",)
+RUNS = ("tests/test_kernels_work_list.py",)
 SELECT = ("tests/test_kernels_select_blocks.py",)
 SORT = ("tests/test_kernels_sort_labels.py",)
 MATCH = ("tests/test_passes_match.py",)
@@ -17,6 +18,11 @@ REWRITE = ("tests/test_passes_rewrite.py",)
 FUSE = ("tests/test_passes_fuse.py",)
 CANONICALIZE = ("tests/test_passes_canonicalize.py",)
 CONFIG = ("tests/test_passes_config.py",)
+CHOICE = ("tests/test_kernels_choice.py",)
+TUNING = ("tests/test_kernels_tuning.py",)
+AUTOTUNE = ("tests/test_kernels_autotune.py",)
+LAUNCH_ATTENTION = ("tests/test_kernels_launch_attention.py",)
+KERNEL_CONFIG = ("tests/test_kernel_config.py",)
 API = ("tests/test_clock.py", "tests/test_backend.py")
 
 
@@ -38,6 +44,7 @@ class Mutant:
 
 ATTENTION = "kernels/block_sparse_attention.py"
 SELECTION = "kernels/select_blocks.py"
+WORK_LIST = "kernels/work_list.py"
 CLUSTERING = "kernels/kmeans.py"
 MASKED = "kernels/masked_attention.py"
 REWRITING = "passes/rewrite.py"
@@ -49,8 +56,8 @@ MUTANTS = (
     Mutant(
         "last row of a query cluster is forgotten",
         ATTENTION,
-        "runs.append((slice(start, stop), None if",
-        "runs.append((slice(start, stop - 1), None if",
+        "return [(slice(*edge), keys) for edge",
+        "return [(slice(edge[0], edge[1] - 1), keys) for edge",
         REFERENCE_AND_CPU,
     ),
     Mutant(
@@ -70,8 +77,8 @@ MUTANTS = (
     Mutant(
         "keys shifted by one at the edge of a kept cluster",
         ATTENTION,
-        "kept_keys = selections.repeat_interleave(k_sizes, dim=1)",
-        "kept_keys = selections.repeat_interleave(k_sizes, dim=1).roll(1, dims=1)",
+        "(starts.flatten() - before).repeat_interleave(lengths)",
+        "(starts.flatten() - before + 1).repeat_interleave(lengths)",
         REFERENCE_AND_CPU,
     ),
     Mutant(
@@ -89,11 +96,42 @@ MUTANTS = (
         REFERENCE_AND_CPU,
     ),
     Mutant(
-        "reference: key clusters mapped to query heads by modulo",
+        "runs past their number attended to",
         ATTENTION,
-        ".repeat_interleave(heads // k.shape[1], dim=1)",
-        ".repeat(1, heads // k.shape[1], 1)",
+        "ranges = (runs * is_run.unsqueeze(-1))[q_sizes > 0].long()",
+        "ranges = runs[q_sizes > 0].long()",
         REFERENCE_AND_CPU,
+    ),
+    Mutant(
+        "reference: runs past their number attended to",
+        WORK_LIST,
+        "torch.where(is_run, edge, k_tokens).long()",
+        "edge.clamp(0, k_tokens).long()",
+        REFERENCE_AND_CPU + RUNS,
+    ),
+    Mutant(
+        "empty clusters break runs",
+        WORK_LIST,
+        "keep & (sizes > 0), ~keep & (sizes > 0)",
+        "keep & (sizes > 0), ~keep",
+        RUNS,
+    ),
+    Mutant(
+        "runs of key heads mapped to query heads by modulo",
+        WORK_LIST,
+        "k_sizes.repeat_interleave(heads // k_sizes.shape[1], dim=1)",
+        "k_sizes.repeat(1, heads // k_sizes.shape[1], 1)",
+        REFERENCE_AND_CPU + RUNS,
+    ),
+    Mutant(
+        "short runs before long ones",
+        WORK_LIST,
+        "rank.sort(dim=-1, stable=True)",
+        "rank.sort(dim=-1, stable=True, descending=True)",
+        RUNS,
+    ),
+    Mutant(
+        "runs have no room for every selection", WORK_LIST, "return (clusters + 1) // 2", "return clusters // 2", RUNS
     ),
     Mutant(
         "reference: key heads mapped to query heads by modulo",
@@ -105,8 +143,8 @@ MUTANTS = (
     Mutant(
         "context keys dropped",
         ATTENTION,
-        "torch.nn.functional.pad(key_keep, (0, 1), value=True)",
-        "torch.nn.functional.pad(key_keep, (0, 1), value=False)",
+        "kept = torch.cat((kept, context))",
+        "kept = torch.cat((kept, context[:0]))",
         REFERENCE_AND_CPU,
     ),
     Mutant(
@@ -168,29 +206,29 @@ MUTANTS = (
     Mutant(
         "selection maps query heads to key heads by modulo",
         SELECTION,
-        "k_centroids = k_centroids.repeat_interleave(repeats, dim=1)",
-        "k_centroids = k_centroids.repeat(1, repeats, 1, 1)",
+        "return x.repeat_interleave(heads // x.shape[1], dim=1)",
+        "return x.repeat(1, heads // x.shape[1], *[1] * (x.dim() - 2))",
         SELECT,
     ),
     Mutant(
         "floor of kept clusters forgotten",
         SELECTION,
-        "kept[..., : math.floor(min_keep_ratio * k_clusters)] = True",
+        "kept[..., : math.floor(min_keep_ratio * k_sizes.shape[2])] = True",
         "pass",
         SELECT,
     ),
     Mutant(
         "floor of kept clusters rounded up",
         SELECTION,
-        "math.floor(min_keep_ratio * k_clusters)",
-        "math.ceil(min_keep_ratio * k_clusters)",
+        "math.floor(min_keep_ratio * k_sizes.shape[2])",
+        "math.ceil(min_keep_ratio * k_sizes.shape[2])",
         SELECT,
     ),
     Mutant(
         "density not weighted by the query clusters",
         SELECTION,
-        "q_share = q_sizes / q_sizes.sum(-1, keepdim=True)",
-        "q_share = torch.ones_like(q_sizes) / q_sizes.shape[-1]",
+        "q_share = q_sizes.to(dtype) / q_sizes.sum(-1, keepdim=True)",
+        "q_share = torch.ones_like(mass) / q_sizes.shape[-1]",
         SELECT,
     ),
     Mutant(
@@ -618,5 +656,143 @@ MUTANTS = (
         "self.tensors[name].zero_()",
         "pass",
         API,
+    ),
+    Mutant(
+        "descriptors on a GPU without them",
+        "kernels/launch.py",
+        "too_old = _why_too_old(device, DESCRIPTOR_CAPABILITY)",
+        "too_old = _why_too_old(device, MIN_CAPABILITY)",
+        CHOICE,
+    ),
+    Mutant(
+        "descriptors of rows that are no whole 16-byte units",
+        "kernels/launch.py",
+        "if dim % DESCRIPTOR_DIM_STEP or not",
+        "if not",
+        CHOICE,
+    ),
+    Mutant(
+        "named attention not looked into",
+        "kernels/launch.py",
+        "    if reason is not None:\n        raise ValueError(",
+        "    if reason is None:\n        raise ValueError(",
+        CHOICE,
+    ),
+    Mutant(
+        "the slowest attention that can run is chosen",
+        "kernels/launch.py",
+        "            chosen = name\n            break",
+        "            chosen = name",
+        CHOICE,
+    ),
+    Mutant(
+        "rows of the attention not counted",
+        "kernels/launch.py",
+        "return why_not(device, dtype, dim=dim, rows=rows)",
+        "return why_not(device, dtype, dim=dim, rows=1)",
+        CHOICE,
+    ),
+    Mutant(
+        "tuned tiles of the neighbouring generation",
+        "kernels/tuned/__init__.py",
+        "    100: sm_100.ATTENTION,",
+        "    100: sm_89.ATTENTION,",
+        TUNING,
+    ),
+    Mutant(
+        "tiles of the pointer attention for descriptors",
+        "kernels/tuning.py",
+        ".get((implementation, block_d), safe)",
+        '.get(("pointer", block_d), safe)',
+        TUNING,
+    ),
+    Mutant(
+        "tiles in use are not among the candidates",
+        "kernels/tuning.py",
+        "dict.fromkeys((chosen, *others))",
+        "dict.fromkeys(others or (chosen,))",
+        TUNING,
+    ),
+    Mutant(
+        "warps and stages of a user's tiles mixed up",
+        "kernels/tuning.py",
+        "AttentionTiles(block_m, block_n, PIECE, num_warps, num_stages)",
+        "AttentionTiles(block_m, block_n, PIECE, num_stages, num_warps)",
+        TUNING,
+    ),
+    Mutant("the slowest candidate kept", "kernels/autotune.py", "best = min(times", "best = max(times", AUTOTUNE),
+    Mutant(
+        "candidates timed while a CUDA graph records",
+        "kernels/autotune.py",
+        "if _is_capturing():",
+        "if False:",
+        AUTOTUNE,
+    ),
+    Mutant("candidates timed at every call", "kernels/autotune.py", "if known is not None:", "if False:", AUTOTUNE),
+    Mutant(
+        "candidates timed by two threads at once",
+        "kernels/autotune.py",
+        "        if key not in _fastest:\n",
+        "        if True:\n",
+        AUTOTUNE,
+    ),
+    Mutant(
+        "candidates timed with their compilation",
+        "kernels/autotune.py",
+        "    launch()\n    times = []",
+        "    times = []",
+        AUTOTUNE,
+    ),
+    Mutant(
+        "mean of the timed launches",
+        "kernels/autotune.py",
+        "statistics.median(times)",
+        "statistics.mean(times)",
+        AUTOTUNE,
+    ),
+    Mutant(
+        "given tiles timed against others",
+        "kernels/launch_attention.py",
+        "    if tiles is not None:",
+        "    if tiles is not None and not autotune:",
+        LAUNCH_ATTENTION,
+    ),
+    Mutant(
+        "context not part of the kind that is timed",
+        "kernels/launch_attention.py",
+        "arguments[CONTEXT_K] is not None)",
+        "False)",
+        LAUNCH_ATTENTION,
+    ),
+    Mutant(
+        "tiles accepted for any attention",
+        "passes/kernel_config.py",
+        'if self.attention == "auto":',
+        'if self.attention == "none":',
+        KERNEL_CONFIG,
+    ),
+    Mutant(
+        "warps that are no power of two", "passes/kernel_config.py", "and value & (value - 1) == 0", "", KERNEL_CONFIG
+    ),
+    Mutant(
+        "autotuning not passed to the attention",
+        "passes/rewrite.py",
+        "self.tiles(), self.kernel_config.autotune]",
+        "self.tiles(), False]",
+        REWRITE,
+    ),
+    Mutant(
+        "given tiles overridden by the tuned ones",
+        "passes/rewrite.py",
+        "given.get(name, getattr(tuned, name))",
+        "getattr(tuned, name)",
+        REWRITE,
+    ),
+    Mutant(
+        "options of kernels taken for Inductor's",
+        "svg2_compile/options.py",
+        "FIELD_NAMES = (*config.FIELD_NAMES, *kernel_config.FIELD_NAMES)",
+        "FIELD_NAMES = config.FIELD_NAMES",
+        KERNEL_CONFIG,
     ),
 )
