@@ -32,6 +32,8 @@ def cluster_tokens_triton(
     return sort.q_order, sort.q_sizes, sort.k_sizes, copies.k_clustered, copies.v_clustered
 
 
-def aot_variants() -> list[AotVariant]:
+def aot_variants(capability: int) -> list[AotVariant]:
     """Return the sum that writes keys and values; the other kernels are those of k-means."""
-    return [sum_variant(f"sum_and_permute_kernel_{NAMES[dtype]}_d{dim}", dtype, dim, {}) for dtype, dim in ROWS]
+    return [
+        sum_variant(f"sum_and_permute_kernel_{NAMES[dtype]}_d{dim}", dtype, dim, {}, capability) for dtype, dim in ROWS
+    ]

@@ -38,7 +38,14 @@ from svg2_compile.kernels.centroids_triton import (
     start_kernel,
     token_variant,
 )
-from svg2_compile.kernels.launch import AotVariant, RepeatableLaunch, cdiv, padded_power_of_two, persistent_grid
+from svg2_compile.kernels.launch import (
+    AotVariant,
+    RepeatableLaunch,
+    capability_of,
+    cdiv,
+    padded_power_of_two,
+    persistent_grid,
+)
 from svg2_compile.kernels.sort_labels_triton import (
     COUNT_N,
     SIZES,
@@ -54,7 +61,6 @@ from svg2_compile.kernels.sort_labels_triton import (
 
 SUM_BYTES = 8192  # of x, read together by one program
 SUM_WARPS = 4
-SUM_REGISTERS = 128  # of a thread: four programs share a processor
 PROGRAMS_PER_PROCESSOR = 8
 SUM_PROGRAMS_PER_PROCESSOR = 16  # rows are gathered in short chains of loads; many chains hide their latency
 
@@ -383,7 +389,8 @@ class Clustering:
 
     @property
     def _tile(self) -> AssignTile:
-        return assign_tile(self.q.x.dtype, padded_power_of_two(self.q.x.shape[3]))
+        device = self.q.x.device
+        return assign_tile(self.q.x.dtype, padded_power_of_two(self.q.x.shape[3]), capability_of(device))
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
@@ -486,7 +493,7 @@ class Clustering:
             **self._shape,
             num_warps=SUM_WARPS,
             num_stages=1,
-            maxnreg=SUM_REGISTERS,
+            maxnreg=sum_registers(capability_of(self.q.x.device)),
         )
 
     def _mean(self, iterations: int) -> RepeatableLaunch:
@@ -514,18 +521,23 @@ def sum_rows(dtype: torch.dtype, block_d: int) -> int:
     return SUM_BYTES // (block_d * dtype.itemsize)
 
 
+def sum_registers(capability: int | None) -> int:
+    """Return the most registers of a thread: four programs share a processor; on sm_120 they would spill."""
+    return 168 if capability == 120 else 128
+
+
 def _seed_hash(seed: int) -> int:
     """Return the seed's contribution to the hash of ``initial_tokens``, as a signed 32-bit number."""
     spread = seed * 0x9E3779B9 % 2**32
     return spread - 2**32 if spread >= 2**31 else spread
 
 
-def aot_variants() -> list[AotVariant]:
+def aot_variants(capability: int) -> list[AotVariant]:
     """Return the assignment and the sum for the usual rows, the sum of ``kmeans_`` alone."""
     variants = []
     for dtype, dim in ROWS:
         block_d = padded_power_of_two(dim)
-        tile = assign_tile(dtype, block_d)
+        tile = assign_tile(dtype, block_d, capability)
         shape: dict[str, object] = {"DIM": dim, "BLOCK_D": block_d}
         assign = shape | {"COUNT_N": COUNT_N, "TABLE_COLUMNS": TABLE_COLUMNS, "COUNT_C": 512}
         assign |= {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c}
@@ -542,12 +554,12 @@ def aot_variants() -> list[AotVariant]:
             )
         )
         absent: dict[str, object] = {"k_clustered_ptr": None, "v_clustered_ptr": None}
-        variants.append(sum_variant(f"sum_kernel_{suffix}", dtype, dim, absent))
+        variants.append(sum_variant(f"sum_kernel_{suffix}", dtype, dim, absent, capability))
     return variants
 
 
-def sum_variant(name: str, dtype: torch.dtype, dim: int, absent: dict[str, object]) -> AotVariant:
+def sum_variant(name: str, dtype: torch.dtype, dim: int, absent: dict[str, object], capability: int) -> AotVariant:
     """Return the sum for rows of ``dim``, with or without what else it can write."""
     block_d = padded_power_of_two(dim)
     shape = {"DIM": dim, "SUM_N": SUM_N, "BLOCK_N": sum_rows(dtype, block_d), "BLOCK_C": 512, "BLOCK_D": block_d}
-    return token_variant(name, sum_kernel, dtype, {**shape, **absent}, SUM_WARPS, 1, SUM_REGISTERS)
+    return token_variant(name, sum_kernel, dtype, {**shape, **absent}, SUM_WARPS, 1, sum_registers(capability))

@@ -470,7 +470,7 @@ def select_blocks_triton(
 
 def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
     """Return the compile-time arguments."""
-    block_k = padded_power_of_two(k_clusters, 32)
+    block_k = padded_power_of_two(k_clusters, 64)
     return {
         "DIM": dim,
         "BLOCK_Q": BLOCK_Q,
