@@ -150,9 +150,8 @@ def block_sparse_attention_reference(
         ValueError: shapes disagree, H is no multiple of G, or the context arguments are incomplete.
 
     Promises:
-        Deterministic (on the CPU, for a given number of threads), no aliasing. In the CPU op and in Triton's, blocks
-        that are not kept and masked context keys cannot influence the result, not even with NaN; on Hopper they must
-        be finite.
+        Deterministic (on the CPU, for a given number of threads), no aliasing. In the CPU op and the CUDA kernels, keys
+        outside the runs and masked context keys cannot influence the result, not even with NaN.
     """
     _check(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, implementation, tiles)
     if q_order is not None:
