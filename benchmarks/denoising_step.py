@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from dense_baselines import time_once_ms
 from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
 
 import svg2_compile
@@ -190,7 +191,7 @@ def timed(model: torch.nn.Module, inputs: dict[str, Any], repeats: int) -> dict[
     torch.cuda.synchronize()
     first_s = time.perf_counter() - started
     torch.cuda.reset_peak_memory_stats()
-    times = [elapsed_ms(partial(step, index)) for index in range(1, repeats + 1)]
+    times = [time_once_ms(partial(step, index)) for index in range(1, repeats + 1)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step(repeats + 1)
         torch.cuda.synchronize()
@@ -200,16 +201,6 @@ def timed(model: torch.nn.Module, inputs: dict[str, Any], repeats: int) -> dict[
         kinds[kind] += event.self_device_time_total / 1000
     peak = torch.cuda.max_memory_allocated() / 2**30
     return {"ms": statistics.median(times), "first_s": first_s, "kinds_ms": kinds, "peak_gib": peak}
-
-
-def elapsed_ms(function: Callable[[], object]) -> float:
-    """Return the time of one call."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop)
 
 
 @contextmanager

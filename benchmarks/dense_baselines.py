@@ -24,11 +24,12 @@ def median_ms(function: Callable[[], object], rep_ms: float) -> float:
     torch.cuda.synchronize()
     once_ms = max(start.elapsed_time(stop), 1e-3)
     if once_ms * 3 > rep_ms:
-        return statistics.median([once_ms, *(_time_once(function) for _ in range(2))])
+        return statistics.median([once_ms, *(time_once_ms(function) for _ in range(2))])
     return float(do_bench(function, warmup=min(10.0, rep_ms), rep=rep_ms, return_mode="median"))
 
 
-def _time_once(function: Callable[[], object]) -> float:
+def time_once_ms(function: Callable[[], object]) -> float:
+    """Return the time of one call."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from dense_baselines import attempt
 from random_blocks import lognormal_sizes, random_blocks
 
-from svg2_compile.kernels.launch import padded_power_of_two
+from svg2_compile.kernels.launch import capability_of, padded_power_of_two
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
 from svg2_compile.kernels.work_list import kept_runs_reference
 
@@ -50,8 +50,9 @@ def main() -> None:
         times = measure(dim, args.rep_ms)
         for tiles, ms in sorted(times.items(), key=lambda item: -item[1]):
             print(f"D={dim} {tiles.block_m}x{tiles.block_n} w{tiles.num_warps} s{tiles.num_stages} {ms:8.3f} ms")
-        major, minor = torch.cuda.get_device_capability()
-        print(f"in use: {attention_tiles(10 * major + minor, padded_power_of_two(dim), torch.bfloat16)}")
+        print(
+            f"in use: {attention_tiles(capability_of(torch.device('cuda')), padded_power_of_two(dim), torch.bfloat16)}"
+        )
 
 
 def measure(dim: int, rep_ms: float) -> dict[AttentionTiles, float]:

@@ -158,3 +158,18 @@ def packed_runs(runs: Tensor) -> Tensor:
 def rows_of_unit_stride(x: Tensor) -> Tensor:
     """Return ``x``, copied if its last axis is strided."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def context_arguments(
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor,
+    context_k: Tensor | None,
+    context_v: Tensor | None,
+    context_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys, values and mask of the context; what there is not is never read, and something else stands in."""
+    context_keys = k if context_k is None else rows_of_unit_stride(context_k)
+    context_values = v if context_v is None else rows_of_unit_stride(context_v)
+    mask = counts if context_mask is None else rows_of_unit_stride(context_mask).view(torch.uint8)
+    return context_keys, context_values, mask

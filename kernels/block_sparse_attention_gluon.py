@@ -29,8 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from svg2_compile.kernels.attention_steps import LOG2_E, empty_results, rows_of_unit_stride
 from svg2_compile.kernels.launch import AotVariant
-from svg2_compile.kernels.permute import empty_token_major
 from svg2_compile.kernels.tuning import GLUON
 from svg2_compile.kernels.work_list import COUNTS, PIECES
 from svg2_compile.kernels.work_list_triton import query_tiles_triton
@@ -38,7 +38,6 @@ from svg2_compile.kernels.work_list_triton import query_tiles_triton
 # Gluon renames as it grows: Triton 3.6 has the second names.
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-LOG2_E = math.log2(math.e)
 LN_2 = gl.constexpr(math.log(2))
 PIECE = gl.constexpr(GLUON.piece)
 NUM_COUNTS = gl.constexpr(len(COUNTS))
@@ -471,11 +470,10 @@ def block_sparse_attention_gluon(
         q, scale = -q, -scale
     elif scale == 0:
         q, scale = torch.zeros_like(q), 1.0
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q = rows_of_unit_stride(q)
     batch, heads, tokens, dim = q.shape
     groups, k_tokens = k.shape[1:3]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_order is None else empty_token_major(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out, lse = empty_results(q, q_order)
     if out.numel() == 0:
         return out, lse
     tiles = query_tiles_triton(q_sizes, tokens, GLUON.block_m)

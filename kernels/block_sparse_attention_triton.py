@@ -19,6 +19,7 @@ from svg2_compile.kernels.attention_steps import (
     accumulate,
     attend_context,
     attend_masked,
+    context_arguments,
     empty_results,
     first_and_last_key,
     load_rows,
@@ -31,7 +32,7 @@ from svg2_compile.kernels.attention_steps import (
     spread,
     store_results,
 )
-from svg2_compile.kernels.launch import AotVariant, padded_power_of_two
+from svg2_compile.kernels.launch import AotVariant, capability_of, padded_power_of_two
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
 from svg2_compile.kernels.work_list import COUNTS, PIECES
 from svg2_compile.kernels.work_list_triton import query_tiles_triton
@@ -260,18 +261,14 @@ def block_sparse_attention_triton(
         q, scale = -q, -scale
     batch, heads, tokens, dim = q.shape
     if tiles is None:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        tiles = attention_tiles(10 * major + minor, padded_power_of_two(dim), q.dtype)
+        tiles = attention_tiles(capability_of(q.device), padded_power_of_two(dim), q.dtype)
     out, lse = empty_results(q, q_order)
     if out.numel() == 0:
         return out, lse
     query_tiles = query_tiles_triton(q_sizes, tokens, tiles.block_m)
     runs, counts = packed_runs(runs), counts.contiguous()
     has_context = context_k is not None and context_v is not None
-    # Without a context its arguments are never read.
-    context_keys = k if context_k is None else rows_of_unit_stride(context_k)
-    context_values = v if context_v is None else rows_of_unit_stride(context_v)
-    mask = counts if context_mask is None else rows_of_unit_stride(context_mask).view(torch.uint8)
+    context_keys, context_values, mask = context_arguments(k, v, counts, context_k, context_v, context_mask)
     with torch.cuda.device_of(q):
         _attention_kernel[(batch * heads * query_tiles.shape[2],)](
             q,

@@ -8,6 +8,7 @@ number padded to whole tiles, with half their squared norms.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -319,7 +320,7 @@ POINTERS = {
 
 def token_variant(
     name: str,
-    fn: object,
+    fn: Any,
     dtype: torch.dtype,
     constexprs: dict[str, object],
     num_warps: int,
@@ -327,7 +328,7 @@ def token_variant(
     max_registers: int | None = None,
 ) -> AotVariant:
     """Return a kernel for tokens of ``dtype``, with aligned pointers and strides."""
-    names: list[str] = [each for each in fn.arg_names if each not in constexprs]  # type: ignore[attr-defined]
+    names: list[str] = [each for each in fn.arg_names if each not in constexprs]
     types = dict.fromkeys((each for each in names if each.endswith("_ptr")), f"*{NAMES[dtype]}")
     types |= {each: f"*{kind}" for kind, pointers in POINTERS.items() for each in pointers if each in names}
     return AotVariant(
