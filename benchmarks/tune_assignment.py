@@ -1,4 +1,4 @@
-"""The k-means assignment on an NVIDIA GPU: milliseconds of its kernel for every tile, by the profiler.
+"""The k-means assignment on an NVIDIA GPU: milliseconds of its kernel, in Gluon where that runs and for Triton tiles.
 
     python -P benchmarks/tune_assignment.py --out tune_assignment.json
 
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -17,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import kmeans_triton
 from svg2_compile.kernels.centroids_triton import AssignTile
+from svg2_compile.kernels.launch import why_not_gluon_assign
 
 HEADS, TOKENS, DIM = 40, 75_600, 128
 CLUSTERS = (100, 500, 1000)
@@ -46,35 +50,41 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("no GPU: torch sees no CUDA device; nothing was timed")
         return
+    reason = why_not_gluon_assign(torch.device("cuda"), torch.bfloat16, dim=DIM)
+    if reason is not None:
+        print(f"not in Gluon: {reason}")
+    gluon = () if reason else (None,)
     rows = []
     for clusters in CLUSTERS:
-        for tile in TILES:
+        for tile in (*gluon, *TILES):
             kernels_ms = kernel_times_ms(clusters, tile)
-            padded = -(-clusters // tile.block_c) * tile.block_c
-            tflops = 2 * HEADS * TOKENS * DIM * padded / kernels_ms["assign_kernel"] / 1e9
-            print(f"{clusters:>5} {tile} {kernels_ms['assign_kernel']:7.3f} ms {tflops:5.0f} TFLOP/s", flush=True)
-            rows.append({"clusters": clusters, "tile": str(tile), "kernels_ms": kernels_ms, "tflops": tflops})
+            tflops = 2 * HEADS * TOKENS * DIM * clusters / kernels_ms["assign_kernel"] / 1e9
+            name = "Gluon" if tile is None else str(tile)
+            print(f"{clusters:>5} {name} {kernels_ms['assign_kernel']:7.3f} ms {tflops:5.0f} TFLOP/s", flush=True)
+            rows.append({"clusters": clusters, "tile": name, "kernels_ms": kernels_ms, "tflops": tflops})
     if args.out:
         args.out.write_text(json.dumps({"environment": describe_environment(), "rows": rows}, indent=1) + "\n")
 
 
-def kernel_times_ms(clusters: int, tile: AssignTile) -> dict[str, float]:
-    """Return the milliseconds of every kernel of one warm iteration."""
+def kernel_times_ms(clusters: int, tile: AssignTile | None) -> dict[str, float]:
+    """Return the milliseconds of every kernel of one warm iteration; with no tile, in Gluon."""
     x = torch.randn(1, TOKENS, HEADS, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     centroids = x[:, :, :clusters].float().contiguous()
     calls = torch.ones(1, dtype=torch.int32, device="cuda")
-    kmeans_triton.assign_tile = lambda dtype, block_d: tile
-
-    def cluster() -> None:
-        kmeans_triton.kmeans_triton(x, centroids, calls, 1, 1, 0)
-
-    for _ in range(2):
-        cluster()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as measured:
-        for _ in range(CALLS):
+    cluster = partial(kmeans_triton.kmeans_triton, x, centroids, calls, 1, 1, 0)
+    chosen = (
+        {}
+        if tile is None
+        else {"assign_tile": lambda *_: tile, "why_not_gluon_assign": lambda *_, **__: "not asked for"}
+    )
+    with patch.multiple(kmeans_triton, **chosen) if chosen else nullcontext():
+        for _ in range(2):
             cluster()
         torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as measured:
+            for _ in range(CALLS):
+                cluster()
+            torch.cuda.synchronize()
     events = [event for event in measured.key_averages() if event.device_time_total > 0]
     return {event.key: event.device_time_total / 1e3 / CALLS for event in events}
 

@@ -23,6 +23,7 @@ START_CLUSTERS = 16  # clusters started by one program at a time
 WALK_COLUMNS = 16  # of all centroids of a head, compared at a time
 MOVE_COLUMNS = 8  # of the same, moved at a time
 MEAN_WARPS = 4
+GLUON_ASSIGN_C = 128  # clusters of a tile of the Gluon assignment
 
 
 @triton.jit

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.centroids_triton import (
+    GLUON_ASSIGN_C,
     MEAN_WARPS,
     MOVE_COLUMNS,
     NAMES,
@@ -29,7 +30,6 @@ from svg2_compile.kernels.centroids_triton import (
     START_CLUSTERS,
     SUM_N,
     WALK_COLUMNS,
-    AssignTile,
     assign_tile,
     mean_kernel,
     order_kernel,
@@ -45,6 +45,8 @@ from svg2_compile.kernels.launch import (
     cdiv,
     padded_power_of_two,
     persistent_grid,
+    why_not_boxes,
+    why_not_gluon_assign,
 )
 from svg2_compile.kernels.sort_labels_triton import (
     COUNT_N,
@@ -257,7 +259,9 @@ def kmeans_triton(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, 
     """Compute ``kmeans_reference`` for rows of at most ``MAX_HEAD_DIM`` and at most ``MAX_CLUSTERS`` clusters.
 
     For fp16 and bf16 tokens the assignment rounds the centroids to the dtype of the tokens, products and norms alike:
-    a label is the exact nearest of the rounded centroids. The means, kept in fp32, are those of the returned labels.
+    a label is the exact nearest of the rounded centroids; where ``assign_gluon`` runs, on Hopper, any of those whose
+    scores x . c - ||c||^2 / 2 differ by less than a part in 2^19. The means, kept in fp32, are those of the returned
+    labels.
     Rows whose elements are not neighbours are copied.
     """
     clustering = Clustering.prepare(Side.of(x, centroids, calls))
@@ -333,6 +337,10 @@ class Clustering:
     """fp32, for every head [slots, D]. Shares its memory with the table of counts, and with labels nobody wants."""
     needed: Tensor
     """int32 [2], the iterations of this call for either side."""
+    assigns_in_gluon: bool
+    """Which of two kernels assigns."""
+    operand_c: int
+    """What the centroids of a head are padded to a multiple of."""
 
     @classmethod
     def prepare(cls, q: Side, k: Side | None = None, copies: Copies | None = None) -> "Clustering":
@@ -343,8 +351,9 @@ class Clustering:
         else:
             sides = Sides(batch, heads, k.x.shape[1], tokens, k.x.shape[2], clusters, k.centroids.shape[2])
         block_d = padded_power_of_two(dim)
-        block_c = assign_tile(q.x.dtype, block_d).block_c
-        operand_rows = sides.total(*(cdiv(c, block_c) * block_c for _, c in sides.tokens_and_clusters))
+        assigns_in_gluon = all(_fits_gluon(side.x) for side in (q, k) if side is not None)
+        operand_c = GLUON_ASSIGN_C if assigns_in_gluon else assign_tile(q.x.dtype, block_d).block_c
+        operand_rows = sides.total(*(cdiv(c, operand_c) * operand_c for _, c in sides.tokens_and_clusters))
         slots = sides.total(*(cdiv(n, SUM_N) + c - 1 for n, c in sides.tokens_and_clusters))
         # Counts and labels are read until tokens are placed, sums are written after that; only kmeans_ returns labels.
         table, labels = sides.table_elements, sides.total(tokens, sides.k_tokens)
@@ -361,6 +370,8 @@ class Clustering:
             half_norms=q.centroids.new_empty(operand_rows),
             sums=shared,
             needed=q.calls.new_empty(2),
+            assigns_in_gluon=assigns_in_gluon,
+            operand_c=operand_c,
         )
 
     def launch(self, iters_init: int, iters_step: int, seed: int) -> None:
@@ -388,11 +399,6 @@ class Clustering:
         return {"DIM": dim, "BLOCK_D": padded_power_of_two(dim)}
 
     @property
-    def _tile(self) -> AssignTile:
-        device = self.q.x.device
-        return assign_tile(self.q.x.dtype, padded_power_of_two(self.q.x.shape[3]), capability_of(device))
-
-    @property
     def _state(self) -> tuple[Tensor, ...]:
         return (self.q.centroids, self.k.centroids, self.q.calls, self.k.calls, self.operand, self.half_norms)
 
@@ -400,8 +406,8 @@ class Clustering:
         return persistent_grid(self.q.x.device, self.sides.total(q_tiles, k_tiles), programs_per_processor)
 
     def _start(self, iters_init: int, iters_step: int, seed_hash: int) -> None:
-        block_c = self._tile.block_c
-        tiles = [cdiv(cdiv(c, block_c) * block_c, START_CLUSTERS) for _, c in self.sides.tokens_and_clusters]
+        operand_c = self.operand_c
+        tiles = [cdiv(cdiv(c, operand_c) * operand_c, START_CLUSTERS) for _, c in self.sides.tokens_and_clusters]
         start_kernel[self._grid(*tiles)](
             self.q.x,
             self.k.x,
@@ -414,7 +420,7 @@ class Clustering:
             iters_init,
             iters_step,
             START_CLUSTERS=START_CLUSTERS,
-            BLOCK_C=block_c,
+            BLOCK_C=self.operand_c,
             **self._shape,
             num_warps=MEAN_WARPS,
         )
@@ -429,7 +435,7 @@ class Clustering:
             sides.k_heads,
             sides.q_clusters,
             sides.k_clusters,
-            OPERAND_C=self._tile.block_c,
+            OPERAND_C=self.operand_c,
             BLOCK_C=block_c,
             **self._shape,
             WALK_COLUMNS=WALK_COLUMNS,
@@ -440,17 +446,21 @@ class Clustering:
         )
 
     def _assign(self) -> RepeatableLaunch:
-        tile = self._tile
+        buffers = self.half_norms, self.labels, self.sort.counts, self.needed
+        q_tiles, k_tiles = (cdiv(n, COUNT_N) for n, _ in self.sides.tokens_and_clusters)
+        if self.assigns_in_gluon:
+            from svg2_compile.kernels.assign_gluon import launch_assign  # only where this Triton has what it needs
+
+            grid = self._grid(q_tiles, k_tiles, programs_per_processor=1)
+            return launch_assign(grid, self.q.x, self.k.x, self.operand, buffers, self.sides.arguments())
+        tile = assign_tile(self.q.x.dtype, padded_power_of_two(self.q.x.shape[3]), capability_of(self.q.x.device))
         return RepeatableLaunch.first(
             assign_kernel,
-            self._grid(*(cdiv(n, COUNT_N) for n, _ in self.sides.tokens_and_clusters)),
+            self._grid(q_tiles, k_tiles),
             self.q.x,
             self.k.x,
             self.operand,
-            self.half_norms,
-            self.labels,
-            self.sort.counts,
-            self.needed,
+            *buffers,
             *self.q.strides,
             *self.k.strides,
             *self.sides.arguments(),
@@ -508,12 +518,16 @@ class Clustering:
             0,  # iteration
             iterations,
             SUM_N=SUM_N,
-            OPERAND_C=self._tile.block_c,
+            OPERAND_C=self.operand_c,
             BLOCK_S=SLOT_ELEMENTS // self._shape["BLOCK_D"],
             **self._shape,
             num_warps=MEAN_WARPS,
             num_stages=1,
         )
+
+
+def _fits_gluon(x: Tensor) -> bool:
+    return (why_not_gluon_assign(x.device, x.dtype, dim=x.shape[3]) or why_not_boxes(x)) is None
 
 
 def sum_rows(dtype: torch.dtype, block_d: int) -> int:

@@ -108,7 +108,7 @@ def _why_too_old(device: torch.device, needed: tuple[int, int]) -> str | None:
     return f"compute capability {least} or newer is needed, the GPU has {got}"
 
 
-# What the Gluon attention is written for: warp-group products and the tensor memory accelerator as Hopper has them.
+# What the Gluon kernels are written for: warp-group products and the tensor memory accelerator as Hopper has them.
 GLUON_CAPABILITY = (9, 0)
 GLUON_DTYPES = (torch.float16, torch.bfloat16)
 GLUON_DIMS = (64, 128)
@@ -119,15 +119,35 @@ def why_not_gluon(device: torch.device, dtype: torch.dtype, *, dim: int, rows: i
 
     ``rows`` are the keys of all heads and batch elements together.
     """
+    if not 0 < rows < 2**31:
+        return f"keys of all heads: 1 to 2^31 - 1, got {rows:,}"
+    reason = _why_not_hopper(device, dtype, dim)
+    return reason or _why_no_module("svg2_compile.kernels.block_sparse_attention_gluon")
+
+
+def why_not_gluon_assign(device: torch.device, dtype: torch.dtype, *, dim: int) -> str | None:
+    """Return why the Gluon assignment of k-means cannot take such tokens where Triton's can, or None where it can."""
+    return _why_not_hopper(device, dtype, dim) or _why_no_module("svg2_compile.kernels.assign_gluon")
+
+
+def why_not_boxes(x: torch.Tensor) -> str | None:
+    """Return why the tensor memory accelerator cannot read tokens [B, H, N, D] box by box, or None where it can."""
+    if x.numel() == 0:
+        return "there are no tokens"
+    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    if x.data_ptr() % 16 or any(stride <= 0 or stride * x.element_size() % 16 for stride in strides):
+        return f"rows must begin at different multiples of 16 bytes, got strides {tuple(x.stride())}"
+    return None
+
+
+def _why_not_hopper(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     if dtype not in GLUON_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} has no Gluon kernel"
     if dim not in GLUON_DIMS:
         return f"head dimension: 64 or 128, got {dim}"
-    if not 0 < rows < 2**31:
-        return f"keys of all heads: 1 to 2^31 - 1, got {rows:,}"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != GLUON_CAPABILITY:
         return "made for compute capability 9.0"
-    return _why_no_module("svg2_compile.kernels.block_sparse_attention_gluon")
+    return None
 
 
 # What the attention with tensor descriptors needs: the tensor memory accelerator, and rows of whole 16-byte units.

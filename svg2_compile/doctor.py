@@ -12,10 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from svg2_compile.environment import describe_environment
-from svg2_compile.kernels.launch import MIN_CAPABILITY, TRITON_LIMITS, choose_attention, why_not_triton
+from svg2_compile.kernels.launch import (
+    MIN_CAPABILITY,
+    TRITON_LIMITS,
+    choose_attention,
+    why_not_gluon_assign,
+    why_not_triton,
+)
 
 # Text rows attend densely, with PyTorch's fused attention on any device.
 FUSED_OPS = {"context_attention": "sdpa"}
+# Ops that assign tokens to centroids.
+CLUSTERING_OPS = ("cluster_tokens_", "kmeans_")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -40,8 +48,8 @@ class Choice:
 
     op: str
     implementation: str
-    """``triton``, or for attention ``gluon``, ``descriptor`` or ``pointer``; ``cpu``, ``sdpa``, or ``reference``, plain
-    PyTorch for where nothing faster fits."""
+    """``triton``, with ``gluon`` where clustering assigns by that; for attention ``gluon``, ``descriptor`` or
+    ``pointer``; ``cpu``, ``sdpa``, or ``reference``, plain PyTorch for where nothing faster fits."""
     why_not: Mapping[str, str]
     """The reason against each faster implementation that there is, by name."""
 
@@ -78,7 +86,12 @@ def _choose(op: str, workload: Workload) -> Choice:
         is_fast = attention.implementation != "reference"
         return Choice(op, attention.implementation if is_fast else fallback, attention.why_not)
     reason = why_not_triton(op, device, dtype, dim=dim, clusters=clusters, keys=keys)
-    return Choice(op, fallback, {"triton": reason}) if reason else Choice(op, "triton", {})
+    if reason:
+        return Choice(op, fallback, {"triton": reason})
+    if op not in CLUSTERING_OPS:
+        return Choice(op, "triton", {})
+    reason = why_not_gluon_assign(device, dtype, dim=dim)
+    return Choice(op, "triton", {"gluon": reason}) if reason else Choice(op, "triton, gluon", {})
 
 
 def _dtype_seen_by(op: str, dtype: torch.dtype) -> torch.dtype:

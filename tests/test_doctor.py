@@ -47,8 +47,16 @@ def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
     found = choices()
     assert found.pop("context_attention").implementation == "sdpa"
     assert found.pop("block_sparse_attention").implementation == "gluon"
+    assert [found.pop(op).implementation for op in doctor.CLUSTERING_OPS] == ["triton, gluon"] * 2
     assert {choice.implementation for choice in found.values()} == {"triton"}
     assert not any(choice.why_not for choice in found.values())
+
+
+def test_clustering_says_why_gluon_does_not_assign(hopper):
+    found = choices(dim=80)
+    assert found["kmeans_"].implementation == "triton"
+    assert found["cluster_tokens_"].why_not == {"gluon": "head dimension: 64 or 128, got 80"}
+    assert found["permute_tokens"].why_not == {}
 
 
 @pytest.mark.parametrize(
