@@ -27,7 +27,7 @@ def run(script, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["gpu_kernels.py", "tune_attention.py", "denoising_step.py"])
+@pytest.mark.parametrize("script", ["gpu_kernels.py", "tune_attention.py", "denoising_step.py", "dense_baselines.py"])
 def test_without_a_gpu_it_says_so_and_succeeds(script):
     result = run(script)
     assert result.returncode == 0, result.stderr
@@ -163,6 +163,24 @@ def test_a_forced_selection_has_the_density_and_stays_where_it_is(steps, monkeyp
     assert (q_sizes.sum(-1) == 30_000).all()
     assert seen == ["cluster_tokens_triton", "select_blocks_triton", "select_blocks_triton"]
     assert select_blocks_triton.select_blocks_triton is original
+
+
+def test_dense_baselines_are_written_with_their_rates(module, monkeypatch, capsys):
+    baselines = module("dense_baselines")
+
+    def median_ms(function, rep_ms):
+        function()
+        return 2.0
+
+    monkeypatch.setattr(baselines, "median_ms", median_ms)
+    monkeypatch.setattr(baselines, "MATRIX", 64)
+    monkeypatch.setattr(baselines, "COPIED_BYTES", 1000)
+    monkeypatch.setattr(baselines, "dense_ms", lambda *arguments: {"cuDNN": 2.0, "flash": "failed: for a test"})
+    assert baselines.ceilings(1.0, "cpu") == {"matmul_tflops": 2 * 64**3 / 2e9, "copy_gbs": 2 * 1000 / 2e6}
+    record = baselines.dense_record("a shape", 2, 100, 64, 1.0, "cpu")
+    assert record["tflops"] == {"cuDNN": 4 * 64 * 2 * 100**2 / 2e9}
+    json.dumps(record)
+    assert "failed: for a test" in capsys.readouterr().out
 
 
 def test_the_goal_of_a_step_is_that_of_amdahl(module):
