@@ -275,3 +275,35 @@ def test_a_table_replaces_the_one_between_its_markers(module, tmp_path):
     assert page.read_text() == "a\n<!-- x -->\nnew \\1\n<!-- end of x -->\nb\n"
     with pytest.raises(SystemExit, match="lacks the markers"):
         module("marked_table").write_between(page, "y", "")
+
+
+def test_the_readme_has_the_performance_table_of_the_committed_figures(module):
+    performance = module("performance_table")
+    text = performance.page(performance.load(performance.KERNELS), map(performance.load, performance.STEPS))
+    readme = (performance.ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- performance -->\n{text}\n<!-- end of performance -->" in readme
+    assert (performance.FIGURES / performance.PLOT).stat().st_size > 10_000
+
+
+def test_timed_steps_get_a_table_and_a_plot(module, tmp_path):
+    performance = module("performance_table")
+    kernels = performance.load(performance.KERNELS)
+    kinds = {"attention": 20.0, "clustering": 2.0, "rest": 28.0}
+    sparse = {"ms": 50.0, "speedup": 2.0, "ideal": 2.2, "peak_gib": 1.5, "kinds_ms": kinds}
+    run = {"model": "hunyuan-720p", "way": "whole model", "layers": 3, "dense": {"ms": 100.0, "peak_gib": 1.0}}
+    runs = [run | {"sparse": {"0.25": sparse, "0.15": sparse}}, run | {"sparse": {"0.4": sparse}}]
+    record = {"environment": {"device": "a GPU", "torch": "2.11"}, "date": "today", "file": "steps.json", "runs": runs}
+    row = performance.step_table(record)[-1]
+    assert row == (
+        "| HunyuanVideo, 720p, 3 layers of a kind | whole model | 100 ms | 50 ms | **2.00×** (2.20) | 20 ms | 2 ms | "
+        "28 ms | 1.0 to 1.5 GiB |"
+    )
+    performance.plot(kernels, [record], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_quick_run_gets_no_table(module):
+    performance = module("performance_table")
+    kernels = performance.load(performance.KERNELS)
+    with pytest.raises(SystemExit, match="from a quick run"):
+        performance.kernel_table(kernels | {"options": {"quick": True}})
