@@ -27,7 +27,9 @@ def run(script, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["gpu_kernels.py", "tune_attention.py", "denoising_step.py", "dense_baselines.py"])
+@pytest.mark.parametrize(
+    "script", ["gpu_kernels.py", "tune_attention.py", "denoising_step.py", "dense_baselines.py", "sanitize.py"]
+)
 def test_without_a_gpu_it_says_so_and_succeeds(script):
     result = run(script)
     assert result.returncode == 0, result.stderr
@@ -307,3 +309,46 @@ def test_a_quick_run_gets_no_table(module):
     kernels = performance.load(performance.KERNELS)
     with pytest.raises(SystemExit, match="from a quick run"):
         performance.kernel_table(kernels | {"options": {"quick": True}})
+
+
+def test_the_sanitizers_cases_run_every_op(module, capsys):
+    sanitize = module("sanitize")
+    sanitize.run_cases("cpu")
+    names = {line.split(",")[0] for line in capsys.readouterr().out.splitlines()}
+    registered = {"cluster_tokens_", "kmeans_", "sort_labels", "permute_tokens", "unpermute_tokens", "select_blocks"}
+    assert names == registered | {"block_sparse_attention"}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected", "said"),
+    [
+        ([0, 0, 0], 0, "memcheck: nothing found; racecheck: nothing found"),
+        ([0, 9, 0], 1, "memcheck: found something, see above; racecheck: nothing found"),
+        ([0, 0, 255], 1, "memcheck: nothing found; racecheck: failed with status 255"),
+        ([1], 1, "the cases fail without any tool"),
+    ],
+)
+def test_what_the_sanitizer_finds_is_an_error(module, monkeypatch, capsys, statuses, expected, said):
+    sanitize, commands = module("sanitize"), []
+
+    def run(command, **options):
+        commands.append(command)
+        assert options["env"]["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        return subprocess.CompletedProcess(command, statuses[len(commands) - 1])
+
+    monkeypatch.setattr(sys, "argv", ["sanitize.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name, path: f"/bin/{name}")
+    monkeypatch.setattr(sanitize.subprocess, "run", run)
+    assert sanitize.main() == expected
+    assert said in capsys.readouterr().out
+    assert [command[2] for command in commands[1:]] == ["memcheck", "racecheck"][: len(commands) - 1]
+
+
+def test_without_the_sanitizer_it_says_so(module, monkeypatch, capsys):
+    sanitize = module("sanitize")
+    monkeypatch.setattr(sys, "argv", ["sanitize.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name, path: None)
+    assert sanitize.main() == 0
+    assert "no compute-sanitizer" in capsys.readouterr().out
