@@ -166,14 +166,15 @@ def generate(compiled: torch.nn.Module, model, steps: int) -> list[torch.Tensor]
 
 
 def state() -> dict[tuple, torch.Tensor]:
-    """Return a copy of every state tensor, by (attention, layer, CFG branch, name)."""
+    """Return a copy of every state tensor, by (kind of layer, layer, attention, CFG branch, name)."""
     found = {}
-    for region in sorted(Region.instances, key=lambda region: region.number):
+    regions = sorted((region for region in Region.instances if region.owners()), key=lambda region: region.number)
+    for kind, region in enumerate(regions):
         for layer, owner in enumerate(region.owners()):
             for site in region.plan.sites:
                 for stream, (each,) in store.states_of(owner, site).items():
                     for name, tensor in each.tensors.items():
-                        found[site.path, site.index, layer, stream, name] = tensor.clone()
+                        found[kind, layer, site.path, stream, name] = tensor.clone()
     return found
 
 
@@ -196,12 +197,30 @@ def replays(monkeypatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize(("model", "regional"), [(wan, False), (wan, True), (hunyuan, False)])
-def test_cuda_graphs_of_inductor_replay_both_cfg_branches_bit_for_bit(model, regional, replays):
+@pytest.fixture
+def launches(monkeypatch) -> list[None]:
+    """Return a list that gets an entry whenever the host launches the clustering of one attention."""
+    from svg2_compile.kernels import cluster_tokens_triton as clustering
+
+    seen: list[None] = []
+    launch = clustering.cluster_tokens_triton
+
+    def cluster_tokens_triton(*arguments):
+        seen.append(None)
+        return launch(*arguments)
+
+    monkeypatch.setattr(clustering, "cluster_tokens_triton", cluster_tokens_triton)
+    return seen
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+@pytest.mark.parametrize("model", [wan, hunyuan])
+def test_cuda_graphs_of_inductor_replay_both_cfg_branches_bit_for_bit(model, regional, replays, launches):
     steps, eager = 6, make(model, 64)
     expected = generate(compile_model(eager, ALWAYS_SPARSE, regional), model, steps)
     expected_state = state()
-    assert not replays
+    assert not replays and len(launches) == steps * len(STREAMS) * SPARSE_SITES[model]
+    launches.clear()
     svg2_compile.reset()
     torch._dynamo.utils.counters.clear()
     compiled = compile_model(eager, ALWAYS_SPARSE | CUDA_GRAPHS, regional)
@@ -209,7 +228,8 @@ def test_cuda_graphs_of_inductor_replay_both_cfg_branches_bit_for_bit(model, reg
     assert [index for index, pair in enumerate(zip(outputs, expected)) if not torch.equal(*pair)] == []
     assert_same(state(), expected_state)
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    # one call warms up, each branch is recorded, and all later steps are replays
+    # one call warms up, each branch is recorded, and all later steps are replays, in which the host launches no kernel
+    assert len(launches) == (1 + len(STREAMS)) * SPARSE_SITES[model]
     graphs = len(STREAMS) * (SPARSE_SITES[model] if regional else 1)
     assert len(set(replays)) >= graphs
     assert len(replays) >= (steps - 2) * graphs
