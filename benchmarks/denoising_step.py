@@ -306,7 +306,7 @@ def kinds_ms(kernels: dict[str, float]) -> dict[str, float]:
     """Return the time of attention, of clustering and selection, and of the rest."""
     kinds = {"attention": 0.0, "clustering": 0.0, "rest": 0.0}
     for name, ms in kernels.items():
-        if name in CLUSTERING_KERNELS:
+        if name.startswith(CLUSTERING_KERNELS):
             kinds["clustering"] += ms
         elif any(part in name for part in ATTENTION_KERNELS):
             kinds["attention"] += ms
