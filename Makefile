@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Python must not put this folder on its path: `kernels` here is not Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test kernels check lint types mutations clean
+.PHONY: demo test kernels sanitize check lint types mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/svg2 demo
@@ -18,6 +18,10 @@ test: $(INSTALLED)
 # Every kernel for every GPU generation; `make test` compiles two of them.
 kernels: $(INSTALLED)
 	SVG2_AOT=all $(BIN)/pytest tests/test_kernels_aot.py
+
+# The kernels under NVIDIA's compute-sanitizer, where there are a GPU and the tool.
+sanitize: $(INSTALLED)
+	$(BIN)/python benchmarks/sanitize.py
 
 check: lint types test
 

@@ -1,15 +1,93 @@
-"""Other people's kernels, timed beside ours: dense attention, flash-kmeans, FlashInfer's variable blocks."""
+"""Other people's kernels, timed beside ours: dense attention, flash-kmeans, FlashInfer's variable blocks.
 
+    python -P benchmarks/dense_baselines.py --out dense_baselines.json
+
+times what sparse attention is compared with, in one session: dense attention by cuDNN, flash and FlexAttention at the
+sizes of large models, normal tokens stored as (B, N, H, D), bf16; and what the GPU can do at most, a large bf16 matrix
+product and a copy. Times are medians. Without a GPU it says so and stops.
+"""
+
+import argparse
 import importlib.util
+import json
 import statistics
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from svg2_compile.environment import describe_environment
+
 WORKSPACE_BYTES = 256 << 20  # FlashInfer's own scratch memory
+# name, heads, tokens, head dimension
+DENSE_SHAPES = (
+    ("Wan 14B 720p", 40, 75_600, 128),
+    ("HunyuanVideo 720p with text", 24, 119_056, 128),
+    ("Wan 1.3B 480p", 12, 32_760, 128),
+    ("head dimension 64", 48, 33_000, 64),
+)
+MATRIX = 8192
+COPIED_BYTES = 1 << 30
+
+
+def main() -> int:
+    """Time the ceilings and every shape, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rep-ms", type=float, default=300.0, help="how long a fast call is repeated")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU: torch sees no CUDA device; nothing was timed")
+        return 0
+    limits = ceilings(args.rep_ms)
+    print(f"matrix product {limits['matmul_tflops']:.0f} TFLOP/s, copy {limits['copy_gbs']:.0f} GB/s")
+    dense: list[dict[str, object]] = []
+    record = {
+        "environment": describe_environment() | {"capability": list(torch.cuda.get_device_capability())},
+        "date": time.strftime("%Y-%m-%d"),
+        "ceilings": limits,
+        "dense": dense,
+    }
+    for shape in DENSE_SHAPES:
+        dense.append(dense_record(*shape, args.rep_ms))
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"on {record['environment']}, {record['date']}")
+    return 0
+
+
+def ceilings(rep_ms: float, device: str = "cuda") -> dict[str, float]:
+    """Return the rate of a large bf16 matrix product, and of a copy, bytes read and written."""
+    a, b = (torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16) for _ in range(2))
+    matmul_ms = median_ms(lambda: a @ b, rep_ms)
+    source = torch.empty(COPIED_BYTES, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy_ms = median_ms(lambda: target.copy_(source), rep_ms)
+    return {"matmul_tflops": 2 * MATRIX**3 / matmul_ms / 1e9, "copy_gbs": 2 * COPIED_BYTES / copy_ms / 1e6}
+
+
+def dense_record(
+    name: str, heads: int, tokens: int, dim: int, rep_ms: float, device: str = "cuda"
+) -> dict[str, object]:
+    """Time dense attention at one size, print what came out, and return it."""
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn((1, tokens, heads, dim), generator=generator, device=device, dtype=torch.bfloat16).transpose(1, 2)
+        for _ in "qkv"
+    )
+    ms = dense_ms(q, k, v, rep_ms)
+    flop = 4 * dim * heads * tokens**2
+    tflops = {each: flop / value / 1e9 for each, value in ms.items() if not isinstance(value, str)}
+    print(f"{name} (1, {heads}, {tokens}, {dim})")
+    for each, value in ms.items():
+        print(f"  {each:<14} " + (value if isinstance(value, str) else f"{value:8.2f} ms, {tflops[each]:4.0f} TFLOP/s"))
+    sys.stdout.flush()
+    return {"shape": name, "size": [1, heads, tokens, dim], "ms": ms, "tflops": tflops}
 
 
 def median_ms(function: Callable[[], object], rep_ms: float) -> float:
@@ -103,3 +181,7 @@ def flashinfer_ms(
         return plan_and_time()
     except Exception as error:
         return f"failed: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

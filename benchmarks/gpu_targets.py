@@ -55,3 +55,33 @@ def overhead_goal(shape: str, iterations: int, k_clusters: int) -> Goal | None:
 def judged(value: float, goal: Goal | None) -> str:
     """Return the verdict and the three levels."""
     return NO_GOAL if goal is None else f"{goal.verdict(value)} ({goal})"
+
+
+# A step of all sparse layers: time of selected pairs is that of dense attention over this, clustering and selection
+# take this share of dense attention more.
+SELECTED_EFFICIENCY = 0.80
+STEP_OVERHEAD = {"wan-1.3b-480p": 0.03, "wan-14b-720p": 0.03, "hunyuan-720p": 0.025}
+# Asked for at a density of 0.25.
+STEP_SPEEDUP = {("wan-14b-720p", 0.25): 1.85, ("hunyuan-720p", 0.25): 2.29}
+
+
+@dataclass(frozen=True, slots=True)
+class StepGoal:
+    """How much faster a step may become."""
+
+    ideal: float
+    """If attention took its density and nothing else changed."""
+    target: float
+    """With the efficiency and the overhead above."""
+    asked: float | None
+    """The figure that the model is to reach at this density, where there is one."""
+
+
+def step_goal(model: str, attention_share: float, density: float) -> StepGoal:
+    """Return what a step with this share of attention may gain (Amdahl)."""
+
+    def speedup(attention: float) -> float:
+        return 1 / (1 - attention_share + attention_share * attention)
+
+    target = speedup(density / SELECTED_EFFICIENCY + STEP_OVERHEAD[model])
+    return StepGoal(speedup(density), target, STEP_SPEEDUP.get((model, density)))

@@ -1,5 +1,6 @@
 """The GPU benchmarks as far as a machine without a GPU can take them, and the arithmetic behind their figures."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -26,7 +27,9 @@ def run(script, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["gpu_kernels.py", "tune_attention.py"])
+@pytest.mark.parametrize(
+    "script", ["gpu_kernels.py", "tune_attention.py", "denoising_step.py", "dense_baselines.py", "sanitize.py"]
+)
 def test_without_a_gpu_it_says_so_and_succeeds(script):
     result = run(script)
     assert result.returncode == 0, result.stderr
@@ -89,6 +92,107 @@ def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(mod
     assert attention["eps_tile"] > attention["eps_sel"]
     assert attention["speedup"] == 0.5
     assert "failed: for a test" in capsys.readouterr().out
+
+
+@pytest.fixture
+def steps(module, monkeypatch):
+    """Return the benchmark of steps for a CPU: a step takes 2 ms, half of it attention; nothing is compiled."""
+    steps = module("denoising_step")
+    for name, value in (("synchronize", None), ("empty_cache", None), ("reset_peak_memory_stats", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 2**30)
+
+    def time_once_ms(function):
+        function()
+        return 2.0
+
+    monkeypatch.setattr(steps, "DEVICE", "cpu")
+    monkeypatch.setattr(steps, "time_once_ms", time_once_ms)
+    monkeypatch.setattr(
+        steps, "kernels_ms", lambda function: {"_attention_kernel": 1.0, "sum_kernel": 0.5, "gemm": 0.5}
+    )
+    monkeypatch.setattr(steps, "compiled", lambda model, *rest: model)
+    return steps
+
+
+@pytest.mark.parametrize("name", ["wan-14b-720p", "hunyuan-720p"])
+def test_a_step_is_timed_dense_and_at_every_density_and_saved_each_time(steps, monkeypatch, capsys, name):
+    spec = steps.MODELS[name]
+    small = {"num_attention_heads": 1, "attention_head_dim": 16, "num_layers": 1, "patch_size": 1}
+    if name == "wan-14b-720p":
+        small |= {"ffn_dim": 16, "patch_size": (1, 2, 2)}
+    else:
+        small |= {"num_refiner_layers": 1, "rope_axes_dim": (4, 6, 6), "mlp_ratio": 1.0}
+    spec = dataclasses.replace(spec, config=spec.config | small, latents=(1, 16, 1, 8, 8), tokens=64, clusters=(3, 5))
+    monkeypatch.setitem(steps.MODELS, name, spec)
+    saved, run = [], {"model": name}
+    way = steps.Way(whole=False, cuda_graphs=True)
+    steps.measure(run, way, [0.25, 0.5], 1, None, 2, lambda: saved.append(json.dumps(run)))
+    assert [len(json.loads(each)["sparse"]) for each in saved] == [0, 1, 2]
+    assert run["way"] == "layer by layer, CUDA graphs" and run["clusters"] == (3, 5)
+    assert run["dense"]["kinds_ms"] == {"attention": 1.0, "clustering": 0.5, "rest": 0.5}
+    quarter = run["sparse"]["0.25"]
+    assert quarter["speedup"] == 1.0 and quarter["ideal"] == pytest.approx(1 / (0.5 + 0.25 / 2))
+    asked = {"wan-14b-720p": "asked 1.85: missed", "hunyuan-720p": "asked 2.29: missed"}[name]
+    assert asked in capsys.readouterr().out
+
+
+def test_a_forced_selection_has_the_density_and_stays_where_it_is(steps, monkeypatch):
+    from svg2_compile.kernels import cluster_tokens_triton, select_blocks_triton
+    from svg2_compile.kernels.work_list import kept_keys
+
+    seen = []
+    for module, name in (
+        (cluster_tokens_triton, "cluster_tokens_triton"),
+        (select_blocks_triton, "select_blocks_triton"),
+    ):
+        monkeypatch.setattr(
+            module, name, lambda *arguments, name=name: seen.append(name) or ["found", "keys", "values"]
+        )
+    original = select_blocks_triton.select_blocks_triton
+    with steps.Forced(2, 30_000, 20, 200) as forced:
+        q_order, q_sizes, _, *copies = cluster_tokens_triton.cluster_tokens_triton("any", "arguments")
+        places = set()
+        for density in (0.15, 0.4):
+            forced.keep(density)
+            runs, counts = select_blocks_triton.select_blocks_triton()
+            places.add((runs.data_ptr(), counts.data_ptr()))
+            assert kept_keys(runs, counts, 30_000).float().mean() == pytest.approx(density, abs=0.01)
+    assert len(places) == 1
+    assert copies == ["keys", "values"]
+    assert torch.equal(q_order.sort(-1).values, torch.arange(30_000).expand(1, 2, -1))
+    assert (q_sizes.sum(-1) == 30_000).all()
+    assert seen == ["cluster_tokens_triton", "select_blocks_triton", "select_blocks_triton"]
+    assert select_blocks_triton.select_blocks_triton is original
+
+
+def test_dense_baselines_are_written_with_their_rates(module, monkeypatch, capsys):
+    baselines = module("dense_baselines")
+
+    def median_ms(function, rep_ms):
+        function()
+        return 2.0
+
+    monkeypatch.setattr(baselines, "median_ms", median_ms)
+    monkeypatch.setattr(baselines, "MATRIX", 64)
+    monkeypatch.setattr(baselines, "COPIED_BYTES", 1000)
+    monkeypatch.setattr(baselines, "dense_ms", lambda *arguments: {"cuDNN": 2.0, "flash": "failed: for a test"})
+    assert baselines.ceilings(1.0, "cpu") == {"matmul_tflops": 2 * 64**3 / 2e9, "copy_gbs": 2 * 1000 / 2e6}
+    record = baselines.dense_record("a shape", 2, 100, 64, 1.0, "cpu")
+    assert record["tflops"] == {"cuDNN": 4 * 64 * 2 * 100**2 / 2e9}
+    json.dumps(record)
+    assert "failed: for a test" in capsys.readouterr().out
+
+
+def test_the_goal_of_a_step_is_that_of_amdahl(module):
+    targets = module("gpu_targets")
+    # attention is 0.7 of the step: a quarter of the pairs at 0.8 of the efficiency, and 3 % of it for clustering
+    goal = targets.step_goal("wan-14b-720p", 0.7, 0.25)
+    assert goal.ideal == pytest.approx(2.11, abs=0.01) and goal.target == pytest.approx(1.85, abs=0.01)
+    assert goal.asked == 1.85
+    assert targets.step_goal("hunyuan-720p", 0.85, 0.25).target == pytest.approx(2.29, abs=0.01)
+    assert targets.step_goal("hunyuan-720p", 0.85, 0.3).asked is None
 
 
 @pytest.mark.parametrize("clusters", [1, 7, 500])
@@ -173,3 +277,78 @@ def test_a_table_replaces_the_one_between_its_markers(module, tmp_path):
     assert page.read_text() == "a\n<!-- x -->\nnew \\1\n<!-- end of x -->\nb\n"
     with pytest.raises(SystemExit, match="lacks the markers"):
         module("marked_table").write_between(page, "y", "")
+
+
+def test_the_readme_has_the_performance_table_of_the_committed_figures(module):
+    performance = module("performance_table")
+    text = performance.page(performance.load(performance.KERNELS), map(performance.load, performance.STEPS))
+    readme = (performance.ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- performance -->\n{text}\n<!-- end of performance -->" in readme
+    assert (performance.FIGURES / performance.PLOT).stat().st_size > 10_000
+
+
+def test_timed_steps_get_a_table_and_a_plot(module, tmp_path):
+    performance = module("performance_table")
+    kernels = performance.load(performance.KERNELS)
+    kinds = {"attention": 20.0, "clustering": 2.0, "rest": 28.0}
+    sparse = {"ms": 50.0, "speedup": 2.0, "ideal": 2.2, "peak_gib": 1.5, "kinds_ms": kinds}
+    run = {"model": "hunyuan-720p", "way": "whole model", "layers": 3, "dense": {"ms": 100.0, "peak_gib": 1.0}}
+    runs = [run | {"sparse": {"0.25": sparse, "0.15": sparse}}, run | {"sparse": {"0.4": sparse}}]
+    record = {"environment": {"device": "a GPU", "torch": "2.11"}, "date": "today", "file": "steps.json", "runs": runs}
+    row = performance.step_table(record)[-1]
+    assert row == (
+        "| HunyuanVideo, 720p, 3 layers of a kind | whole model | 100 ms | 50 ms | **2.00×** (2.20) | 20 ms | 2 ms | "
+        "28 ms | 1.0 to 1.5 GiB |"
+    )
+    performance.plot(kernels, [record], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_quick_run_gets_no_table(module):
+    performance = module("performance_table")
+    kernels = performance.load(performance.KERNELS)
+    with pytest.raises(SystemExit, match="from a quick run"):
+        performance.kernel_table(kernels | {"options": {"quick": True}})
+
+
+def test_the_sanitizers_cases_run_every_op(module, capsys):
+    sanitize = module("sanitize")
+    sanitize.run_cases("cpu")
+    names = {line.split(",")[0] for line in capsys.readouterr().out.splitlines()}
+    registered = {"cluster_tokens_", "kmeans_", "sort_labels", "permute_tokens", "unpermute_tokens", "select_blocks"}
+    assert names == registered | {"block_sparse_attention"}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected", "said"),
+    [
+        ([0, 0, 0], 0, "memcheck: nothing found; racecheck: nothing found"),
+        ([0, 9, 0], 1, "memcheck: found something, see above; racecheck: nothing found"),
+        ([0, 0, 255], 1, "memcheck: nothing found; racecheck: failed with status 255"),
+        ([1], 1, "the cases fail without any tool"),
+    ],
+)
+def test_what_the_sanitizer_finds_is_an_error(module, monkeypatch, capsys, statuses, expected, said):
+    sanitize, commands = module("sanitize"), []
+
+    def run(command, **options):
+        commands.append(command)
+        assert options["env"]["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        return subprocess.CompletedProcess(command, statuses[len(commands) - 1])
+
+    monkeypatch.setattr(sys, "argv", ["sanitize.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name, path: f"/bin/{name}")
+    monkeypatch.setattr(sanitize.subprocess, "run", run)
+    assert sanitize.main() == expected
+    assert said in capsys.readouterr().out
+    assert [command[2] for command in commands[1:]] == ["memcheck", "racecheck"][: len(commands) - 1]
+
+
+def test_without_the_sanitizer_it_says_so(module, monkeypatch, capsys):
+    sanitize = module("sanitize")
+    monkeypatch.setattr(sys, "argv", ["sanitize.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name, path: None)
+    assert sanitize.main() == 0
+    assert "no compute-sanitizer" in capsys.readouterr().out

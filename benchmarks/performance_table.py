@@ -1,0 +1,204 @@
+"""The performance table of the README and its plot, from the figures of the GPU benchmarks.
+
+    python -P benchmarks/performance_table.py
+
+`KERNELS` and `STEPS` name what `gpu_kernels.py` and `denoising_step.py` wrote, in docs/images. A new measurement gets a
+file of its own there, and its name here. Nothing is measured, no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from marked_table import write_between
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "docs" / "images"
+KERNELS = "gpu_kernels_h100_runs.json"
+STEPS: tuple[str, ...] = ()
+PLOT = "performance.png"
+DENSITY = 0.25
+"""What the tables show; the plot has all."""
+TOLERANCE = 0.02
+"""Random clusters come only near to the density that was asked for."""
+NAMES = {
+    "wan-1.3b-480p": "Wan 2.1 1.3B, 480p",
+    "wan-14b-720p": "Wan 2.1 14B, 720p",
+    "hunyuan-720p": "HunyuanVideo, 720p",
+}
+
+
+def main() -> None:
+    """Write the table, and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-plot", action="store_true", help="write the table only")
+    args = parser.parse_args()
+    kernels, steps = load(KERNELS), [load(name) for name in STEPS]
+    text = page(kernels, steps)
+    print(text)
+    write_between(ROOT / "README.md", "performance", text)
+    if not args.no_plot:
+        plot(kernels, steps, FIGURES / PLOT)
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return what a benchmark wrote."""
+    record: dict[str, Any] = json.loads((FIGURES / name).read_text(encoding="utf-8"))
+    return record | {"file": name}
+
+
+def page(kernels: dict[str, Any], steps: Iterable[dict[str, Any]]) -> str:
+    """Return the tables, in Markdown."""
+    lines = [f"![Speed-up over density](docs/images/{PLOT})", "", *kernel_table(kernels)]
+    for record in steps:
+        lines += ["", *step_table(record)]
+    return "\n".join(lines)
+
+
+def source(record: dict[str, Any]) -> str:
+    """Return device, versions, date and file of some figures."""
+    environment = record["environment"]
+    versions = ", ".join(
+        f"{name} {environment[name]}" for name in ("torch", "triton", "diffusers") if name in environment
+    )
+    return f"{environment['device']}, {versions}, {record['date']} ([all figures](docs/images/{record['file']}))"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One self-attention at one density, with everything that sparsity needs."""
+
+    name: str
+    size: tuple[int, ...]
+    """Batch, heads, tokens, head dimension."""
+    clusters: str
+    density: float
+    dense_ms: float
+    attention_ms: float
+    overhead_ms: float
+    """Two k-means iterations, sorting, permuting, selecting."""
+
+    @property
+    def speedup(self) -> float:
+        """Return how much faster it is than dense, all counted."""
+        return self.dense_ms / (self.attention_ms + self.overhead_ms)
+
+    def cells(self) -> Iterator[str]:
+        """Return its row of the table."""
+        yield from (self.name, " × ".join(map(str, self.size)), self.clusters)
+        yield from (f"{ms:.1f} ms" for ms in (self.dense_ms, self.attention_ms, self.overhead_ms))
+        yield f"**{self.speedup:.1f}×**"
+
+
+def layers(record: dict[str, Any]) -> list[Layer]:
+    """Return every size, number of clusters and density."""
+    shapes = {shape["name"]: shape for shape in record["shapes"]}
+    rows = []
+    for result in record["results"]:
+        shape = shapes[result["shape"]]
+        size = (1, result["heads"], shape["tokens"], shape["dim"])
+        overheads = {tuple(each["clusters"]): each["ms"] for each in result["overhead"]}
+        for each in result["attention"]:
+            ms = overheads[tuple(each["clusters"])]
+            clusters = " / ".join(map(str, each["clusters"]))
+            overhead = ms["cluster, warm 2"] + ms["select"]
+            dense = result["dense_ms"]["cuDNN"]
+            rows.append(Layer(shape["name"], size, clusters, each["density"], dense, each["ms"], overhead))
+    return rows
+
+
+def kernel_table(record: dict[str, Any]) -> list[str]:
+    """Return one layer's self-attention at the density of the table."""
+    if record["options"]["quick"]:
+        raise SystemExit(f"{record['file']} is from a quick run")
+    head = ("attention of", "size", "query / key clusters", "dense, cuDNN", "sparse attention")
+    rows = [row for row in layers(record) if abs(row.density - DENSITY) < TOLERANCE]
+    return [
+        f"Self-attention of one layer at a density of {DENSITY:.0%}, bf16, random kept clusters, with everything that "
+        "sparsity needs: two k-means iterations, sorting, permuting, selecting.",
+        f"{source(record)}:",
+        "",
+        *table((*head, "clustering and selection", "faster, all counted"), [list(row.cells()) for row in rows]),
+    ]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a table's lines, in Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def step_table(record: dict[str, Any]) -> list[str]:
+    """Return one denoising step of whole models at the density of the table."""
+    head = ("model", "compiled", "dense", "sparse", "faster (ideal)", "attention", "clustering", "rest", "peak memory")
+    rows = []
+    for run in record["runs"]:
+        dense, sparse = run["dense"], run["sparse"].get(f"{DENSITY:g}")
+        if sparse is None:
+            continue
+        times = [f"{each['ms']:.0f} ms" for each in (dense, sparse)]
+        faster = f"**{sparse['speedup']:.2f}×** ({sparse['ideal']:.2f})"
+        kinds = [f"{sparse['kinds_ms'][kind]:.0f} ms" for kind in ("attention", "clustering", "rest")]
+        memory = f"{dense['peak_gib']:.1f} to {sparse['peak_gib']:.1f} GiB"
+        rows.append([model_name(run), run["way"], *times, faster, *kinds, memory])
+    return [
+        "One forward of a model with random weights, every layer sparse, not the first step, the selection forced to a "
+        f"density of {DENSITY:.0%}, against the same compiled with cuDNN's dense attention.",
+        f"{source(record)}:",
+        "",
+        *table(head, rows),
+    ]
+
+
+def model_name(run: dict[str, Any]) -> str:
+    """Return the model, and how many layers of it ran."""
+    layers = "" if run["layers"] is None else f", {run['layers']} layers of a kind"
+    return NAMES[run["model"]] + layers
+
+
+def plot(kernels: dict[str, Any], steps: list[dict[str, Any]], path: Path) -> None:
+    """Draw the speed-up over the density: of one layer, and of a step where some were timed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2 if steps else 1, figsize=(10 if steps else 6, 4), squeeze=False)
+    layer = axes[0, 0]
+    groups: dict[str, list[Layer]] = {}
+    for row in layers(kernels):
+        groups.setdefault(f"{row.name}, {row.clusters}", []).append(row)
+    for label, rows in groups.items():
+        layer.plot([row.density for row in rows], [row.speedup for row in rows], marker="o", label=label)
+    ideal = [each / 100 for each in range(15, 41)]
+    layer.plot(ideal, [1 / each for each in ideal], color="grey", linestyle=":", label="1 / density")
+    layer.set_title("self-attention with clustering, over cuDNN")
+    for record in steps:
+        for run in record["runs"]:
+            points = sorted((float(density), sparse) for density, sparse in run["sparse"].items())
+            x = [density for density, _ in points]
+            label = f"{model_name(run)}, {run['way']}"
+            (line,) = axes[0, 1].plot(x, [sparse["speedup"] for _, sparse in points], marker="o", label=label)
+            axes[0, 1].plot(x, [sparse["ideal"] for _, sparse in points], color=line.get_color(), linestyle=":")
+        axes[0, 1].set_title("one denoising step (dotted: ideal)")
+    for axis in axes[0]:
+        axis.set_xlabel("density")
+        axis.set_ylabel("times faster than dense")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{kernels['environment']['device']}, {kernels['date']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
