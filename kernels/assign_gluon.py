@@ -199,9 +199,6 @@ def _label(shared, half, step, slot, releases, block, half_norms_ptr):
     operand_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=s_layout, k_width=2)
     mbarrier.wait(shared.x_bars.index(half), step & 1)
     x = shared.x_smem.index(half).reshape([ROWS, DIM]).load(operand_layout)
-    thread_barrier()
-    mbarrier.arrive(shared.x_bars.index(2 + half), count=1)
-
     offs_c = gl.arange(0, COLUMNS, gl.SliceLayout(0, s_layout))
     half_norm_ptrs = half_norms_ptr + block.centroid_row + offs_c
     best = gl.full([ROWS, COLUMNS], -float("inf"), gl.float32, s_layout)
@@ -214,6 +211,10 @@ def _label(shared, half, step, slot, releases, block, half_norms_ptr):
         before = warpgroup_mma(x, centroids.slice(0, COLUMNS).permute((1, 0)), zeros, use_acc=False, is_async=True)
         after = warpgroup_mma(x, centroids.slice(COLUMNS, COLUMNS).permute((1, 0)), zeros, use_acc=False, is_async=True)
         before = warpgroup_mma_wait(1, deps=(before,))
+        if tile == 0:
+            # Only a product that has read the registers proves that the tokens have arrived in them.
+            thread_barrier()
+            mbarrier.arrive(shared.x_bars.index(2 + half), count=1)
         best = _highest(best, before - before_norms[None, :], 2 * tile)
         after_norms = gl.load(half_norm_ptrs + tile * BLOCK_C + COLUMNS)
         after = warpgroup_mma_wait(0, deps=(after,))
@@ -275,9 +276,9 @@ def _count(
         is_token = offs_n < block.tokens - block.first_token
         mbarrier.wait(shared.label_bars.index(item % 2), (item // 2) & 1)
         labels = shared.labels_smem.index(item % 2).load(layout)
+        gl.store(labels_row + offs_n, labels, mask=is_token)
         thread_barrier()
         mbarrier.arrive(shared.label_bars.index(2 + item % 2), count=1)
-        gl.store(labels_row + offs_n, labels, mask=is_token)
         for first in range(0, columns, BINS):
             is_here = is_token & (labels >= first) & (labels < first + BINS)
             counts = gl.histogram(gl.where(is_here, labels - first, 0), BINS, mask=is_here, layout=layout)
