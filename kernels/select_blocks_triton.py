@@ -28,6 +28,10 @@ BLOCK_N = 128  # key clusters of a tile of scores
 BLOCK_D = 16
 NUM_WARPS = 4  # and rows of a tile
 NUM_STAGES = 3
+SMALL_BLOCK_K = 64
+SMALL_REGISTERS = (
+    64  # of a thread that selects among at most so many; told none, the assembler stores some on the stack
+)
 LANES = tl.constexpr(32)
 UNALIGNED = ["logits_ptr", "edges_ptr", "runs_ptr"]
 # Halving the range of values isolates one of a thousand clusters in about a dozen steps; equal and nearly equal ones
@@ -461,6 +465,7 @@ def select_blocks_triton(
             0,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
+            maxnreg=_max_registers(shape["BLOCK_K"]),
             **shape,
         )
     if sums is not statistics:
@@ -482,6 +487,11 @@ def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
     }
 
 
+def _max_registers(block_k: int) -> int | None:
+    """Return the most registers of a thread; None leaves them to the assembler."""
+    return SMALL_REGISTERS if block_k <= SMALL_BLOCK_K else None
+
+
 def aot_variants() -> list[AotVariant]:
     """Return the kernel for the usual head dims, few and many clusters."""
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
@@ -500,6 +510,7 @@ def aot_variants() -> list[AotVariant]:
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             divisible_by_16=tuple(name for name, kind in signature.items() if kind[0] == "*" and name not in UNALIGNED),
+            max_registers=_max_registers(_constexprs(dim, clusters)["BLOCK_K"]),
         )
         for dim in (64, 80, 128, 256)
         for clusters in (32, 512, 1024)
