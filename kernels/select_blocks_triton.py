@@ -28,10 +28,8 @@ BLOCK_N = 128  # key clusters of a tile of scores
 BLOCK_D = 16
 NUM_WARPS = 4  # and rows of a tile
 NUM_STAGES = 3
-SMALL_BLOCK_K = 64
-SMALL_REGISTERS = (
-    64  # of a thread that selects among at most so many; told none, the assembler stores some on the stack
-)
+# Most registers of a thread, by the padded number of key clusters. Told none, the assembler stores some on the stack.
+MAX_REGISTERS = {64: 64, 128: 96, 256: 128}
 LANES = tl.constexpr(32)
 UNALIGNED = ["logits_ptr", "edges_ptr", "runs_ptr"]
 # Halving the range of values isolates one of a thousand clusters in about a dozen steps; equal and nearly equal ones
@@ -465,7 +463,7 @@ def select_blocks_triton(
             0,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
-            maxnreg=_max_registers(shape["BLOCK_K"]),
+            maxnreg=MAX_REGISTERS.get(shape["BLOCK_K"]),
             **shape,
         )
     if sums is not statistics:
@@ -487,11 +485,6 @@ def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
     }
 
 
-def _max_registers(block_k: int) -> int | None:
-    """Return the most registers of a thread; None leaves them to the assembler."""
-    return SMALL_REGISTERS if block_k <= SMALL_BLOCK_K else None
-
-
 def aot_variants() -> list[AotVariant]:
     """Return the kernel for the usual head dims, few and many clusters."""
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
@@ -510,8 +503,8 @@ def aot_variants() -> list[AotVariant]:
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             divisible_by_16=tuple(name for name, kind in signature.items() if kind[0] == "*" and name not in UNALIGNED),
-            max_registers=_max_registers(_constexprs(dim, clusters)["BLOCK_K"]),
+            max_registers=MAX_REGISTERS.get(_constexprs(dim, clusters)["BLOCK_K"]),
         )
         for dim in (64, 80, 128, 256)
-        for clusters in (32, 512, 1024)
+        for clusters in (32, 100, 200, 512, 1024)
     ]
