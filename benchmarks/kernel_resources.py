@@ -44,7 +44,9 @@ class Resources:
     arch: int
     registers: int
     stack_bytes: int
-    """Local memory, which is where registers spill to."""
+    """Local memory: where registers spill to, and where functions that are called find arguments."""
+    spilled_bytes: int
+    """The same if the kernel loads any of it again, else 0."""
     shared_bytes: int
     shared_limit_bytes: int
     serialized: bool
@@ -131,19 +133,29 @@ def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage = tool("cuobjdump", "-res-usage", cubin.name)
-        code = tool("nvdisasm", "-c", cubin.name) if arch == 90 else ""
+        stack_bytes = int(re.findall(r"STACK:(\d+)", usage)[-1])
+        code = tool("nvdisasm", "-c", cubin.name) if arch == 90 or stack_bytes else ""
     return Resources(
         module=module.__name__.rpartition(".")[2].removesuffix("_triton"),
         kernel=variant.name,
         arch=arch,
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
-        stack_bytes=int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        stack_bytes=stack_bytes,
+        spilled_bytes=stack_bytes if is_stack_read(code) else 0,
         shared_bytes=kernel.metadata.shared,
         shared_limit_bytes=SHARED_LIMITS[arch],
         serialized=is_serialized(code),
         overwritten_operands=count_overwritten_operands(code),
         overlapped_loops=count_overlapped_loops(code),
     )
+
+
+def is_stack_read(code: str) -> bool:
+    """Return whether a kernel loads what it has stored on its stack, as it must whatever it spills.
+
+    The assembler's own count is no help: it leaves out what is stored and loaded by functions that it does not inline.
+    """
+    return re.search(r"\bLDL\b", code) is not None
 
 
 def is_serialized(code: str) -> bool:
@@ -232,7 +244,7 @@ def markdown(rows: list[Resources]) -> str:
     ]
     by_kernel: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
-        cell = f"{row.registers} / {row.shared_bytes / 1024:.0f} / {row.stack_bytes}"
+        cell = f"{row.registers} / {row.shared_bytes / 1024:.0f} / {row.spilled_bytes}"
         by_kernel.setdefault((row.module, row.kernel), {})[row.arch] = cell + (" serialized" if row.serialized else "")
     for (module, kernel), cells in by_kernel.items():
         lines.append(f"| {module}: {kernel} | " + " | ".join(cells.get(arch, "") for arch in archs) + " |")

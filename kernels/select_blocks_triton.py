@@ -28,6 +28,8 @@ BLOCK_N = 128  # key clusters of a tile of scores
 BLOCK_D = 16
 NUM_WARPS = 4  # and rows of a tile
 NUM_STAGES = 3
+# Most registers of a thread, by the padded number of key clusters. Told none, the assembler stores some on the stack.
+MAX_REGISTERS = {64: 64, 128: 96, 256: 128}
 LANES = tl.constexpr(32)
 UNALIGNED = ["logits_ptr", "edges_ptr", "runs_ptr"]
 # Halving the range of values isolates one of a thousand clusters in about a dozen steps; equal and nearly equal ones
@@ -461,6 +463,7 @@ def select_blocks_triton(
             0,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
+            maxnreg=MAX_REGISTERS.get(shape["BLOCK_K"]),
             **shape,
         )
     if sums is not statistics:
@@ -500,7 +503,8 @@ def aot_variants() -> list[AotVariant]:
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
             divisible_by_16=tuple(name for name, kind in signature.items() if kind[0] == "*" and name not in UNALIGNED),
+            max_registers=MAX_REGISTERS.get(_constexprs(dim, clusters)["BLOCK_K"]),
         )
         for dim in (64, 80, 128, 256)
-        for clusters in (32, 512, 1024)
+        for clusters in (32, 100, 200, 512, 1024)
     ]

@@ -1,34 +1,21 @@
 """Block-sparse attention in Triton: as exact as the reference."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import test_kernels_block_sparse_attention as op_tests
 from test_kernels_block_sparse_attention import assert_as_accurate
+from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs_kernels, starts_the_interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="run by test_the_kernels_pass_under_the_interpreter, in its own process"
-)
 # Triton's interpreter computes wrong bf16 products.
 DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the device itself runs the tests below")
-@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+@starts_the_interpreter
 def test_the_kernels_pass_under_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    # Triton decides at import whether to compile or to interpret, for the whole process.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert_passes_under_the_interpreter(__file__)
 
 
 @pytest.fixture(params=["pointer", "descriptor, 64 keys", "descriptor, 128 keys"])

@@ -1,31 +1,16 @@
 """``svg2::permute_tokens`` and ``svg2::unpermute_tokens`` in Triton: the reference's bits."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.permute import empty_token_major, permute_tokens_reference, unpermute_tokens_reference
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="run by test_the_kernels_pass_under_the_interpreter, in its own process"
-)
+from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs_kernels, starts_the_interpreter
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the device itself runs the tests below")
-@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+@starts_the_interpreter
 def test_the_kernels_pass_under_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    # Triton decides at import whether to compile or to interpret, for the whole process.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert_passes_under_the_interpreter(__file__)
 
 
 def tokens_in(layout, batch, heads, tokens, dim, dtype):
