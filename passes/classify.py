@@ -2,6 +2,7 @@
 
     value ◄── ... ◄── cat([text, video], dim=1)   →   AttentionSite(segments=(77 context, 8192 video))
     query ◄── ... ◄── video, value ◄── ... ◄── audio   →   Rejection("cross-attention ...")
+    query ◄── ... ◄── video, value ◄── ... ◄── cat([text, video], dim=1)   →   the first, context rows being keys only
 
 The rows are told apart by following the sequence axis of ``value`` back to the nearest ``cat`` (``trace_axis``): the
 longest operand is the video, the rest is context. The graph is only read.
@@ -46,12 +47,22 @@ def _classify_one(candidate: Candidate, config: SparseConfig) -> AttentionSite |
 
     origin = trace_axis(candidate.value, 2)
     queries = trace_axis(candidate.query, 2)
-    if _different_streams(queries, origin):
+    if not same_size(candidate.sequence, candidate.keys):
+        asking = _asking_piece(candidate, queries, origin)
+        if asking is None:
+            lengths = f"{candidate.sequence} queries, {candidate.keys} keys"
+            return decline(f"cross-attention: {lengths}", by_design=True)
+        segments = _pieces_as_segments(origin, asking)
+        if _is_mostly_context(segments, config):
+            reason = (
+                f"more context than max_context_ratio={config.max_context_ratio}: {candidate.sequence} queries are "
+            )
+            return decline(f"{reason}among {candidate.keys} keys", "raise max_context_ratio to include it")
+    elif _different_streams(queries, origin):
         sources = f"{queries.pieces[0].node.name} and {origin.pieces[0].node.name}"
         return decline(f"cross-attention: queries and values come from {sources}", by_design=True)
-    if not origin.joined and queries.joined:
-        origin = queries
-    segments = _segments(candidate, origin, config)
+    else:
+        segments = _segments(candidate, origin if origin.joined or not queries.joined else queries, config)
     video = next(segment for segment in segments if segment.is_video)
     hint = size_hint(video.length)
     if hint is None:
@@ -79,19 +90,46 @@ def _same_lengths(a: AxisOrigin, b: AxisOrigin) -> bool:
     return len(a.pieces) == len(b.pieces) and all(same_size(x.length, y.length) for x, y in zip(a.pieces, b.pieces))
 
 
+def _asking_piece(candidate: Candidate, queries: AxisOrigin, values: AxisOrigin) -> int | None:
+    """Return which piece of the values holds the rows that ask, where queries are one piece and keys are all.
+
+    Positions that are multiplied into queries and keys can lead both walks astray, to one place: keys testify as well.
+    """
+    keys = trace_axis(candidate.key, 2)
+    if not values.joined:
+        return None
+    for position, piece in enumerate(values.pieces):
+        if same_size(piece.length, candidate.sequence):
+            witnesses = [piece, keys.pieces[position]] if _same_lengths(keys, values) else [piece]
+            if any(_same_rows(queries, trace_axis(each.node, each.axis)) for each in witnesses):
+                return position
+    return None
+
+
+def _same_rows(a: AxisOrigin, b: AxisOrigin) -> bool:
+    return [(each.node, each.axis) for each in a.pieces] == [(each.node, each.axis) for each in b.pieces]
+
+
 def _segments(candidate: Candidate, origin: AxisOrigin, config: SparseConfig) -> tuple[Segment, ...]:
     whole = (Segment(candidate.sequence, True, "", 0),)
     if not origin.joined:
         return whole
     hints = [size_hint(piece.length) for piece in origin.pieces]
     video = max(range(len(hints)), key=lambda position: hints[position] or 0)
-    total = sum(hint or 0 for hint in hints)
-    if total - (hints[video] or 0) > config.max_context_ratio * total:
-        return whole
+    segments = _pieces_as_segments(origin, video)
+    return whole if _is_mostly_context(segments, config) else segments
+
+
+def _pieces_as_segments(origin: AxisOrigin, video: int) -> tuple[Segment, ...]:
     return tuple(
         Segment(piece.length, position == video, piece.node.name, piece.axis)
         for position, piece in enumerate(origin.pieces)
     )
+
+
+def _is_mostly_context(segments: tuple[Segment, ...], config: SparseConfig) -> bool:
+    context = sum(size_hint(each.length) or 0 for each in segments if not each.is_video)
+    return context > config.max_context_ratio * sum(size_hint(each.length) or 0 for each in segments)
 
 
 def _site(
@@ -120,4 +158,5 @@ def _site(
         q_clusters=q_clusters,
         k_clusters=k_clusters,
         has_mask=candidate.key_mask is not None,
+        has_context_queries=same_size(candidate.sequence, candidate.keys),
     )

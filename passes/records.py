@@ -39,7 +39,7 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A contiguous run of rows on the sequence axis of one attention."""
+    """A contiguous run of rows on the key axis of one attention, and on the query axis where that is as long."""
 
     length: Size
     """Rows, an int or a symbol."""
@@ -94,6 +94,8 @@ class AttentionSite:
     k_clusters: int
     has_mask: bool
     """A key-padding mask is given; it may hide context keys only."""
+    has_context_queries: bool = True
+    """False where only the video rows ask, and context rows are keys alone."""
 
     @property
     def context_tokens(self) -> Size:

@@ -12,7 +12,8 @@ becomes, for a sequence of video rows only,
     o = unpermute_tokens(o, q_order)
 
 With context rows, q, k and v are cut first; the context keys go to ``block_sparse_attention``, which always keeps them,
-the context queries attend to everything (``context_attention``), and the outputs are joined in the original order.
+the context queries attend to everything (``context_attention``), and the outputs are joined in the original order;
+where context rows are keys only, q stays whole and nothing is joined.
 What a ``KernelConfig`` asks for comes last in ``block_sparse_attention``; left to the defaults, nothing is added.
 """
 
@@ -84,10 +85,9 @@ class _SiteRewriter:
     def sparse_attention(self) -> Node:
         query, key, value = (self.in_dtype(each) for each in (self.call.query, self.call.key, self.call.value))
         if len(self.site.segments) == 1:
-            output: Node = self.video_attention(query, key, value, None, None, None)
-            return output
+            whole: Node = self.video_attention(query, key, value, None, None, None)
+            return whole
         rows = self.row_ranges()
-        queries = [self.cut(query, 2, *each) for each in rows]
         is_video = [segment.is_video for segment in self.site.segments]
         video = rows[is_video.index(True)]
         context = [each for each, here in zip(rows, is_video) if not here]
@@ -96,19 +96,20 @@ class _SiteRewriter:
             self.mask = self.emit(aten.expand.default, self.mask, [self.site.batch, 1, 1, -1])
             context_mask = self.join([self.cut(self.mask, 3, *each) for each in context], 3)
             self.count_masked_video_keys(self.cut(self.mask, 3, *video))
-        output = self.video_attention(
-            queries[is_video.index(True)],
+        has_all_queries = self.site.has_context_queries
+        output: Node = self.video_attention(
+            self.cut(query, 2, *video) if has_all_queries else query,
             self.cut(key, 2, *video),
             self.cut(value, 2, *video),
             self.join([self.cut(key, 2, *each) for each in context], 2),
             self.join([self.cut(value, 2, *each) for each in context], 2),
             context_mask,
         )
+        if not has_all_queries:
+            return output
         pieces = [
-            output
-            if here
-            else self.emit(torch.ops.svg2.context_attention.default, rows, key, value, self.mask, self.scale)
-            for rows, here in zip(queries, is_video)
+            output if here else self.context_attention(self.cut(query, 2, *each), key, value)
+            for each, here in zip(rows, is_video)
         ]
         # joined along the token axis of (batch, tokens, heads, head dim), the layout that the caller flattens for free
         token_major = [self.emit(aten.transpose.int, piece, 1, 2) for piece in pieces]
@@ -157,6 +158,9 @@ class _SiteRewriter:
             *self.kernel_arguments(),
         )
         return self.emit(torch.ops.svg2.unpermute_tokens.default, self.emit(operator.getitem, attention, 0), q_order)
+
+    def context_attention(self, q: Any, key: Any, value: Any) -> Any:
+        return self.emit(torch.ops.svg2.context_attention.default, q, key, value, self.mask, self.scale)
 
     def kernel_arguments(self) -> list[Any]:
         """Return the last arguments of the attention, up to the last one that is not the default."""

@@ -193,6 +193,51 @@ def test_cross_attention_between_equal_lengths_is_declined(function, args, sourc
     )
 
 
+def video_asks(text, video):
+    joined = torch.cat((heads(text), heads(video)), 2)
+    return attend(heads(video), joined, joined)
+
+
+def video_asks_with_positions(text, video, freqs):
+    keys = torch.cat((heads(text), freqs * heads(video)), 2)
+    return attend(freqs * heads(video), keys, torch.cat((heads(text), heads(video)), 2))
+
+
+POSITIONS = torch.randn(BATCH, HEADS, VIDEO, CHANNELS)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "dynamic"),
+    [(video_asks, (), False), (video_asks, (), True), (video_asks_with_positions, (POSITIONS,), False)],
+    ids=["static", "dynamic", "with positions"],
+)
+def test_rows_that_ask_among_more_keys_are_video_and_the_other_keys_context(function, args, dynamic):
+    found = site(function, rows(TEXT), rows(VIDEO), *args, dynamic=dynamic)
+    assert summary(found) == [(TEXT, False), (VIDEO, True)]
+    assert not found.has_context_queries
+    assert site(text_first, rows(TEXT), rows(VIDEO)).has_context_queries
+
+
+def other_asks(text, video, other):
+    joined = torch.cat((heads(text), heads(video)), 2)
+    return attend(heads(other), joined, joined)
+
+
+def test_rows_that_ask_another_stream_are_cross_attention_though_a_piece_of_it_is_as_long():
+    (found,) = decide(other_asks, rows(TEXT), rows(VIDEO), rows(VIDEO))
+    assert isinstance(found, Rejection)
+    assert (found.reason, found.by_design) == (f"cross-attention: {VIDEO} queries, {TEXT + VIDEO} keys", True)
+
+
+def test_queries_among_mostly_context_keys_are_declined_with_advice():
+    (found,) = decide(video_asks, rows(3 * VIDEO), rows(VIDEO))
+    assert isinstance(found, Rejection)
+    assert found.reason == (
+        f"more context than max_context_ratio={CONFIG.max_context_ratio}: {VIDEO} queries are among {4 * VIDEO} keys"
+    )
+    assert (found.hint, found.by_design) == ("raise max_context_ratio to include it", False)
+
+
 def rotary(x, rotary_cos, rotary_sin):
     q = heads(x) * rotary_cos + heads(x).flip(-1) * rotary_sin
     return attend(q, q, heads(x))

@@ -80,6 +80,9 @@ class Joint(nn.Module):
         x = torch.cat(pieces[self.order], dim=1) if self.order in pieces else video
         for block in self.blocks:
             q, k, v = block(x).split([WIDTH, self.key_heads * CHANNELS, self.key_heads * CHANNELS], dim=-1)
+            if self.order == "video asks":
+                _, text_k, text_v = block(text).split([WIDTH, k.shape[-1], v.shape[-1]], dim=-1)
+                k, v = torch.cat((text_k, k), dim=1), torch.cat((text_v, v), dim=1)
             out = attend(
                 query=self.heads(q),
                 key=self.heads(k),
@@ -205,6 +208,8 @@ CASES = {
     "video first": Case(joint(order="video first"), sites=2, context=1),
     "both ends": Case(joint(order="both ends"), sites=2, context=2),
     "video only": Case(joint(order="video only"), sites=2, context=0),
+    "video asks": Case(joint(order="video asks"), sites=2, context=0),
+    "masked video asks": Case(joint(key_mask(slice(2, 5)), order="video asks"), sites=2, context=0, masked=True),
     "grouped heads": Case(joint(key_heads=1), sites=2, context=1),
     "own scale": Case(joint(scale=0.9), sites=2, context=1),
     "masked text first": Case(joint(key_mask(slice(4, 9))), sites=2, context=1, masked=True),
@@ -529,7 +534,9 @@ def with_dynamic_lengths(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-@pytest.mark.parametrize("name", ["text first", "video first", "both ends", "video only", "grouped heads", "masked"])
+@pytest.mark.parametrize(
+    "name", ["text first", "video first", "both ends", "video only", "video asks", "grouped heads", "masked"]
+)
 def test_one_graph_serves_every_length(name):
     options = {"masked": {}, "grouped heads": {"key_heads": 1}}.get(name, {"order": name})
     model = Joint(**options).eval()
