@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.match import Candidate
-from svg2_compile.passes.nodes import same_size, tensor_of
+from svg2_compile.passes.nodes import same_size, shape_of, tensor_of
 from svg2_compile.passes.records import AttentionSite, Rejection, Segment, size_hint
-from svg2_compile.passes.trace_axis import AxisOrigin, trace_axis
+from svg2_compile.passes.trace_axis import AxisOrigin, Piece, trace_axis
 
 TRUSTED_ORIGINS = ("placeholder", "split axis", "conv")
 POSITIONS = re.compile(r"rot|rope|freq|pos|cos|sin", re.IGNORECASE)
@@ -48,11 +49,10 @@ def _classify_one(candidate: Candidate, config: SparseConfig) -> AttentionSite |
     origin = trace_axis(candidate.value, 2)
     queries = trace_axis(candidate.query, 2)
     if not same_size(candidate.sequence, candidate.keys):
-        asking = _asking_piece(candidate, queries, origin)
-        if asking is None:
+        segments = _asking_segments(candidate, queries, origin)
+        if not segments:
             lengths = f"{candidate.sequence} queries, {candidate.keys} keys"
             return decline(f"cross-attention: {lengths}", by_design=True)
-        segments = _pieces_as_segments(origin, asking)
         if _is_mostly_context(segments, config):
             reason = (
                 f"more context than max_context_ratio={config.max_context_ratio}: {candidate.sequence} queries are "
@@ -81,29 +81,46 @@ def _different_streams(queries: AxisOrigin, values: AxisOrigin) -> bool:
     first, second = queries.pieces[0], values.pieces[0]
     if first.node is second.node and first.axis == second.axis:
         return False
-    return all(
-        each.kind.startswith(TRUSTED_ORIGINS) and not POSITIONS.search(each.node.name) for each in (first, second)
-    )
+    return _is_trusted(first) and _is_trusted(second)
+
+
+def _is_trusted(piece: Piece) -> bool:
+    """True where ``piece`` names a stream; an input with heads already is an operand made before a graph break."""
+    is_operand = piece.kind == "placeholder" and len(shape_of(piece.node) or ()) == 4
+    return piece.kind.startswith(TRUSTED_ORIGINS) and not is_operand and not POSITIONS.search(piece.node.name)
 
 
 def _same_lengths(a: AxisOrigin, b: AxisOrigin) -> bool:
     return len(a.pieces) == len(b.pieces) and all(same_size(x.length, y.length) for x, y in zip(a.pieces, b.pieces))
 
 
-def _asking_piece(candidate: Candidate, queries: AxisOrigin, values: AxisOrigin) -> int | None:
-    """Return which piece of the values holds the rows that ask, where queries are one piece and keys are all.
+def _asking_segments(candidate: Candidate, queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, ...]:
+    """Return the segments of the keys, the rows that ask being video; empty where they are no rows of the keys.
 
     Positions that are multiplied into queries and keys can lead both walks astray, to one place: keys testify as well.
     """
-    keys = trace_axis(candidate.key, 2)
     if not values.joined:
-        return None
+        return _segments_around(queries, values)
+    keys = trace_axis(candidate.key, 2)
     for position, piece in enumerate(values.pieces):
         if same_size(piece.length, candidate.sequence):
             witnesses = [piece, keys.pieces[position]] if _same_lengths(keys, values) else [piece]
             if any(_same_rows(queries, trace_axis(each.node, each.axis)) for each in witnesses):
-                return position
-    return None
+                return _pieces_as_segments(values, position)
+    return ()
+
+
+def _segments_around(queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, ...]:
+    """Cut the rows of the values before and after the ones that ask, where all are rows of one tensor."""
+    asking, rows = queries.pieces[0], values.pieces[0]
+    if queries.joined or (asking.node, asking.axis) != (rows.node, rows.axis):
+        return ()
+    edges = (rows.start, asking.start, asking.start + asking.length, rows.start + rows.length)
+    if not all(isinstance(edge, int) for edge in edges) or list(edges) != sorted(edges):
+        return ()
+    lengths = [int(end - start) for start, end in pairwise(edges)]
+    cut = [Segment(length, position == 1, rows.node.name, rows.axis) for position, length in enumerate(lengths)]
+    return tuple(segment for segment in cut if segment.length)
 
 
 def _same_rows(a: AxisOrigin, b: AxisOrigin) -> bool:

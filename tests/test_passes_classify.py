@@ -229,6 +229,38 @@ def test_rows_that_ask_another_stream_are_cross_attention_though_a_piece_of_it_i
     assert (found.reason, found.by_design) == (f"cross-attention: {VIDEO} queries, {TEXT + VIDEO} keys", True)
 
 
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (0, [(VIDEO, True), (2 * TEXT, False)]),
+        (TEXT, [(TEXT, False), (VIDEO, True), (TEXT, False)]),
+        (2 * TEXT, [(2 * TEXT, False), (VIDEO, True)]),
+    ],
+    ids=["first", "middle", "last"],
+)
+def test_rows_cut_from_the_sequence_they_ask_are_video_and_those_around_them_context(start, expected):
+    def cut(x):
+        return attend(heads(x[:, start : start + VIDEO]), heads(x), heads(x))
+
+    found = site(cut, rows(VIDEO + 2 * TEXT))
+    assert summary(found) == expected
+    assert not found.has_context_queries
+
+
+def test_rows_that_ask_a_later_cut_of_the_sequence_are_cross_attention():
+    def ask_what_follows(x):
+        return attend(heads(x[:, :VIDEO]), heads(x[:, TEXT:]), heads(x[:, TEXT:]))
+
+    (found,) = decide(ask_what_follows, rows(2 * VIDEO))
+    assert isinstance(found, Rejection)
+    assert (found.reason, found.by_design) == (f"cross-attention: {VIDEO} queries, {2 * VIDEO - TEXT} keys", True)
+
+
+def test_operands_made_before_a_graph_break_are_not_called_cross_attention():
+    operands = [torch.randn(BATCH, HEADS, VIDEO, CHANNELS) for _ in range(3)]
+    assert summary(site(lambda q, k, v: attend(q, k, v), *operands)) == [(VIDEO, True)]
+
+
 def test_queries_among_mostly_context_keys_are_declined_with_advice():
     (found,) = decide(video_asks, rows(3 * VIDEO), rows(VIDEO))
     assert isinstance(found, Rejection)
