@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from svg2_compile.passes.config import SparseConfig
@@ -35,7 +36,9 @@ from svg2_compile.passes.nodes import (
 from svg2_compile.passes.records import Rejection, Size, size_hint
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FOREIGN_ATTENTION = re.compile(r"flex_attention|flash_attn|sage_?attn|_attention_forward|xformers|attn_varlen")
+FOREIGN_ATTENTION = re.compile(
+    r"flex_attention|flash_?attn|flash_attention|sage_?att|_attention_forward|efficient_attention|xformers|attn_varlen"
+)
 LONGEST_MASK_CHAIN = 12
 KEEPS_VALUES = ("bool", "contiguous", "clone", "to", "expand", "repeat", "view", "reshape", "unsqueeze", "flatten")
 
@@ -77,14 +80,19 @@ def match(gm: GraphModule, config: SparseConfig) -> list[Candidate | Rejection]:
         if is_sdpa(node):
             found.append(_read(ordinal, node, config.min_tokens))
             ordinal += 1
-        elif node.op == "call_function" and FOREIGN_ATTENTION.search(target_name(node)):
+        elif node.op == "call_function" and FOREIGN_ATTENTION.search(_full_name(node)):
             found.append(_read_foreign(node, config.min_tokens))
     return found
 
 
+def _full_name(node: Node) -> str:
+    """Return the name of the called function, of an operator with its namespace: kernels name their ops ``fwd``."""
+    return node.target._schema.name if isinstance(node.target, OpOverload) else target_name(node)
+
+
 def _read_foreign(node: Node, min_tokens: int) -> Rejection:
     """Decline an attention that is not SDPA; one that would stay dense anyway needs no advice."""
-    name, path = target_name(node), module_path(node)
+    name, path = _full_name(node), module_path(node)
     hint = "only scaled_dot_product_attention is rewritten; "
     if name != "multi_head_attention_forward":
         hint += 'call model.set_attention_backend("native")'

@@ -473,6 +473,29 @@ def test_matching_reads_only_and_twice_is_once():
     assert gm.print_readable(print_output=False) == before
 
 
+LIBRARIES = [torch.library.Library(name, "FRAGMENT") for name in ("_flash_attn3_b4a2d0f", "sageattention")]
+for library in LIBRARIES:
+    library.define("fwd(Tensor q, Tensor k, Tensor v) -> Tensor")
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        (torch.ops._flash_attn3_b4a2d0f.fwd.default, "_flash_attn3_b4a2d0f::fwd"),
+        (torch.ops.sageattention.fwd.default, "sageattention::fwd"),
+        (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+            "aten::_scaled_dot_product_flash_attention_for_cpu",
+        ),
+    ],
+)
+def test_kernels_of_other_libraries_are_reported_by_their_full_name(target, name):
+    found = only(graph_of(operand(*FULL), target=target))
+    assert isinstance(found, Rejection)
+    assert found.reason == f"runs {name}, not SDPA"
+    assert "set_attention_backend" in found.hint and not found.by_design
+
+
 def test_flex_attention_as_dynamo_traces_it_is_reported():
     from torch.nn.attention.flex_attention import flex_attention
 
