@@ -69,8 +69,6 @@ def _classify_one(candidate: Candidate, config: SparseConfig) -> AttentionSite |
         return decline("its length is known only at run time", "compile with fullgraph=True and static lengths")
     if hint < config.min_tokens:
         return decline(f"short: {hint} video tokens", f"lower min_tokens={config.min_tokens} to include it", True)
-    if candidate.key_mask is not None and len(segments) == 1:
-        return decline("a key mask over a sequence with no context rows", "drop the mask if it is all true")
     return _site(candidate, segments, video, hint, config)
 
 

@@ -13,7 +13,8 @@ becomes, for a sequence of video rows only,
 
 With context rows, q, k and v are cut first; the context keys go to ``block_sparse_attention``, which always keeps them,
 the context queries attend to everything (``context_attention``), and the outputs are joined in the original order;
-where context rows are keys only, q stays whole and nothing is joined.
+where context rows are keys only, q stays whole and nothing is joined. A mask over a sequence without context rows moves
+the keys that it hides behind the last cluster, where no run reaches.
 What a ``KernelConfig`` asks for comes last in ``block_sparse_attention``; left to the defaults, nothing is added.
 """
 
@@ -77,7 +78,7 @@ class _SiteRewriter:
         self.config, self.kernel_config = config, kernel_config
         self.state = {name: tensor for (index, name), tensor in state.items() if index == site.index}
         self.call = sdpa_arguments(node)
-        self.mask = None if self.call.attn_mask is None else key_mask_of(self.call.attn_mask)
+        self.mask = key_mask_of(self.call.attn_mask) if site.has_mask else None
 
     def emit(self, target: Any, *args: Any) -> Any:
         return emit(self.gm.graph, target, *args, like=self.node)
@@ -129,7 +130,8 @@ class _SiteRewriter:
 
     def video_attention(self, q: Any, k: Any, v: Any, context_k: Any, context_v: Any, context_mask: Any) -> Any:
         q_order, q_sizes = self.cluster(q, "q", self.site.q_clusters)
-        k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters)
+        hides_video = self.mask is not None and context_k is None
+        k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters, self.mask if hides_video else None)
         selection = self.emit(
             torch.ops.svg2.select_blocks.default,
             self.state["q_centroids"],
@@ -183,7 +185,8 @@ class _SiteRewriter:
         )
         return [given.get(name, getattr(tuned, name)) for name in TILES]
 
-    def cluster(self, x: Any, side: str, clusters: int) -> tuple[Any, Any]:
+    def cluster(self, x: Any, side: str, clusters: int, mask: Node | None = None) -> tuple[Any, Any]:
+        """Return the order and sizes of the clusters; rows that ``mask`` hides come last and belong to none."""
         labels = self.emit(
             torch.ops.svg2.kmeans_.default,
             x,
@@ -193,8 +196,14 @@ class _SiteRewriter:
             self.config.kmeans_iters_step,
             self.config.seed,
         )
-        order_and_sizes = self.emit(torch.ops.svg2.sort_labels.default, labels, clusters)
-        return self.emit(operator.getitem, order_and_sizes, 0), self.emit(operator.getitem, order_and_sizes, 1)
+        sorts = torch.ops.svg2.sort_labels.default
+        if mask is None:
+            order_and_sizes = self.emit(sorts, labels, clusters)
+            return self.emit(operator.getitem, order_and_sizes, 0), self.emit(operator.getitem, order_and_sizes, 1)
+        hidden = self.emit(aten.logical_not.default, self.emit(aten.squeeze.dim, mask, 2))  # [B or 1, 1, N]
+        order_and_sizes = self.emit(sorts, self.emit(aten.masked_fill.Scalar, labels, hidden, clusters), clusters + 1)
+        visible = self.cut(self.emit(operator.getitem, order_and_sizes, 1), 2, 0, clusters)
+        return self.emit(operator.getitem, order_and_sizes, 0), self.emit(aten.contiguous.default, visible)
 
     def count_masked_video_keys(self, video_mask: Any) -> None:
         """Key masks hide padding text; were one to hide video, the report would say so."""

@@ -160,6 +160,13 @@ def test_a_masked_site_counts_hidden_video_keys():
     assert found.state_specs()[-1].name == "masked_video_keys"
 
 
+def test_a_mask_over_a_sequence_without_context_may_hide_any_row_and_is_not_counted():
+    mask = torch.ones(BATCH, 1, 1, VIDEO, dtype=torch.bool)
+    found = site(lambda x, m: self_attention(x, attn_mask=m), rows(VIDEO), mask)
+    assert found.has_mask and summary(found) == [(VIDEO, True)]
+    assert "masked_video_keys" not in [spec.name for spec in found.state_specs()]
+
+
 def cross(q, kv):
     return attend(heads(q), heads(kv), heads(kv))
 
@@ -298,10 +305,6 @@ def test_position_tables_are_not_mistaken_for_another_stream(function, args):
     assert summary(site(function, *args)) == [(VIDEO, True)]
 
 
-def masked_video(x, m):
-    return self_attention(x, attn_mask=m)
-
-
 def run_time_length(x):
     kept = x[0, 0].nonzero()[:, 0]
     torch._check(kept.shape[0] > 0)
@@ -309,7 +312,6 @@ def run_time_length(x):
     return self_attention(taken)
 
 
-MASK = torch.ones(BATCH, 1, 1, VIDEO, dtype=torch.bool)
 DECLINED: dict[str, tuple[Callable[[], list[AttentionSite | Rejection]], str, str, bool]] = {
     "other stream": (
         lambda: decide(cross, rows(VIDEO), rows(VIDEO)),
@@ -328,12 +330,6 @@ DECLINED: dict[str, tuple[Callable[[], list[AttentionSite | Rejection]], str, st
         "short: 39 video tokens",
         "lower min_tokens=40 to include it",
         True,
-    ),
-    "masked video": (
-        lambda: decide(masked_video, rows(VIDEO), MASK),
-        "a key mask over a sequence with no context rows",
-        "drop the mask if it is all true",
-        False,
     ),
     "too many clusters": (
         lambda: decide(text_first, rows(TEXT), rows(VIDEO), config=SparseConfig(min_tokens=40, q_clusters=46)),

@@ -498,6 +498,51 @@ def test_video_keys_that_a_mask_hides_are_counted(hidden, count):
     assert [counter.tolist() for counter in counters] == [[2 * count]] * 2
 
 
+def masked_video(hidden: slice, batch: int = BATCH, key_heads: int = HEADS) -> tuple[GraphModule, list[Any], Tensor]:
+    """Trace a model whose one mask hides rows of a sequence that has no context."""
+    text, video = joint_inputs()
+    inputs = {"text": text, "video": video, "mask": key_mask(hidden, VIDEO, batch)}
+    return trace(Joint(order="video only", key_heads=key_heads, layers=1).eval(), inputs)
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 1])
+@pytest.mark.parametrize("batch", [BATCH, 1])
+@pytest.mark.parametrize("hidden", [slice(0, 0), slice(20, 31), slice(-9, None)])
+def test_a_mask_without_context_rows_means_what_it_means_densely(hidden, batch, key_heads):
+    gm, inputs, expected = masked_video(hidden, batch, key_heads)
+    assert_equal_within_rounding(run(sparsify(gm, DENSE), inputs), expected, 1)
+
+
+def test_hidden_rows_cannot_be_attended_to_whatever_cluster_they_are_in():
+    """All keys alike: every cluster mixes hidden and visible ones, and only the values tell them apart."""
+    keys = torch.ones(1, 1, VIDEO, CHANNELS)
+    mask = key_mask(slice(10, 30), VIDEO, 1)
+    values = torch.where(mask.transpose(2, 3), 1.0, 1e6).expand(-1, -1, -1, CHANNELS)
+
+    class Attend(nn.Module):
+        def forward(self, q, k, v, m):
+            return attend(q, k, v, attn_mask=m)
+
+    q = torch.randn(1, 1, VIDEO, CHANNELS)
+    gm, inputs, _ = trace(Attend(), {"q": q, "k": keys, "v": values, "m": mask})
+    plan = sparsify(gm, SPARSE)
+    assert len(plan.sites) == 1
+    assert_equal_within_rounding(run(plan, inputs), torch.ones_like(q), 1)
+
+
+def test_a_mask_of_ones_beside_context_rows_costs_nothing():
+    class Ones(nn.Module):
+        def forward(self, text, video):
+            x = torch.cat((text, video), 1).unflatten(2, (HEADS, CHANNELS)).transpose(1, 2)
+            return attend(x, x, x, attn_mask=torch.ones(BATCH, 1, 1, TEXT + VIDEO, dtype=torch.bool))
+
+    text, video = joint_inputs()
+    gm, inputs, expected = trace(Ones(), {"text": text, "video": video})
+    plan = sparsify(gm, DENSE)
+    assert not plan.sites[0].has_mask and ops(plan.gm)["add_"] == 0
+    assert_equal_within_rounding(run(plan, inputs), expected, 1)
+
+
 def test_options_reach_the_ops():
     gm, _, _ = traced("own scale")
     config = SparseConfig(
