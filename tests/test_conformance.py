@@ -19,6 +19,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 def test_a_model_is_sparse_where_it_is_long_and_dense_elsewhere_with_a_reason(case):
     verdict = examine(case)
     assert_full_selection_equals_dense_to_rounding(verdict)
+    assert_block_by_block_as_much_is_sparse(case, verdict)
     assert_long_attentions_are_sparse_but_for_the_declared_ones(case, verdict)
     assert_the_rest_has_reasons_that_the_page_explains(verdict)
     if verdict.sparse.sparse_sites:
@@ -36,7 +37,8 @@ def assert_full_selection_equals_dense_to_rounding(verdict: Verdict) -> None:
     exact = verdict.exact
     step = torch.finfo(torch.float32).eps * exact.abs().max()
     allowed = 2 * (verdict.dense_output.double() - exact).abs().max() + step
-    assert (verdict.full_output.double() - exact).abs().max() <= 2 * allowed
+    for output in (verdict.full_output, verdict.by_block_output):
+        assert (output.double() - exact).abs().max() <= 2 * allowed
 
 
 def assert_long_attentions_are_sparse_but_for_the_declared_ones(case: ModelCase, verdict: Verdict) -> None:
@@ -45,6 +47,12 @@ def assert_long_attentions_are_sparse_but_for_the_declared_ones(case: ModelCase,
     assert all(verdict.left_by_reason[reason] >= count for reason, count in case.dense.items())
     for report in (verdict.full, verdict.sparse):
         assert all(site.sparse_calls == 1 and not site.masked_video_keys for site in report.sparse_sites)
+
+
+def assert_block_by_block_as_much_is_sparse(case: ModelCase, verdict: Verdict) -> None:
+    if verdict.sparse_by_block is not None:
+        declared = case.unseen_by_block + sum(case.dense.values())
+        assert verdict.sparse_by_block + declared == verdict.long_attentions
 
 
 def assert_the_rest_has_reasons_that_the_page_explains(verdict: Verdict) -> None:
@@ -69,7 +77,7 @@ def test_every_class_has_a_case_or_a_reason_for_none():
 def test_the_page_has_the_lines_of_the_cases_and_no_others():
     """Each line is compared by its case; this is about what no case compares."""
     text = PAGE.read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 7]
+    lines = [line for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 8]
     names = [f"{case.name}, {case.variant}" if case.variant else case.name for case in CASES]
     assert [line[2:].split(" | ")[0] for line in lines if not line.startswith("| class")] == names
     frame = page({}, len(transformer_classes())).split("\n\n")

@@ -64,6 +64,9 @@ class ModelCase:
     unseen: int = 0
     """Long attentions that run eagerly, where no backend sees them."""
 
+    unseen_by_block: int = 0
+    """The same where diffusers compiles the blocks of the model one by one."""
+
     note: str = ""
     """What a reader of the table should know; a case with nothing sparse says why."""
 
@@ -170,6 +173,12 @@ class Verdict:
     dense_output: torch.Tensor
     full_output: torch.Tensor
     sparse_output: torch.Tensor
+    sparse_by_block: int | None
+    """Sparse attentions after ``compile_repeated_blocks``; None where diffusers names no blocks of the class."""
+
+    by_block_output: torch.Tensor
+    """With full selection."""
+
     removed_output: torch.Tensor
     """The dense output were the long attentions to return zeros: how much they matter."""
 
@@ -226,18 +235,34 @@ def examine(case: ModelCase) -> Verdict:
         svg2_compile.reset()
         chosen = "sparse"
         sparse = output_of(compiled, case.inputs())
+        sparse_report = svg2_compile.report(model)
+        sparse_by_block, by_block = run_by_block(case, options["full"]) or (None, full)
         return Verdict(
             fullgraph=fullgraph,
             long_attentions=seen.long,
             full=full_report,
-            sparse=svg2_compile.report(model),
+            sparse=sparse_report,
             sites=tuple(dict.fromkeys(Site(order_of(site), site.has_mask) for site in sites)),
             exact=judge,
             dense_output=dense,
             full_output=full,
             sparse_output=sparse,
+            sparse_by_block=sparse_by_block,
+            by_block_output=by_block,
             removed_output=removed,
         )
+
+
+def run_by_block(case: ModelCase, options: dict[str, Any]) -> tuple[int, torch.Tensor] | None:
+    """Compile the blocks of a model one by one and return how many attentions are sparse, and the output."""
+    model = case.make()
+    if not getattr(model, "_repeated_blocks", None):
+        return None
+    torch._dynamo.reset()
+    svg2_compile.reset()
+    model.compile_repeated_blocks(backend=svg2_backend, options=options)
+    output = output_of(model, case.inputs())
+    return len(svg2_compile.report(model).sparse_sites), output
 
 
 def order_of(site: AttentionSite) -> tuple[str, ...]:

@@ -67,7 +67,9 @@ def row(case: ModelCase, verdict: Verdict) -> str:
     masks = "key mask" if any(site.has_mask for site in verdict.sites) else ""
     one_graph = "yes" if verdict.fullgraph else f"no: {case.breaks}" if case.breaks else "no, as asked"
     name = f"{case.name}, {case.variant}" if case.variant else case.name
-    cells = (name, str(len(verdict.sparse.sparse_sites)), left, rows, masks, one_graph, guidance(case.name), case.note)
+    by_block = "" if verdict.sparse_by_block is None else str(verdict.sparse_by_block)
+    counts = str(len(verdict.sparse.sparse_sites)), by_block
+    cells = (name, *counts, left, rows, masks, one_graph, guidance(case.name), case.note)
     return f"| {' | '.join(cells)} |"
 
 
@@ -94,9 +96,7 @@ def _guidance_in(source: str) -> str:
 
 def page(rows: dict[str, list[str]], classes: int) -> str:
     """Return the generated part of the page."""
-    header = (
-        "| class | sparse | dense, and why | rows | mask | one graph | guidance | |\n|---|---|---|---|---|---|---|---|"
-    )
+    header = "| class | sparse | by block | dense, and why | rows | mask | one graph | guidance | |\n|" + 9 * "---|"
     parts = [
         f"diffusers {diffusers.__version__}: {classes - len(NOT_COVERED)} of {classes} classes have a case, "
         f"{sum(map(len, rows.values()))} cases in all."

@@ -307,6 +307,7 @@ VIDEO_MODELS = (
         "HunyuanVideoTransformer3DModel",
         HUNYUAN | HUNYUAN_PATCH | {"guidance_embeds": False, "image_condition_type": "token_replace"},
         lambda noise: hunyuan(noise, pooled_projections=noise(1, 8)), variant="image to video",
+        unseen_by_block=2, note="diffusers does not name the blocks of this variant for compile_repeated_blocks",
     ),
     ModelCase(
         "HunyuanVideo15Transformer3DModel",
