@@ -422,7 +422,7 @@ def overwritten_through_a_view(mask: Tensor) -> Tensor:
 def test_ones_that_do_not_stay_ones_are_a_mask(spoil):
     def attention(q, k, v):
         mask = spoil(torch.ones(BATCH, TOKENS, dtype=torch.int32))
-        return F.scaled_dot_product_attention(q, k, v, mask[:, None, None, :].expand(-1, HEADS, TOKENS, -1))
+        return F.scaled_dot_product_attention(q, k, v, mask.view(BATCH, 1, 1, -1).expand(-1, 1, TOKENS, -1))
 
     (gm,) = capture(attention, *qkv())
     found = only(gm)
