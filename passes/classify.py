@@ -2,6 +2,7 @@
 
     value ◄── ... ◄── cat([text, video], dim=1)   →   AttentionSite(segments=(77 context, 8192 video))
     query ◄── ... ◄── video, value ◄── ... ◄── audio   →   Rejection("cross-attention ...")
+    query ◄── ... ◄── video, value ◄── ... ◄── cat([text, video], dim=1)   →   the first, context rows being keys only
 
 The rows are told apart by following the sequence axis of ``value`` back to the nearest ``cat`` (``trace_axis``): the
 longest operand is the video, the rest is context. The graph is only read.
@@ -11,14 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.match import Candidate
-from svg2_compile.passes.nodes import same_size, tensor_of
+from svg2_compile.passes.nodes import same_size, shape_of, tensor_of
 from svg2_compile.passes.records import AttentionSite, Rejection, Segment, size_hint
-from svg2_compile.passes.trace_axis import AxisOrigin, trace_axis
+from svg2_compile.passes.trace_axis import AxisOrigin, Piece, trace_axis
 
 TRUSTED_ORIGINS = ("placeholder", "split axis", "conv")
 POSITIONS = re.compile(r"rot|rope|freq|pos|cos|sin", re.IGNORECASE)
@@ -46,20 +48,27 @@ def _classify_one(candidate: Candidate, config: SparseConfig) -> AttentionSite |
 
     origin = trace_axis(candidate.value, 2)
     queries = trace_axis(candidate.query, 2)
-    if _different_streams(queries, origin):
+    if not same_size(candidate.sequence, candidate.keys):
+        segments = _asking_segments(candidate, queries, origin)
+        if not segments:
+            lengths = f"{candidate.sequence} queries, {candidate.keys} keys"
+            return decline(f"cross-attention: {lengths}", by_design=True)
+        if _is_mostly_context(segments, config):
+            reason = (
+                f"more context than max_context_ratio={config.max_context_ratio}: {candidate.sequence} queries are "
+            )
+            return decline(f"{reason}among {candidate.keys} keys", "raise max_context_ratio to include it")
+    elif _different_streams(queries, origin):
         sources = f"{queries.pieces[0].node.name} and {origin.pieces[0].node.name}"
         return decline(f"cross-attention: queries and values come from {sources}", by_design=True)
-    if not origin.joined and queries.joined:
-        origin = queries
-    segments = _segments(candidate, origin, config)
+    else:
+        segments = _segments(candidate, origin if origin.joined or not queries.joined else queries, config)
     video = next(segment for segment in segments if segment.is_video)
     hint = size_hint(video.length)
     if hint is None:
         return decline("its length is known only at run time", "compile with fullgraph=True and static lengths")
     if hint < config.min_tokens:
         return decline(f"short: {hint} video tokens", f"lower min_tokens={config.min_tokens} to include it", True)
-    if candidate.key_mask is not None and len(segments) == 1:
-        return decline("a key mask over a sequence with no context rows", "drop the mask if it is all true")
     return _site(candidate, segments, video, hint, config)
 
 
@@ -70,13 +79,50 @@ def _different_streams(queries: AxisOrigin, values: AxisOrigin) -> bool:
     first, second = queries.pieces[0], values.pieces[0]
     if first.node is second.node and first.axis == second.axis:
         return False
-    return all(
-        each.kind.startswith(TRUSTED_ORIGINS) and not POSITIONS.search(each.node.name) for each in (first, second)
-    )
+    return _is_trusted(first) and _is_trusted(second)
+
+
+def _is_trusted(piece: Piece) -> bool:
+    """True where ``piece`` names a stream; an input with heads already is an operand made before a graph break."""
+    is_operand = piece.kind == "placeholder" and len(shape_of(piece.node) or ()) == 4
+    return piece.kind.startswith(TRUSTED_ORIGINS) and not is_operand and not POSITIONS.search(piece.node.name)
 
 
 def _same_lengths(a: AxisOrigin, b: AxisOrigin) -> bool:
     return len(a.pieces) == len(b.pieces) and all(same_size(x.length, y.length) for x, y in zip(a.pieces, b.pieces))
+
+
+def _asking_segments(candidate: Candidate, queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, ...]:
+    """Return the segments of the keys, the rows that ask being video; empty where they are no rows of the keys.
+
+    Positions that are multiplied into queries and keys can lead both walks astray, to one place: keys testify as well.
+    """
+    if not values.joined:
+        return _segments_around(queries, values)
+    keys = trace_axis(candidate.key, 2)
+    for position, piece in enumerate(values.pieces):
+        if same_size(piece.length, candidate.sequence):
+            witnesses = [piece, keys.pieces[position]] if _same_lengths(keys, values) else [piece]
+            if any(_same_rows(queries, trace_axis(each.node, each.axis)) for each in witnesses):
+                return _pieces_as_segments(values, position)
+    return ()
+
+
+def _segments_around(queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, ...]:
+    """Cut the rows of the values before and after the ones that ask, where all are rows of one tensor."""
+    asking, rows = queries.pieces[0], values.pieces[0]
+    if queries.joined or (asking.node, asking.axis) != (rows.node, rows.axis):
+        return ()
+    edges = (rows.start, asking.start, asking.start + asking.length, rows.start + rows.length)
+    if not all(isinstance(edge, int) for edge in edges) or list(edges) != sorted(edges):
+        return ()
+    lengths = [int(end - start) for start, end in pairwise(edges)]
+    cut = [Segment(length, position == 1, rows.node.name, rows.axis) for position, length in enumerate(lengths)]
+    return tuple(segment for segment in cut if segment.length)
+
+
+def _same_rows(a: AxisOrigin, b: AxisOrigin) -> bool:
+    return [(each.node, each.axis) for each in a.pieces] == [(each.node, each.axis) for each in b.pieces]
 
 
 def _segments(candidate: Candidate, origin: AxisOrigin, config: SparseConfig) -> tuple[Segment, ...]:
@@ -85,13 +131,20 @@ def _segments(candidate: Candidate, origin: AxisOrigin, config: SparseConfig) ->
         return whole
     hints = [size_hint(piece.length) for piece in origin.pieces]
     video = max(range(len(hints)), key=lambda position: hints[position] or 0)
-    total = sum(hint or 0 for hint in hints)
-    if total - (hints[video] or 0) > config.max_context_ratio * total:
-        return whole
+    segments = _pieces_as_segments(origin, video)
+    return whole if _is_mostly_context(segments, config) else segments
+
+
+def _pieces_as_segments(origin: AxisOrigin, video: int) -> tuple[Segment, ...]:
     return tuple(
         Segment(piece.length, position == video, piece.node.name, piece.axis)
         for position, piece in enumerate(origin.pieces)
     )
+
+
+def _is_mostly_context(segments: tuple[Segment, ...], config: SparseConfig) -> bool:
+    context = sum(size_hint(each.length) or 0 for each in segments if not each.is_video)
+    return context > config.max_context_ratio * sum(size_hint(each.length) or 0 for each in segments)
 
 
 def _site(
@@ -120,4 +173,5 @@ def _site(
         q_clusters=q_clusters,
         k_clusters=k_clusters,
         has_mask=candidate.key_mask is not None,
+        has_context_queries=same_size(candidate.sequence, candidate.keys),
     )

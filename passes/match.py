@@ -15,13 +15,17 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.nodes import (
     SdpaArguments,
     argument,
+    first_argument,
+    is_inplace,
     is_sdpa,
+    is_written,
     module_path,
     same_size,
     sdpa_arguments,
@@ -32,8 +36,11 @@ from svg2_compile.passes.nodes import (
 from svg2_compile.passes.records import Rejection, Size, size_hint
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FOREIGN_ATTENTION = re.compile(r"flex_attention|flash_attn|sage_?attn|_attention_forward|xformers|attn_varlen")
+FOREIGN_ATTENTION = re.compile(
+    r"flex_attention|flash_?attn|flash_attention|sage_?att|_attention_forward|efficient_attention|xformers|attn_varlen"
+)
 LONGEST_MASK_CHAIN = 12
+KEEPS_VALUES = ("bool", "contiguous", "clone", "to", "expand", "repeat", "view", "reshape", "unsqueeze", "flatten")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +59,15 @@ class Candidate:
 
     @property
     def sequence(self) -> Size:
-        """Rows of the sequence axis."""
+        """Queries."""
         shape = shape_of(self.query)
+        assert shape is not None
+        return shape[2]
+
+    @property
+    def keys(self) -> Size:
+        """Keys: as many as queries, or more where the queries are but some of the rows."""
+        shape = shape_of(self.key)
         assert shape is not None
         return shape[2]
 
@@ -66,11 +80,32 @@ def match(gm: GraphModule, config: SparseConfig) -> list[Candidate | Rejection]:
         if is_sdpa(node):
             found.append(_read(ordinal, node, config.min_tokens))
             ordinal += 1
-        elif node.op == "call_function" and FOREIGN_ATTENTION.search(target_name(node)):
-            name = target_name(node)
-            hint = 'only scaled_dot_product_attention is rewritten; call model.set_attention_backend("native")'
-            found.append(Rejection(node.name, module_path(node), f"runs {name}, not SDPA", hint))
+        elif node.op == "call_function" and FOREIGN_ATTENTION.search(_full_name(node)):
+            found.append(_read_foreign(node, config.min_tokens))
     return found
+
+
+def _full_name(node: Node) -> str:
+    """Return the name of the called function, of an operator with its namespace: kernels name their ops ``fwd``."""
+    return node.target._schema.name if isinstance(node.target, OpOverload) else target_name(node)
+
+
+def _read_foreign(node: Node, min_tokens: int) -> Rejection:
+    """Decline an attention that is not SDPA; one that would stay dense anyway needs no advice."""
+    name, path = _full_name(node), module_path(node)
+    hint = "only scaled_dot_product_attention is rewritten; "
+    if name != "multi_head_attention_forward":
+        hint += 'call model.set_attention_backend("native")'
+        return Rejection(node.name, path, f"runs {name}, not SDPA", hint)
+    queries, keys = (shape_of(argument(node, position, word)) for position, word in enumerate(("query", "key")))
+    tokens = size_hint(queries[0]) if queries else None
+    if queries and keys and not same_size(queries[0], keys[0]):
+        return Rejection(node.name, path, f"cross-attention: {queries[0]} queries, {keys[0]} keys", "", True)
+    if tokens is not None and tokens < min_tokens:
+        return Rejection(node.name, path, f"short: {tokens} tokens", "", True)
+    return Rejection(
+        node.name, path, f"runs {name}, not SDPA", hint + "call it in place of torch.nn.MultiheadAttention"
+    )
 
 
 def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
@@ -86,9 +121,14 @@ def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
     query, key, value = (each for each in tensors if each is not None)
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         return decline(f"expected 4-D (batch, heads, tokens, head dim) operands, got {query.dim()}-D")
-    if not same_size(query.shape[2], key.shape[2]):
-        return decline(f"cross-attention: {query.shape[2]} queries, {key.shape[2]} keys", by_design=True)
     tokens = size_hint(query.shape[2])
+    if not same_size(query.shape[2], key.shape[2]):
+        keys = size_hint(key.shape[2])
+        if tokens is None and keys is None:
+            reason = f"its lengths are known only at run time: {query.shape[2]} queries, {key.shape[2]} keys"
+            return decline(reason, "compile without fullgraph=True, or block by block, so that lengths are numbers")
+        if tokens is None or keys is None or not min_tokens <= tokens < keys:
+            return decline(f"cross-attention: {query.shape[2]} queries, {key.shape[2]} keys", by_design=True)
     if tokens is not None and tokens < min_tokens:
         return decline(f"short: {tokens} tokens", f"lower min_tokens={min_tokens} to include it", by_design=True)
     output = tensor_of(node)
@@ -121,7 +161,7 @@ def _with_mask(index: int, node: Node, path: str, call: SdpaArguments) -> Candid
     query, key, value = call.query, call.key, call.value
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     key_mask = None
-    if call.attn_mask is not None:
+    if call.attn_mask is not None and not _is_all_true(call.attn_mask, node):
         key_mask = key_mask_of(call.attn_mask)
         if key_mask is None or not _covers_keys(key_mask, key):
             hint = "drop the mask if it is all true, or give a boolean key mask of shape (batch, 1, 1, keys)"
@@ -163,6 +203,24 @@ def key_mask_of(mask: object) -> Node | None:
             case _:
                 return None
     return None
+
+
+def _is_all_true(mask: Node, end: Node) -> bool:
+    """Say whether ``mask`` is made of ones in the graph itself, and nothing overwrites it before ``end``."""
+    node: Node | None = mask
+    tensor = tensor_of(mask)
+    if tensor is None or tensor.dtype is not torch.bool:
+        return False
+    for _ in range(LONGEST_MASK_CHAIN):
+        if node is None or is_inplace(node) or is_written(node, node, end):
+            return False
+        name = target_name(node)
+        if name in ("ones", "ones_like", "new_ones"):
+            return True
+        if name not in KEEPS_VALUES:
+            return False
+        node = first_argument(node)
+    return False
 
 
 def _covers_keys(key_mask: Node, key: Node) -> bool:

@@ -39,7 +39,7 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A contiguous run of rows on the sequence axis of one attention."""
+    """A contiguous run of rows on the key axis of one attention, and on the query axis where that is as long."""
 
     length: Size
     """Rows, an int or a symbol."""
@@ -93,7 +93,9 @@ class AttentionSite:
     q_clusters: int
     k_clusters: int
     has_mask: bool
-    """A key-padding mask is given; it may hide context keys only."""
+    """A key-padding mask is given. With context rows it may hide these only; without, any row."""
+    has_context_queries: bool = True
+    """False where only the video rows ask, and context rows are keys alone."""
 
     @property
     def context_tokens(self) -> Size:
@@ -116,6 +118,6 @@ class AttentionSite:
             "k_calls": ((1,), torch.int32),
             "statistics": ((self.batch, self.q_heads, self.q_clusters, len(STATISTICS)), torch.float32),
         }
-        if self.has_mask:
+        if self.has_mask and len(self.segments) > 1:
             shapes["masked_video_keys"] = ((1,), torch.int64)
         return tuple(StateSpec(self.index, name, shape, dtype) for name, (shape, dtype) in shapes.items())

@@ -12,7 +12,9 @@ becomes, for a sequence of video rows only,
     o = unpermute_tokens(o, q_order)
 
 With context rows, q, k and v are cut first; the context keys go to ``block_sparse_attention``, which always keeps them,
-the context queries attend to everything (``context_attention``), and the outputs are joined in the original order.
+the context queries attend to everything (``context_attention``), and the outputs are joined in the original order;
+where context rows are keys only, q stays whole and nothing is joined. A mask over a sequence without context rows moves
+the keys that it hides behind the last cluster, where no run reaches.
 What a ``KernelConfig`` asks for comes last in ``block_sparse_attention``; left to the defaults, nothing is added.
 """
 
@@ -76,7 +78,7 @@ class _SiteRewriter:
         self.config, self.kernel_config = config, kernel_config
         self.state = {name: tensor for (index, name), tensor in state.items() if index == site.index}
         self.call = sdpa_arguments(node)
-        self.mask = None if self.call.attn_mask is None else key_mask_of(self.call.attn_mask)
+        self.mask = key_mask_of(self.call.attn_mask) if site.has_mask else None
 
     def emit(self, target: Any, *args: Any) -> Any:
         return emit(self.gm.graph, target, *args, like=self.node)
@@ -84,10 +86,9 @@ class _SiteRewriter:
     def sparse_attention(self) -> Node:
         query, key, value = (self.in_dtype(each) for each in (self.call.query, self.call.key, self.call.value))
         if len(self.site.segments) == 1:
-            output: Node = self.video_attention(query, key, value, None, None, None)
-            return output
+            whole: Node = self.video_attention(query, key, value, None, None, None)
+            return whole
         rows = self.row_ranges()
-        queries = [self.cut(query, 2, *each) for each in rows]
         is_video = [segment.is_video for segment in self.site.segments]
         video = rows[is_video.index(True)]
         context = [each for each, here in zip(rows, is_video) if not here]
@@ -96,19 +97,20 @@ class _SiteRewriter:
             self.mask = self.emit(aten.expand.default, self.mask, [self.site.batch, 1, 1, -1])
             context_mask = self.join([self.cut(self.mask, 3, *each) for each in context], 3)
             self.count_masked_video_keys(self.cut(self.mask, 3, *video))
-        output = self.video_attention(
-            queries[is_video.index(True)],
+        has_all_queries = self.site.has_context_queries
+        output: Node = self.video_attention(
+            self.cut(query, 2, *video) if has_all_queries else query,
             self.cut(key, 2, *video),
             self.cut(value, 2, *video),
             self.join([self.cut(key, 2, *each) for each in context], 2),
             self.join([self.cut(value, 2, *each) for each in context], 2),
             context_mask,
         )
+        if not has_all_queries:
+            return output
         pieces = [
-            output
-            if here
-            else self.emit(torch.ops.svg2.context_attention.default, rows, key, value, self.mask, self.scale)
-            for rows, here in zip(queries, is_video)
+            output if here else self.context_attention(self.cut(query, 2, *each), key, value)
+            for each, here in zip(rows, is_video)
         ]
         # joined along the token axis of (batch, tokens, heads, head dim), the layout that the caller flattens for free
         token_major = [self.emit(aten.transpose.int, piece, 1, 2) for piece in pieces]
@@ -128,7 +130,8 @@ class _SiteRewriter:
 
     def video_attention(self, q: Any, k: Any, v: Any, context_k: Any, context_v: Any, context_mask: Any) -> Any:
         q_order, q_sizes = self.cluster(q, "q", self.site.q_clusters)
-        k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters)
+        hides_video = self.mask is not None and context_k is None
+        k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters, self.mask if hides_video else None)
         selection = self.emit(
             torch.ops.svg2.select_blocks.default,
             self.state["q_centroids"],
@@ -158,6 +161,9 @@ class _SiteRewriter:
         )
         return self.emit(torch.ops.svg2.unpermute_tokens.default, self.emit(operator.getitem, attention, 0), q_order)
 
+    def context_attention(self, q: Any, key: Any, value: Any) -> Any:
+        return self.emit(torch.ops.svg2.context_attention.default, q, key, value, self.mask, self.scale)
+
     def kernel_arguments(self) -> list[Any]:
         """Return the last arguments of the attention, up to the last one that is not the default."""
         arguments = [self.kernel_config.attention, self.tiles(), self.kernel_config.autotune]
@@ -179,7 +185,8 @@ class _SiteRewriter:
         )
         return [given.get(name, getattr(tuned, name)) for name in TILES]
 
-    def cluster(self, x: Any, side: str, clusters: int) -> tuple[Any, Any]:
+    def cluster(self, x: Any, side: str, clusters: int, mask: Node | None = None) -> tuple[Any, Any]:
+        """Return the order and sizes of the clusters; rows that ``mask`` hides come last and belong to none."""
         labels = self.emit(
             torch.ops.svg2.kmeans_.default,
             x,
@@ -189,8 +196,14 @@ class _SiteRewriter:
             self.config.kmeans_iters_step,
             self.config.seed,
         )
-        order_and_sizes = self.emit(torch.ops.svg2.sort_labels.default, labels, clusters)
-        return self.emit(operator.getitem, order_and_sizes, 0), self.emit(operator.getitem, order_and_sizes, 1)
+        sorts = torch.ops.svg2.sort_labels.default
+        if mask is None:
+            order_and_sizes = self.emit(sorts, labels, clusters)
+            return self.emit(operator.getitem, order_and_sizes, 0), self.emit(operator.getitem, order_and_sizes, 1)
+        hidden = self.emit(aten.logical_not.default, self.emit(aten.squeeze.dim, mask, 2))  # [B or 1, 1, N]
+        order_and_sizes = self.emit(sorts, self.emit(aten.masked_fill.Scalar, labels, hidden, clusters), clusters + 1)
+        visible = self.cut(self.emit(operator.getitem, order_and_sizes, 1), 2, 0, clusters)
+        return self.emit(operator.getitem, order_and_sizes, 0), self.emit(aten.contiguous.default, visible)
 
     def count_masked_video_keys(self, video_mask: Any) -> None:
         """Key masks hide padding text; were one to hide video, the report would say so."""

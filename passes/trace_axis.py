@@ -41,6 +41,8 @@ class Piece:
     length: Size
     kind: str
     """``placeholder``, ``cat`` (an operand of the joining cat), or the name of the op at which the walk ended."""
+    start: Size = 0
+    """First of these rows on the axis of ``node``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,8 @@ class Cursor:
 
     def end(self, kind: str) -> AxisOrigin:
         """End the walk at the current node."""
-        length = self.size if self.window is None else self.window.length
-        return AxisOrigin((Piece(self.node, self.axis, length, kind),), joined=False)
+        window = Window(0, self.size) if self.window is None else self.window
+        return AxisOrigin((Piece(self.node, self.axis, window.length, kind, window.start),), joined=False)
 
 
 Step = Callable[[Cursor], "Cursor | AxisOrigin"]

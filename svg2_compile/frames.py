@@ -25,7 +25,7 @@ class Compiled:
     """What is being compiled."""
 
     root: torch.nn.Module | None
-    """The module whose forward is traced, if it is one."""
+    """The module whose forward is traced, or for which a helper such as an attention processor is."""
 
     parent: torch.nn.Module | None
     """The outermost module that is calling ``root`` right now; ``None`` when ``root`` is the whole model."""
@@ -43,10 +43,12 @@ class Compiled:
 def what_is_compiled() -> Compiled:
     """Return the module under compilation and its caller; to be called by the backend itself."""
     try:
-        root = InstructionTranslator.current_tx().f_locals.get("self")
+        traced = InstructionTranslator.current_tx().f_locals
     except AttributeError:  # not called by Dynamo
-        root = None
-    if not isinstance(root, torch.nn.Module):
+        return Compiled(None, None, {})
+    modules = (each for each in (traced.get("self"), *traced.values()) if isinstance(each, torch.nn.Module))
+    root = next(modules, None)
+    if root is None:
         return Compiled(None, None, {})
     parent: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
@@ -89,8 +91,9 @@ def owner_position(gm: GraphModule, inputs: list[Any]) -> tuple[int, str] | None
     for position, (node, value) in enumerate(zip(placeholders(gm), inputs)):
         if isinstance(value, torch.nn.Parameter):
             source = source_name(node).replace("_modules", "").replace("_parameters", "").replace(".__dict__", "")
+            # the scope and the variable that holds the root module come first
             parts = [part for part in re.split(r"[.\[\]']+", source) if part]
-            return position, ".".join(part for part in parts[1:] if part != "self")
+            return position, ".".join(parts[2:])
     return None
 
 

@@ -246,7 +246,7 @@ class _Row:
             density_per_head=tuple((densities / calls).tolist()) if ran else (),
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
-            masked_video_keys=sum(int(state.tensors["masked_video_keys"]) for state in states if site.has_mask),
+            masked_video_keys=sum(int(state.tensors.get("masked_video_keys", 0)) for state in states),
         )
 
 

@@ -290,6 +290,41 @@ def test_graph_breaks_leave_blocks_sparse():
     assert [site.sparse_calls for site in svg2_compile.report(compiled).sparse_sites] == [2, 2]
 
 
+def test_an_attention_in_a_helper_that_breaks_the_graph_is_sparse_on_schedule_and_named():
+    class Helper:
+        def __call__(self, attn, x):
+            q, k, v = attn.qkv(x).unflatten(2, (2, -1)).transpose(1, 2).chunk(3, -1)
+            torch._dynamo.graph_break()
+            return attn.out(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out, self.helper = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16), Helper()
+
+        def forward(self, x):
+            return self.helper(self, x)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Attention(), Attention()])
+
+        def forward(self, x, timestep):
+            for block in self.blocks:
+                x = x + block(x) * timestep
+            return x
+
+    model = Model()
+    compiled = torch.compile(model, backend="svg2", options=SPARSE | EAGER)
+    x = torch.randn(1, 128, 16, generator=torch.Generator().manual_seed(0))
+    for timestep in (0.9, 0.8, 0.7):
+        compiled(x, torch.tensor([timestep]))
+    calls = {site.path: (site.dense_calls, site.sparse_calls) for site in svg2_compile.report(model).sites}
+    assert list(calls.values()) == [(1, 2), (1, 2)]
+    assert [path.rsplit(".", 1)[0] for path in calls] == ["blocks.0", "blocks.1"]
+
+
 def test_a_model_inside_an_eager_wrapper_is_still_a_whole_model():
     """As with data parallel wrappers: only the first layer stays dense, and the timestep still counts the steps."""
 

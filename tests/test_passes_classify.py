@@ -160,6 +160,13 @@ def test_a_masked_site_counts_hidden_video_keys():
     assert found.state_specs()[-1].name == "masked_video_keys"
 
 
+def test_a_mask_over_a_sequence_without_context_may_hide_any_row_and_is_not_counted():
+    mask = torch.ones(BATCH, 1, 1, VIDEO, dtype=torch.bool)
+    found = site(lambda x, m: self_attention(x, attn_mask=m), rows(VIDEO), mask)
+    assert found.has_mask and summary(found) == [(VIDEO, True)]
+    assert "masked_video_keys" not in [spec.name for spec in found.state_specs()]
+
+
 def cross(q, kv):
     return attend(heads(q), heads(kv), heads(kv))
 
@@ -193,6 +200,83 @@ def test_cross_attention_between_equal_lengths_is_declined(function, args, sourc
     )
 
 
+def video_asks(text, video):
+    joined = torch.cat((heads(text), heads(video)), 2)
+    return attend(heads(video), joined, joined)
+
+
+def video_asks_with_positions(text, video, freqs):
+    keys = torch.cat((heads(text), freqs * heads(video)), 2)
+    return attend(freqs * heads(video), keys, torch.cat((heads(text), heads(video)), 2))
+
+
+POSITIONS = torch.randn(BATCH, HEADS, VIDEO, CHANNELS)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "dynamic"),
+    [(video_asks, (), False), (video_asks, (), True), (video_asks_with_positions, (POSITIONS,), False)],
+    ids=["static", "dynamic", "with positions"],
+)
+def test_rows_that_ask_among_more_keys_are_video_and_the_other_keys_context(function, args, dynamic):
+    found = site(function, rows(TEXT), rows(VIDEO), *args, dynamic=dynamic)
+    assert summary(found) == [(TEXT, False), (VIDEO, True)]
+    assert not found.has_context_queries
+    assert site(text_first, rows(TEXT), rows(VIDEO)).has_context_queries
+
+
+def other_asks(text, video, other):
+    joined = torch.cat((heads(text), heads(video)), 2)
+    return attend(heads(other), joined, joined)
+
+
+def test_rows_that_ask_another_stream_are_cross_attention_though_a_piece_of_it_is_as_long():
+    (found,) = decide(other_asks, rows(TEXT), rows(VIDEO), rows(VIDEO))
+    assert isinstance(found, Rejection)
+    assert (found.reason, found.by_design) == (f"cross-attention: {VIDEO} queries, {TEXT + VIDEO} keys", True)
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (0, [(VIDEO, True), (2 * TEXT, False)]),
+        (TEXT, [(TEXT, False), (VIDEO, True), (TEXT, False)]),
+        (2 * TEXT, [(2 * TEXT, False), (VIDEO, True)]),
+    ],
+    ids=["first", "middle", "last"],
+)
+def test_rows_cut_from_the_sequence_they_ask_are_video_and_those_around_them_context(start, expected):
+    def cut(x):
+        return attend(heads(x[:, start : start + VIDEO]), heads(x), heads(x))
+
+    found = site(cut, rows(VIDEO + 2 * TEXT))
+    assert summary(found) == expected
+    assert not found.has_context_queries
+
+
+def test_rows_that_ask_a_later_cut_of_the_sequence_are_cross_attention():
+    def ask_what_follows(x):
+        return attend(heads(x[:, :VIDEO]), heads(x[:, TEXT:]), heads(x[:, TEXT:]))
+
+    (found,) = decide(ask_what_follows, rows(2 * VIDEO))
+    assert isinstance(found, Rejection)
+    assert (found.reason, found.by_design) == (f"cross-attention: {VIDEO} queries, {2 * VIDEO - TEXT} keys", True)
+
+
+def test_operands_made_before_a_graph_break_are_not_called_cross_attention():
+    operands = [torch.randn(BATCH, HEADS, VIDEO, CHANNELS) for _ in range(3)]
+    assert summary(site(lambda q, k, v: attend(q, k, v), *operands)) == [(VIDEO, True)]
+
+
+def test_queries_among_mostly_context_keys_are_declined_with_advice():
+    (found,) = decide(video_asks, rows(3 * VIDEO), rows(VIDEO))
+    assert isinstance(found, Rejection)
+    assert found.reason == (
+        f"more context than max_context_ratio={CONFIG.max_context_ratio}: {VIDEO} queries are among {4 * VIDEO} keys"
+    )
+    assert (found.hint, found.by_design) == ("raise max_context_ratio to include it", False)
+
+
 def rotary(x, rotary_cos, rotary_sin):
     q = heads(x) * rotary_cos + heads(x).flip(-1) * rotary_sin
     return attend(q, q, heads(x))
@@ -221,10 +305,6 @@ def test_position_tables_are_not_mistaken_for_another_stream(function, args):
     assert summary(site(function, *args)) == [(VIDEO, True)]
 
 
-def masked_video(x, m):
-    return self_attention(x, attn_mask=m)
-
-
 def run_time_length(x):
     kept = x[0, 0].nonzero()[:, 0]
     torch._check(kept.shape[0] > 0)
@@ -232,7 +312,6 @@ def run_time_length(x):
     return self_attention(taken)
 
 
-MASK = torch.ones(BATCH, 1, 1, VIDEO, dtype=torch.bool)
 DECLINED: dict[str, tuple[Callable[[], list[AttentionSite | Rejection]], str, str, bool]] = {
     "other stream": (
         lambda: decide(cross, rows(VIDEO), rows(VIDEO)),
@@ -251,12 +330,6 @@ DECLINED: dict[str, tuple[Callable[[], list[AttentionSite | Rejection]], str, st
         "short: 39 video tokens",
         "lower min_tokens=40 to include it",
         True,
-    ),
-    "masked video": (
-        lambda: decide(masked_video, rows(VIDEO), MASK),
-        "a key mask over a sequence with no context rows",
-        "drop the mask if it is all true",
-        False,
     ),
     "too many clusters": (
         lambda: decide(text_first, rows(TEXT), rows(VIDEO), config=SparseConfig(min_tokens=40, q_clusters=46)),

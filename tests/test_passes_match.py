@@ -140,6 +140,17 @@ def test_a_length_known_only_at_run_time_is_not_called_short():
     assert isinstance(found, Candidate)
 
 
+def two_lengths_known_at_run_time() -> GraphModule:
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        lengths = [mode.shape_env.create_unbacked_symint() for _ in range(2)]
+        query, key = (torch.empty(BATCH, HEADS, length, CHANNELS) for length in lengths)
+    return graph_of(query, key, key)
+
+
+def multi_head(query: Tensor, key: Tensor | None = None) -> Callable[[], GraphModule]:
+    return lambda: graph_of(query, key, key, target=F.multi_head_attention_forward)
+
+
 def no_mask(reason: str) -> str:
     return f"attn_mask is {reason}"
 
@@ -277,6 +288,31 @@ DECLINED: dict[str, tuple[Callable[[], GraphModule], str, str, bool]] = {
     ),
     "unknown mask": (with_unknown_mask, no_mask("not a tensor of the graph"), KEY_MASK_HINT, False),
     "run-time scale": (scaled_at_run_time, "scale is computed at run time", "pass scale as a number", False),
+    "two lengths known at run time": (
+        two_lengths_known_at_run_time,
+        "its lengths are known only at run time: u0 queries, u1 keys",
+        "compile without fullgraph=True, or block by block, so that lengths are numbers",
+        False,
+    ),
+    "few queries, more keys": (
+        lambda: graph_of(SHORT, operand(*FULL), operand(*FULL)),
+        "cross-attention: 39 queries, 41 keys",
+        "",
+        True,
+    ),
+    "multi-head module": (
+        multi_head(operand(TOKENS, BATCH, CHANNELS)),
+        "runs multi_head_attention_forward, not SDPA",
+        "only scaled_dot_product_attention is rewritten; call it in place of torch.nn.MultiheadAttention",
+        False,
+    ),
+    "short multi-head module": (multi_head(operand(5, BATCH, CHANNELS)), "short: 5 tokens", "", True),
+    "multi-head cross-attention": (
+        multi_head(operand(TOKENS, BATCH, CHANNELS), operand(5, BATCH, CHANNELS)),
+        "cross-attention: 41 queries, 5 keys",
+        "",
+        True,
+    ),
     "foreign": (
         flex,
         "runs flex_attention, not SDPA",
@@ -356,6 +392,43 @@ def test_a_mask_that_only_looks_like_a_key_mask_is_never_replaced_by_another(spe
         assert found.reason.startswith("attn_mask is bool")
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda: torch.ones(BATCH, TOKENS, dtype=torch.int32).bool().view(BATCH, 1, 1, -1).expand(-1, 1, TOKENS, -1),
+        lambda: torch.ones(TOKENS, TOKENS, dtype=torch.bool),
+    ],
+    ids=["padding", "square"],
+)
+def test_a_mask_made_of_ones_in_the_graph_is_no_mask(mask):
+    (gm,) = capture(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask()), *qkv())
+    found = only(gm)
+    assert isinstance(found, Candidate)
+    assert found.key_mask is None
+
+
+def overwritten(mask: Tensor) -> Tensor:
+    mask[0, :3] = 0
+    return mask.bool()
+
+
+def overwritten_through_a_view(mask: Tensor) -> Tensor:
+    kept = mask.view(-1)
+    kept[:3] = 0
+    return mask.bool()
+
+
+@pytest.mark.parametrize("spoil", [overwritten, overwritten_through_a_view, lambda mask: mask.cumsum(1).eq(1)])
+def test_ones_that_do_not_stay_ones_are_a_mask(spoil):
+    def attention(q, k, v):
+        mask = spoil(torch.ones(BATCH, TOKENS, dtype=torch.int32))
+        return F.scaled_dot_product_attention(q, k, v, mask.view(BATCH, 1, 1, -1).expand(-1, 1, TOKENS, -1))
+
+    (gm,) = capture(attention, *qkv())
+    found = only(gm)
+    assert isinstance(found, Rejection) or found.key_mask is not None
+
+
 def test_a_product_of_masks_across_the_batch_is_no_outer_product_of_keys():
     """With as many heads as batch elements, mask[b, h] = m[b] & m[h] has a shape that attention takes."""
 
@@ -398,6 +471,29 @@ def test_matching_reads_only_and_twice_is_once():
     before = gm.print_readable(print_output=False)
     assert match(gm, CONFIG) == match(gm, CONFIG)
     assert gm.print_readable(print_output=False) == before
+
+
+LIBRARIES = [torch.library.Library(name, "FRAGMENT") for name in ("_flash_attn3_b4a2d0f", "sageattention")]
+for library in LIBRARIES:
+    library.define("fwd(Tensor q, Tensor k, Tensor v) -> Tensor")
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        (torch.ops._flash_attn3_b4a2d0f.fwd.default, "_flash_attn3_b4a2d0f::fwd"),
+        (torch.ops.sageattention.fwd.default, "sageattention::fwd"),
+        (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+            "aten::_scaled_dot_product_flash_attention_for_cpu",
+        ),
+    ],
+)
+def test_kernels_of_other_libraries_are_reported_by_their_full_name(target, name):
+    found = only(graph_of(operand(*FULL), target=target))
+    assert isinstance(found, Rejection)
+    assert found.reason == f"runs {name}, not SDPA"
+    assert "set_attention_backend" in found.hint and not found.by_design
 
 
 def test_flex_attention_as_dynamo_traces_it_is_reported():

@@ -80,6 +80,9 @@ class Joint(nn.Module):
         x = torch.cat(pieces[self.order], dim=1) if self.order in pieces else video
         for block in self.blocks:
             q, k, v = block(x).split([WIDTH, self.key_heads * CHANNELS, self.key_heads * CHANNELS], dim=-1)
+            if self.order == "video asks":
+                _, text_k, text_v = block(text).split([WIDTH, k.shape[-1], v.shape[-1]], dim=-1)
+                k, v = torch.cat((text_k, k), dim=1), torch.cat((text_v, v), dim=1)
             out = attend(
                 query=self.heads(q),
                 key=self.heads(k),
@@ -205,6 +208,8 @@ CASES = {
     "video first": Case(joint(order="video first"), sites=2, context=1),
     "both ends": Case(joint(order="both ends"), sites=2, context=2),
     "video only": Case(joint(order="video only"), sites=2, context=0),
+    "video asks": Case(joint(order="video asks"), sites=2, context=0),
+    "masked video asks": Case(joint(key_mask(slice(2, 5)), order="video asks"), sites=2, context=0, masked=True),
     "grouped heads": Case(joint(key_heads=1), sites=2, context=1),
     "own scale": Case(joint(scale=0.9), sites=2, context=1),
     "masked text first": Case(joint(key_mask(slice(4, 9))), sites=2, context=1, masked=True),
@@ -493,6 +498,51 @@ def test_video_keys_that_a_mask_hides_are_counted(hidden, count):
     assert [counter.tolist() for counter in counters] == [[2 * count]] * 2
 
 
+def masked_video(hidden: slice, batch: int = BATCH, key_heads: int = HEADS) -> tuple[GraphModule, list[Any], Tensor]:
+    """Trace a model whose one mask hides rows of a sequence that has no context."""
+    text, video = joint_inputs()
+    inputs = {"text": text, "video": video, "mask": key_mask(hidden, VIDEO, batch)}
+    return trace(Joint(order="video only", key_heads=key_heads, layers=1).eval(), inputs)
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, 1])
+@pytest.mark.parametrize("batch", [BATCH, 1])
+@pytest.mark.parametrize("hidden", [slice(0, 0), slice(20, 31), slice(-9, None)])
+def test_a_mask_without_context_rows_means_what_it_means_densely(hidden, batch, key_heads):
+    gm, inputs, expected = masked_video(hidden, batch, key_heads)
+    assert_equal_within_rounding(run(sparsify(gm, DENSE), inputs), expected, 1)
+
+
+def test_hidden_rows_cannot_be_attended_to_whatever_cluster_they_are_in():
+    """All keys alike: every cluster mixes hidden and visible ones, and only the values tell them apart."""
+    keys = torch.ones(1, 1, VIDEO, CHANNELS)
+    mask = key_mask(slice(10, 30), VIDEO, 1)
+    values = torch.where(mask.transpose(2, 3), 1.0, 1e6).expand(-1, -1, -1, CHANNELS)
+
+    class Attend(nn.Module):
+        def forward(self, q, k, v, m):
+            return attend(q, k, v, attn_mask=m)
+
+    q = torch.randn(1, 1, VIDEO, CHANNELS)
+    gm, inputs, _ = trace(Attend(), {"q": q, "k": keys, "v": values, "m": mask})
+    plan = sparsify(gm, SPARSE)
+    assert len(plan.sites) == 1
+    assert_equal_within_rounding(run(plan, inputs), torch.ones_like(q), 1)
+
+
+def test_a_mask_of_ones_beside_context_rows_costs_nothing():
+    class Ones(nn.Module):
+        def forward(self, text, video):
+            x = torch.cat((text, video), 1).unflatten(2, (HEADS, CHANNELS)).transpose(1, 2)
+            return attend(x, x, x, attn_mask=torch.ones(BATCH, 1, 1, TEXT + VIDEO, dtype=torch.bool))
+
+    text, video = joint_inputs()
+    gm, inputs, expected = trace(Ones(), {"text": text, "video": video})
+    plan = sparsify(gm, DENSE)
+    assert not plan.sites[0].has_mask and ops(plan.gm)["add_"] == 0
+    assert_equal_within_rounding(run(plan, inputs), expected, 1)
+
+
 def test_options_reach_the_ops():
     gm, _, _ = traced("own scale")
     config = SparseConfig(
@@ -529,7 +579,9 @@ def with_dynamic_lengths(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-@pytest.mark.parametrize("name", ["text first", "video first", "both ends", "video only", "grouped heads", "masked"])
+@pytest.mark.parametrize(
+    "name", ["text first", "video first", "both ends", "video only", "video asks", "grouped heads", "masked"]
+)
 def test_one_graph_serves_every_length(name):
     options = {"masked": {}, "grouped heads": {"key_heads": 1}}.get(name, {"order": name})
     model = Joint(**options).eval()

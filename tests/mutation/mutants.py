@@ -375,8 +375,8 @@ MUTANTS = (
     Mutant(
         "mask forgotten for the context rows",
         REWRITING,
-        "rows, key, value, self.mask, self.scale)",
-        "rows, key, value, None, self.scale)",
+        "q, key, value, self.mask, self.scale)",
+        "q, key, value, None, self.scale)",
         REWRITE,
     ),
     Mutant(
@@ -411,8 +411,8 @@ MUTANTS = (
     Mutant(
         "centroids of the queries used for the keys",
         REWRITING,
-        'self.cluster(k, "k", self.site.k_clusters)',
-        'self.cluster(k, "q", self.site.q_clusters)',
+        'self.cluster(k, "k", self.site.k_clusters,',
+        'self.cluster(k, "q", self.site.q_clusters,',
         REWRITE,
     ),
     Mutant(
@@ -425,7 +425,7 @@ MUTANTS = (
     Mutant("scale of the call ignored", MATCHING, "call.scale if call.scale is not None else 1.0", "1.0", MATCH),
     Mutant("causal flag ignored", MATCHING, "if call.is_causal is not False:", "if False:", MATCH),
     Mutant("dropout ignored", MATCHING, "or call.dropout_p != 0:", "or False:", MATCH),
-    Mutant("mask ignored", MATCHING, "if call.attn_mask is not None:", "if False:", MATCH),
+    Mutant("mask ignored", MATCHING, "if call.attn_mask is not None and", "if False and", MATCH),
     Mutant(
         "any product of masks is an outer product",
         MATCHING,
@@ -450,8 +450,8 @@ MUTANTS = (
     Mutant(
         "foreign attentions take a number",
         MATCHING,
-        "            name = target_name(node)\n",
-        "            name = target_name(node)\n            ordinal += 1\n",
+        "            found.append(_read_foreign(node, config.min_tokens))\n",
+        "            found.append(_read_foreign(node, config.min_tokens))\n            ordinal += 1\n",
         MATCH,
     ),
     Mutant(
@@ -514,8 +514,8 @@ MUTANTS = (
     Mutant(
         "share of context measured against the video",
         CLASSIFYING,
-        "> config.max_context_ratio * total:",
-        "> config.max_context_ratio * (hints[video] or 0):",
+        "for each in segments)\n\n\ndef _site",
+        "for each in segments if each.is_video)\n\n\ndef _site",
         CLASSIFY,
     ),
     Mutant(
@@ -528,16 +528,72 @@ MUTANTS = (
     Mutant(
         "position tables taken for another stream",
         CLASSIFYING,
-        " and not POSITIONS.search(each.node.name)",
+        " and not POSITIONS.search(piece.node.name)",
         "",
         CLASSIFY,
     ),
     Mutant(
-        "key mask over video only accepted",
+        "operands made before a graph break taken for streams",
         CLASSIFYING,
-        "if candidate.key_mask is not None and len(segments) == 1:",
-        "if False:",
+        " and not is_operand",
+        "",
         CLASSIFY,
+    ),
+    Mutant(
+        "rows that ask another stream taken for its own",
+        CLASSIFYING,
+        "if any(_same_rows(queries, trace_axis(each.node, each.axis)) for each in witnesses):",
+        "if witnesses:",
+        CLASSIFY,
+    ),
+    Mutant(
+        "keys not asked where positions lead astray",
+        CLASSIFYING,
+        "[piece, keys.pieces[position]] if _same_lengths(keys, values) else [piece]",
+        "[piece]",
+        CLASSIFY,
+    ),
+    Mutant(
+        "rows asked outside a cut taken for context",
+        CLASSIFYING,
+        " or list(edges) != sorted(edges)",
+        "",
+        CLASSIFY,
+    ),
+    Mutant(
+        "context rows get queries that were not asked",
+        CLASSIFYING,
+        "has_context_queries=same_size(candidate.sequence, candidate.keys),",
+        "has_context_queries=True,",
+        (*CLASSIFY, *REWRITE),
+    ),
+    Mutant(
+        "hidden keys left in their clusters",
+        REWRITING,
+        "self.emit(aten.masked_fill.Scalar, labels, hidden, clusters)",
+        "labels",
+        REWRITE,
+    ),
+    Mutant(
+        "mask of ones asked for although it was dropped",
+        REWRITING,
+        "key_mask_of(self.call.attn_mask) if site.has_mask else None",
+        "None if self.call.attn_mask is None else key_mask_of(self.call.attn_mask)",
+        REWRITE,
+    ),
+    Mutant(
+        "overwritten ones taken for all true",
+        MATCHING,
+        "if node is None or is_inplace(node) or is_written(node, node, end):",
+        "if node is None:",
+        MATCH,
+    ),
+    Mutant(
+        "kernels of other libraries known by their op alone",
+        MATCHING,
+        "return node.target._schema.name if isinstance(node.target, OpOverload) else target_name(node)",
+        "return target_name(node)",
+        MATCH,
     ),
     Mutant(
         "more clusters than tokens accepted",
