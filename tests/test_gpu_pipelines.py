@@ -213,6 +213,13 @@ def launches(monkeypatch) -> list[None]:
     return seen
 
 
+@pytest.fixture
+def same_kernels(monkeypatch) -> None:
+    """Let Inductor choose its kernels without timing them, so that two compilations round alike on a busy GPU too."""
+    monkeypatch.setattr(torch._inductor.config, "deterministic", True)
+
+
+@pytest.mark.usefixtures("same_kernels")
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 @pytest.mark.parametrize("model", [wan, hunyuan])
 def test_cuda_graphs_of_inductor_replay_both_cfg_branches_bit_for_bit(model, regional, replays, launches):
