@@ -260,7 +260,7 @@ def kmeans_triton(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, 
 
     For fp16 and bf16 tokens the assignment rounds the centroids to the dtype of the tokens, products and norms alike:
     a label is the exact nearest of the rounded centroids; where ``assign_gluon`` runs, on Hopper, any of those whose
-    scores x . c - ||c||^2 / 2 differ by less than a part in 2^19. The means, kept in fp32, are those of the returned
+    scores x . c - ||c||^2 / 2 differ by less than a part in 2^18. The means, kept in fp32, are those of the returned
     labels.
     Rows whose elements are not neighbours are copied.
     """
