@@ -19,6 +19,7 @@ FUSE = ("tests/test_passes_fuse.py",)
 CANONICALIZE = ("tests/test_passes_canonicalize.py",)
 CONFIG = ("tests/test_passes_config.py",)
 CHOICE = ("tests/test_kernels_choice.py",)
+ASSIGN = ("tests/test_kernels_assign_gluon.py",)
 TUNING = ("tests/test_kernels_tuning.py",)
 AUTOTUNE = ("tests/test_kernels_autotune.py",)
 LAUNCH_ATTENTION = ("tests/test_kernels_launch_attention.py",)
@@ -726,6 +727,27 @@ MUTANTS = (
         "if dim % DESCRIPTOR_DIM_STEP or not",
         "if not",
         CHOICE,
+    ),
+    Mutant(
+        "boxes of rows at any address",
+        "kernels/launch.py",
+        "if x.data_ptr() % 16 or any(",
+        "if any(",
+        ASSIGN,
+    ),
+    Mutant(
+        "boxes of rows of any stride",
+        "kernels/launch.py",
+        "stride <= 0 or stride * x.element_size() % 16 for",
+        "stride <= 0 for",
+        ASSIGN,
+    ),
+    Mutant(
+        "boxes of rows that are all the same one",
+        "kernels/launch.py",
+        "any(stride <= 0 or stride",
+        "any(stride",
+        ASSIGN,
     ),
     Mutant(
         "named attention not looked into",
