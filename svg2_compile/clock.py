@@ -119,12 +119,13 @@ class DenoiseClock:
         self._run = 0
         self._calls_in_step: dict[Hashable, int] = {}
 
-    def tick(self, model: Hashable, timestep: float | None, call: int | None = None, total: int | None = None) -> Tick:
+    def tick(self, model: Hashable, timestep: Any, call: int | None = None, total: int | None = None) -> Tick:
         """Advance for one forward.
 
         Args:
             model: tells models apart, so that each counts its own CFG branches.
-            timestep: the model's timestep, in any unit; ``None`` where it has none.
+            timestep: the model's timestep, in any unit; ``None`` where it has none. Not read where the step is
+                announced: a tensor would make the host wait for the device.
             call: tells the pipeline's calls apart, where a pipeline is on the stack.
             total: steps of this generation, where the pipeline knows.
         """
@@ -134,9 +135,9 @@ class DenoiseClock:
         announced = explicit.step if explicit else says.step if says else None
         if announced is not None:
             self._go_to(announced, begins or announced < self._step)
-            self._timestep = timestep
+            self._timestep = None
         else:
-            self._follow(model, timestep, begins)
+            self._follow(_to_float(timestep), begins)
         ordinal = self._calls_in_step.get(model, 0)
         self._calls_in_step[model] = ordinal + 1
         stream = (explicit and explicit.stream) or (says and says.stream) or str(ordinal)
@@ -152,7 +153,7 @@ class DenoiseClock:
             self._calls_in_step = {}
         self._step = step
 
-    def _follow(self, model: Hashable, timestep: float | None, begins: bool) -> None:
+    def _follow(self, timestep: float | None, begins: bool) -> None:
         if timestep is None:
             # nothing tells steps apart but the calls themselves: one per step
             self._go_to(0 if begins else self._step + 1, begins)
@@ -180,14 +181,14 @@ _clocks = _Clocks()
 
 
 def tick(model: Hashable, timestep: Any) -> None:
-    """Advance this thread's clock for one forward of ``model``; reads a tensor ``timestep`` back to the host."""
+    """Advance this thread's clock for one forward of ``model``; may read a tensor ``timestep`` back to the host."""
     pipeline, call, total = _calling_pipeline()
     if pipeline is None:
         clock = _clocks.without_pipeline
     else:
         clock = _clocks.by_pipeline.setdefault(pipeline, DenoiseClock())
     _clocks.current = clock
-    clock.tick(model, _to_float(timestep), call, total)
+    clock.tick(model, timestep, call, total)
 
 
 def current_clock() -> DenoiseClock:

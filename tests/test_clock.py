@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +57,16 @@ def test_denoise_step_overrides_everything():
     with denoise_step(7, total=10, stream="cond"):
         now = clock.tick("m", 999)
     assert (now.step, now.total, now.stream) == (7, 10, "cond")
+
+
+def test_an_announced_step_does_not_read_the_timestep():
+    # on a GPU the host would wait for it, which a CUDA graph of the whole step does not allow
+    unreadable = torch.empty(1, device="meta")
+    clock = DenoiseClock()
+    with denoise_step(3, 10, "cond"):
+        assert (clock.tick("m", unreadable).step, clock.now.stream) == (3, "cond")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        clock.tick("m", unreadable)
 
 
 def test_a_smaller_explicit_step_begins_a_generation():
