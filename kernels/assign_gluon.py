@@ -14,26 +14,21 @@ instructions: scores of different tiles that agree in all other bits count as eq
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from svg2_compile.kernels.centroids_triton import GLUON_ASSIGN_C as BLOCK_C
+from svg2_compile.kernels.gluon_names import element_type, load_box, thread_barrier
 from svg2_compile.kernels.launch import MAX_CLUSTERS, AotVariant, RepeatableLaunch
 from svg2_compile.kernels.sort_labels_triton import COUNT_N, SIZES, TABLE_COLUMNS
-
-# Gluon renames as it grows: Triton 3.6 has the second names.
-thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 ROWS = 64  # tokens of either group of warps
 CENTROID_BYTES = 128 * 1024  # of shared memory
@@ -383,8 +378,7 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Return a tensor to be loaded block by block."""
     # A dimension of one element may have any stride.
     strides = [stride if size > 1 else x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    layout = gl.NVMMASharedLayout.get_default_for(block, element_type(x))
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
 

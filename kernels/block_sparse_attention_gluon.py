@@ -23,21 +23,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from svg2_compile.kernels.attention_steps import LOG2_E, empty_results, rows_of_unit_stride
+from svg2_compile.kernels.gluon_names import element_type, load_box, thread_barrier
 from svg2_compile.kernels.launch import AotVariant
 from svg2_compile.kernels.tuning import GLUON
 from svg2_compile.kernels.work_list import COUNTS, PIECES
 from svg2_compile.kernels.work_list_triton import query_tiles_triton
 
-# Gluon renames as it grows: Triton 3.6 has the second names.
-thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LN_2 = gl.constexpr(math.log(2))
 PIECE = gl.constexpr(GLUON.piece)
 NUM_COUNTS = gl.constexpr(len(COUNTS))
@@ -519,9 +516,8 @@ def block_sparse_attention_gluon(
 def _rows(x: Tensor) -> TensorDescriptor:
     """Return [B, G, N, D] as rows of all heads, to be loaded piece by piece."""
     rows = x.contiguous().view(-1, x.shape[3])
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     block = [GLUON.piece, x.shape[3]]
-    return TensorDescriptor.from_tensor(rows, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    return TensorDescriptor.from_tensor(rows, block, gl.NVMMASharedLayout.get_default_for(block, element_type(x)))
 
 
 def _constexprs(dim: int) -> dict[str, int]:

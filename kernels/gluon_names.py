@@ -1,0 +1,19 @@
+"""What Gluon calls differently from one Triton to the next, and element types as it calls them."""
+
+# Gluon has no types.
+# mypy: disable-error-code="import-untyped, import-not-found"
+
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+# Triton 3.6 has the second names.
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+def element_type(x: torch.Tensor) -> Any:
+    """Return Gluon's name of an element type that ``GLUON_DTYPES`` has."""
+    return gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
