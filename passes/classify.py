@@ -26,12 +26,17 @@ TRUSTED_ORIGINS = ("placeholder", "split axis", "conv")
 POSITIONS = re.compile(r"rot|rope|freq|pos|cos|sin", re.IGNORECASE)
 
 
-def classify(found: Iterable[Candidate | Rejection], config: SparseConfig) -> list[AttentionSite | Rejection]:
-    """Turn each candidate into a site or a rejection; rejections pass through."""
+def classify(
+    found: Iterable[Candidate | Rejection], config: SparseConfig, *, fixes_batch: bool = True
+) -> list[AttentionSite | Rejection]:
+    """Turn each candidate into a site or a rejection; rejections pass through.
+
+    State has a row per batch element: a symbolic batch size becomes a number, or a reason unless ``fixes_batch``.
+    """
     decided: list[AttentionSite | Rejection] = []
     layers: list[str] = []
     for each in found:
-        result = _classify_one(each, config) if isinstance(each, Candidate) else each
+        result = _classify_one(each, config, fixes_batch) if isinstance(each, Candidate) else each
         if isinstance(result, AttentionSite) and result.layer:
             if result.layer not in layers:
                 layers.append(result.layer)
@@ -42,7 +47,7 @@ def classify(found: Iterable[Candidate | Rejection], config: SparseConfig) -> li
     return decided
 
 
-def _classify_one(candidate: Candidate, config: SparseConfig) -> AttentionSite | Rejection:
+def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool) -> AttentionSite | Rejection:
     def decline(reason: str, hint: str = "", by_design: bool = False) -> Rejection:
         return Rejection(candidate.node.name, candidate.path, reason, hint, by_design)
 
@@ -69,6 +74,9 @@ def _classify_one(candidate: Candidate, config: SparseConfig) -> AttentionSite |
         return decline("its length is known only at run time", "compile with fullgraph=True and static lengths")
     if hint < config.min_tokens:
         return decline(f"short: {hint} video tokens", f"lower min_tokens={config.min_tokens} to include it", True)
+    query = shape_of(candidate.query)
+    if not fixes_batch and query is not None and not isinstance(query[0], int):
+        return decline("its batch size is dynamic, and state has a row per batch element", "export a fixed batch size")
     return _site(candidate, segments, video, hint, config)
 
 

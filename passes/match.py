@@ -39,6 +39,7 @@ SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FOREIGN_ATTENTION = re.compile(
     r"flex_attention|flash_?attn|flash_attention|sage_?att|_attention_forward|efficient_attention|xformers|attn_varlen"
 )
+BEFORE_DECOMPOSITION = "sparsify an exported program before run_decompositions()"
 LONGEST_MASK_CHAIN = 12
 KEEPS_VALUES = ("bool", "contiguous", "clone", "to", "expand", "repeat", "view", "reshape", "unsqueeze", "flatten")
 
@@ -80,6 +81,8 @@ def match(gm: GraphModule, config: SparseConfig) -> list[Candidate | Rejection]:
         if is_sdpa(node):
             found.append(_read(ordinal, node, config.min_tokens))
             ordinal += 1
+        elif node.target is torch.ops.aten._softmax.default:
+            found += _read_decomposed(node, config.min_tokens)
         elif node.op == "call_function" and FOREIGN_ATTENTION.search(_full_name(node)):
             found.append(_read_foreign(node, config.min_tokens))
     return found
@@ -96,6 +99,8 @@ def _read_foreign(node: Node, min_tokens: int) -> Rejection:
     hint = "only scaled_dot_product_attention is rewritten; "
     if name != "multi_head_attention_forward":
         hint += 'call model.set_attention_backend("native")'
+        if name.startswith("aten::"):
+            hint += f", and {BEFORE_DECOMPOSITION}"
         return Rejection(node.name, path, f"runs {name}, not SDPA", hint)
     queries, keys = (shape_of(argument(node, position, word)) for position, word in enumerate(("query", "key")))
     tokens = size_hint(queries[0]) if queries else None
@@ -106,6 +111,16 @@ def _read_foreign(node: Node, min_tokens: int) -> Rejection:
     return Rejection(
         node.name, path, f"runs {name}, not SDPA", hint + "call it in place of torch.nn.MultiheadAttention"
     )
+
+
+def _read_decomposed(softmax: Node, min_tokens: int) -> list[Rejection]:
+    """Decline what ``run_decompositions`` leaves of a long self-attention; of any other softmax, say nothing."""
+    shape = shape_of(first_argument(softmax)) or ()
+    tokens = size_hint(shape[-1]) if shape else None
+    if len(shape) < 2 or not same_size(shape[-2], shape[-1]) or (tokens is not None and tokens < min_tokens):
+        return []
+    hint = f"{BEFORE_DECOMPOSITION}: give torch.export.export(...).module()"
+    return [Rejection(softmax.name, module_path(softmax), "decomposed already, into aten::_softmax", hint)]
 
 
 def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from svg2_compile.passes.attach_state import attach_buffers, attach_inputs
@@ -82,17 +83,22 @@ def sparsify(
         config: what to keep; the defaults if absent.
         kernel_config: which kernels run; the defaults if absent.
         state: ``inputs`` appends the state tensors to the graph's inputs (pass zeros at first, the same tensors at
-            every step, per CFG branch); ``buffers`` registers them on the graph, for ``torch.export``.
+            every step, per CFG branch); ``buffers`` registers them on the graph, for ``torch.export``, which wants
+            a fixed batch size then.
 
     Returns:
         The rewritten copy, with one site or rejection per attention of ``gm``.
 
     Raises:
+        TypeError: ``gm`` is no graph module.
         UnsupportedError: a long self-attention must stay dense and ``config.on_unsupported`` is ``"error"``.
 
     Promises:
         ``gm`` is not changed; nothing global is touched; the same graph and configs give the same result.
     """
+    if not isinstance(gm, GraphModule):
+        advice = "give its module()" if isinstance(gm, ExportedProgram) else "give torch.export.export(...).module()"
+        raise TypeError(f"gm must be a torch.fx.GraphModule, got {type(gm).__name__}; {advice}")
     config, kernel_config = config or SparseConfig(), kernel_config or KernelConfig()
     timings: dict[str, float] = {}
     work = clone(gm)
@@ -110,7 +116,8 @@ def sparsify(
     dump_graph(work, "before")
     canonicalized = run("canonicalize", lambda: canonicalize(work, config.min_tokens))
     found = run("match", lambda: match(work, config))
-    decisions = (*canonicalized.declined, *run("classify", lambda: classify(found, config)))
+    classified = run("classify", lambda: classify(found, config, fixes_batch=state == "inputs"))
+    decisions = (*canonicalized.declined, *classified)
     result = Sparsified(work, decisions, timings)
     sites = result.sites
     if config.on_unsupported == "error":

@@ -352,3 +352,30 @@ def test_without_the_sanitizer_it_says_so(module, monkeypatch, capsys):
     monkeypatch.setattr(sanitize.shutil, "which", lambda name, path: None)
     assert sanitize.main() == 0
     assert "no compute-sanitizer" in capsys.readouterr().out
+
+
+def test_what_the_sparse_variant_adds_is_a_share_of_the_medians(module):
+    compile_time = module("compile_time")
+    seconds = {"dense": (10.0, 12.0, 40.0), "sparse": (11.0, 13.0, 9.0), "both": (15.0, 30.0, 14.0)}
+    runs = [
+        {
+            "mode": "regional",
+            "caches": "cold",
+            "variant": variant,
+            "seconds": each,
+            "passes_ms": {"match": 1.0, "fuse": 2.0},
+        }
+        for variant, found in seconds.items()
+        for each in found
+    ]
+    (row,) = compile_time.medians(runs).values()
+    assert row == {"dense": 12.0, "sparse": 11.0, "both": 15.0}
+    assert compile_time.added(row) == pytest.approx(0.25)
+    assert compile_time.table({"runs": runs}).splitlines()[2:] == [
+        "| regional | cold | 3 | 12.0 | 11.0 | 15.0 | 25% | 3 |"
+    ]
+
+
+def test_a_mode_that_lacks_a_variant_has_no_row(module):
+    runs = [{"mode": "regional", "caches": "cold", "variant": "dense", "seconds": 1.0}]
+    assert module("compile_time").medians(runs) == {}
