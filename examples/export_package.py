@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import svg2_compile.kernels.ops  # noqa: F401  # the packages call torch.ops.svg2
@@ -26,7 +27,7 @@ STEPS, DENSE_STEPS, GUIDANCE = 8, 2, 3.0
 
 
 def write(folder: Path) -> None:
-    """Write dense.pt2, sparse.pt2 and state.pt."""
+    """Write dense.pt2, sparse.pt2 and state.safetensors."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
@@ -48,14 +49,15 @@ def write(folder: Path) -> None:
     sparse = torch.export.export(plan.gm, (), inputs)
     torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "dense.pt2"))
     torch._inductor.aoti_compile_and_package(sparse, package_path=str(folder / "sparse.pt2"))
-    torch.save({name: x for name, x in plan.gm.named_buffers() if name.startswith("svg2_")}, folder / "state.pt")
+    state = {name: x for name, x in plan.gm.named_buffers() if name.startswith("svg2_")}
+    save_file(state, folder / "state.safetensors")
 
 
 def generate(folder: Path) -> Tensor:
     """Denoise noise to a latent video."""
     dense = torch._inductor.aoti_load_package(str(folder / "dense.pt2"))
     sparse = torch._inductor.aoti_load_package(str(folder / "sparse.pt2"))
-    zeros: dict[str, Tensor] = torch.load(folder / "state.pt")
+    zeros: dict[str, Tensor] = load_file(folder / "state.safetensors")
     states = {stream: {name: x.clone() for name, x in zeros.items()} for stream in ("cond", "uncond")}
     random = torch.Generator().manual_seed(0)
     prompts = {"cond": torch.randn(1, 12, 16, generator=random), "uncond": torch.zeros(1, 12, 16)}
@@ -74,7 +76,7 @@ def generate(folder: Path) -> Tensor:
         )
     calls = [int(x) for state in states.values() for name, x in state.items() if name.endswith("_calls")]
     print(f"clustered {calls} times; latent of mean {latent.mean():.4f}, deviation {latent.std():.4f}")
-    torch.save({"latent": latent, "states": states}, folder / "result.pt")
+    save_file({"latent": latent}, folder / "result.safetensors")
     return latent
 
 

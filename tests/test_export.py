@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +23,7 @@ LOADS = """
 import sys, torch
 import svg2_compile.kernels.ops
 folder = sys.argv[1]
-asked = torch.load(f"{folder}/inputs.pt")
+asked = torch.load(f"{folder}/inputs.pt", weights_only=True)
 zeros = asked["state"]
 
 def load():
@@ -89,7 +90,7 @@ def expected(package) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs and state of the sparse graph run step by step in this process."""
     plan = sparsify(exported().module(), CONFIG, state="buffers")
     with torch.no_grad():
-        outputs = [plan.gm(x) for x in torch.load(package / "inputs.pt")["steps"]]
+        outputs = [plan.gm(x) for x in torch.load(package / "inputs.pt", weights_only=True)["steps"]]
     return outputs, {name: buffer for name, buffer in plan.gm.named_buffers() if name.startswith("svg2_")}
 
 
@@ -97,7 +98,7 @@ def expected(package) -> tuple[list[Tensor], dict[str, Tensor]]:
 def answers(package) -> dict:
     """What another process, which has no model code, got out of the package."""
     run("-c", LOADS, str(package))
-    return torch.load(package / "answers.pt")
+    return torch.load(package / "answers.pt", weights_only=True)
 
 
 def assert_same(outputs, wanted):
@@ -113,12 +114,12 @@ def test_a_package_gives_in_another_process_what_the_graph_gives_here(answers, e
 def test_a_later_call_depends_on_the_calls_before(package, answers):
     plan = sparsify(exported().module(), CONFIG, state="buffers")
     with torch.no_grad():
-        fresh = plan.gm(torch.load(package / "inputs.pt")["steps"][2])
+        fresh = plan.gm(torch.load(package / "inputs.pt", weights_only=True)["steps"][2])
     assert (answers["calls in a row"][2] - fresh).abs().max() > 1e-3
 
 
 def test_the_state_of_a_package_goes_by_the_names_of_the_buffers(package, answers):
-    assert set(answers["names"]) == set(torch.load(package / "inputs.pt")["state"])
+    assert set(answers["names"]) == set(torch.load(package / "inputs.pt", weights_only=True)["state"])
 
 
 def test_zeroed_counters_begin_a_new_generation(answers):
@@ -141,9 +142,9 @@ def test_the_example_generates_in_a_process_of_its_own(tmp_path):
     written = run("-P", str(EXAMPLE), "write", str(tmp_path))
     assert "blocks.1.attn1: sparse" in written and "blocks.0.attn1: among the first dense_layers=1 layers" in written
     assert "clustered [6, 6, 6, 6] times" in run("-P", str(EXAMPLE), "generate", str(tmp_path))
-    first = torch.load(tmp_path / "result.pt")["latent"]
+    first = load_file(tmp_path / "result.safetensors")["latent"]
     run("-P", str(EXAMPLE), "generate", str(tmp_path))
-    assert torch.equal(first, torch.load(tmp_path / "result.pt")["latent"]) and first.isfinite().all()
+    assert torch.equal(first, load_file(tmp_path / "result.safetensors")["latent"]) and first.isfinite().all()
 
 
 def test_state_of_calls_before_the_export_is_part_of_the_program():
