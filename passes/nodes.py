@@ -166,7 +166,9 @@ def module_path(node: Node) -> str:
     source = source.replace(".__dict__['_modules']", "").replace("._modules", "")
     source = re.sub(r"\['?(\w+)'?\]", r".\1", source)
     source = re.sub(r"^L\.(?=\w)", "", source)
-    source = re.sub(r"^\.?self\.?", "", source)
+    source = re.sub(r"^\.?(?:self|module)(?:\.|$)", "", source)
+    # a hook that replaced a module's forward is reached through attributes and closures of its own
+    source = re.sub(r"(?:^|.*\.)__self__(?:\.|$)", "", source)
     return source or node.name
 
 

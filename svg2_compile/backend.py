@@ -110,7 +110,9 @@ def _tick_with(parent: torch.nn.Module, parent_locals: dict[str, Any]) -> None:
     def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         clock.tick(id(module), timestep_in(signature.bind_partial(*args, **kwargs).arguments))
 
-    parent.register_forward_pre_hook(before_forward, with_kwargs=True)
+    # where the parent is compiled too, in pieces, Dynamo would trace the clock
+    untraced = torch.compiler.disable(before_forward)  # type: ignore[no-untyped-call]
+    parent.register_forward_pre_hook(untraced, with_kwargs=True)
     _hooked_parents.add(parent)
     clock.tick(id(parent), timestep_in(parent_locals))
 

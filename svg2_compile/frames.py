@@ -46,21 +46,33 @@ def what_is_compiled() -> Compiled:
         traced = InstructionTranslator.current_tx().f_locals
     except AttributeError:  # not called by Dynamo
         return Compiled(None, None, {})
+    callers = _callers()
     modules = (each for each in (traced.get("self"), *traced.values()) if isinstance(each, torch.nn.Module))
-    root = next(modules, None)
+    # a hook that goes on after a graph break may hold no module: then it runs for the innermost forward
+    root = next(modules, callers[0][0] if callers else None)
     if root is None:
         return Compiled(None, None, {})
-    parent: FrameType | None = None
+    parents = [(module, frame) for module, frame in callers if module is not root and _contains(module, root)]
+    if not parents:
+        return Compiled(root, None, {})
+    parent, frame = parents[-1]
+    return Compiled(root, parent, dict(frame.f_locals))
+
+
+def _callers() -> list[tuple[torch.nn.Module, FrameType]]:
+    """Return the modules whose forwards lead here, the innermost first."""
+    found: list[tuple[torch.nn.Module, FrameType]] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _is_forward(frame):
-            module = frame.f_locals.get("self")
-            if isinstance(module, torch.nn.Module) and module is not root and any(m is root for m in module.modules()):
-                parent = frame
+        module = frame.f_locals.get("self") if _is_forward(frame) else None
+        if isinstance(module, torch.nn.Module):
+            found.append((module, frame))
         frame = frame.f_back
-    if parent is None:
-        return Compiled(root, None, {})
-    return Compiled(root, parent.f_locals["self"], dict(parent.f_locals))
+    return found
+
+
+def _contains(module: torch.nn.Module, part: torch.nn.Module) -> bool:
+    return any(each is part for each in module.modules())
 
 
 def _is_forward(frame: FrameType) -> bool:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from svg2_compile.frames import what_is_compiled
 from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.obstacles import obstacles
 from svg2_compile.options import current_defaults
 from svg2_compile.passes.records import AttentionSite, Rejection
 from svg2_compile.passes.sparsify import sparsify
@@ -142,6 +143,9 @@ def report(model: torch.nn.Module) -> Report:
             row.dense_calls += dense_calls
     for prefix, rejection in dense_graphs.of(model):
         rows.setdefault((_join(prefix, rejection.path), rejection.node), _Row(rejection, None))
+    if all(isinstance(row.decision, Rejection) for row in rows.values()):
+        for path, rejection in obstacles(model):
+            rows[path, rejection.reason] = _Row(rejection, None)
     seconds: dict[str, float] = {}
     for region in {id(region): region for region, _, _ in regions}.values():
         for variant in (region.dense, region.sparse):
@@ -197,9 +201,21 @@ def _regions_of(model: torch.nn.Module) -> list[tuple[Region, Any, str]]:
         for owner in region.owners():
             place = position.get(id(owner))
             if place is not None:
-                prefix = names[place][1].removesuffix(region.owner.name).removesuffix(".")
+                prefix = _without_common_end(names[place][1], region.owner.name)
                 found.append(((place, region.number), (region, owner, prefix)))
     return [each for _, each in sorted(found, key=lambda ranked: ranked[0])]
+
+
+def _without_common_end(name: str, inner: str) -> str:
+    """Return the path of the root module: ``name`` is its parameter's path in the model, ``inner`` Dynamo's in it.
+
+    Where hooks wrap the module, Dynamo's begins with the attributes that lead through them.
+    """
+    path, inside = name.split("."), inner.split(".")
+    while path and inside and path[-1] == inside[-1]:
+        path.pop()
+        inside.pop()
+    return ".".join(path)
 
 
 @dataclass(slots=True)

@@ -1,90 +1,29 @@
 """Real diffusers pipelines around tiny models: schedule, CFG branches, generations, several pipelines at once."""
 
+import threading
+
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import UniPCMultistepScheduler, WanPipeline
 
 import svg2_compile
-from svg2_compile import svg2_backend
 from svg2_compile.region import Region
 from svg2_compile.state import store
-
-STEPS = 5
-OPTIONS = {"top_p": 0.3, "dense_steps": 0.4, "dense_layers": 0, "min_tokens": 64, "lowering": "eager"}
-random = torch.Generator().manual_seed(0)
-PROMPT, NEGATIVE = torch.randn(1, 12, 16, generator=random), torch.randn(1, 12, 16, generator=random)
-POOLED = torch.randn(1, 8, generator=random)
-MASK = torch.ones(1, 12)
-MASK[:, 8:] = 0
-
-
-def wan_transformer() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    ).eval()  # fmt: skip
-
-
-def wan_pipeline(experts: int = 1) -> WanPipeline:
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    second = {"transformer_2": wan_transformer(), "boundary_ratio": 0.8} if experts == 2 else {}
-    pipeline = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=wan_transformer(), **second
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def generate_wan(pipeline: WanPipeline, seed: int = 1, height: int = 128, **extra) -> torch.Tensor:
-    return pipeline(
-        prompt_embeds=PROMPT, negative_prompt_embeds=NEGATIVE, height=height, width=128, num_frames=5,
-        num_inference_steps=STEPS, guidance_scale=4.0, generator=torch.Generator().manual_seed(seed),
-        output_type="latent", **extra,
-    ).frames  # fmt: skip
-
-
-def hunyuan_pipeline() -> HunyuanVideoPipeline:
-    torch.manual_seed(0)
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=2,
-        num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
-        pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
-    ).eval()  # fmt: skip
-    pipeline = HunyuanVideoPipeline(
-        text_encoder=None, tokenizer=None, transformer=transformer, vae=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), text_encoder_2=None, tokenizer_2=None,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def generate_hunyuan(pipeline: HunyuanVideoPipeline, seed: int = 1, true_cfg: bool = False) -> torch.Tensor:
-    negative = {
-        "negative_prompt_embeds": NEGATIVE, "negative_pooled_prompt_embeds": POOLED,
-        "negative_prompt_attention_mask": MASK, "negative_prompt": "x", "true_cfg_scale": 4.0,
-    }  # fmt: skip
-    return pipeline(
-        prompt_embeds=PROMPT, pooled_prompt_embeds=POOLED, prompt_attention_mask=MASK, height=128, width=128,
-        num_frames=5, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(seed), output_type="latent",
-        **(negative if true_cfg else {}),
-    ).frames  # fmt: skip
-
-
-def sparse(model: torch.nn.Module, regional: bool = False, **options) -> torch.nn.Module:
-    if regional:
-        model.compile_repeated_blocks(backend=svg2_backend, options=OPTIONS | options, fullgraph=True)
-    else:
-        model.compile(backend=svg2_backend, options=OPTIONS | options, fullgraph=True)
-    return model
+from tiny_pipelines import (
+    PIPELINES,
+    STEPS,
+    Entry,
+    Prompt,
+    compiled,
+    expected,
+    generate_hunyuan,
+    generate_wan,
+    hunyuan_pipeline,
+    numbered,
+    record_calls,
+    sparse,
+    wan_pipeline,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -94,35 +33,63 @@ def fresh():
 
 
 @pytest.fixture
-def log(monkeypatch) -> list[tuple[int, int, str, str]]:
-    """Return (run, step, stream, variant) of every call of a region, in order."""
-    entries: list[tuple[int, int, str, str]] = []
-    from svg2_compile import region
-
-    decide = region.is_dense
-
-    def recording(config, now, layer):
-        dense = decide(config, now, layer)
-        entries.append((now.run, now.step, now.stream, "dense" if dense else "sparse"))
-        return dense
-
-    monkeypatch.setattr(region, "is_dense", recording)
-    return entries
+def log(monkeypatch) -> list[Entry]:
+    return record_calls(monkeypatch)
 
 
-def expected(runs: int, branches: tuple[str, ...], layers: int = 1) -> list[tuple[int, int, str, str]]:
-    return [
-        (run, step, branch, "dense" if step < 2 else "sparse")
-        for run in range(runs)
-        for step in range(STEPS)
-        for branch in branches
-        for _ in range(layers)
-    ]
+@pytest.fixture(params=PIPELINES, ids=lambda case: case.name)
+def case(request):
+    return request.param
 
 
-def numbered(log: list[tuple[int, int, str, str]]) -> list[tuple[int, int, str, str]]:
-    runs = list(dict.fromkeys(entry[0] for entry in log))
-    return [(runs.index(run), *rest) for run, *rest in log]
+def test_every_pipeline_follows_its_schedule_and_repeats_itself_after_a_reset(case, log):
+    """The second generation has another prompt, of another length, and another size."""
+    pipeline = compiled(case)
+    first = case.generate(pipeline, seed=1)
+    second = case.generate(pipeline, seed=2, height=96, prompt=Prompt(seed=1, valid=11))
+    assert numbered(log) == expected(2, case.streams)
+    assert first.isfinite().all() and second.isfinite().all() and first.shape != second.shape
+    svg2_compile.reset()
+    assert torch.equal(case.generate(pipeline, seed=1), first)
+
+
+def test_two_pipelines_interleaved_do_not_disturb_each_other(case):
+    """The second pipeline generates a whole video inside each step of the first."""
+    outer, inner = compiled(case), compiled(case)
+    alone = case.generate(outer, seed=1)
+    inner_alone = case.generate(inner, seed=7, prompt=Prompt(seed=1))
+    seen = []
+
+    def generate_inner(pipe, step, timestep, tensors):
+        seen.append(torch.equal(case.generate(inner, seed=7, prompt=Prompt(seed=1)), inner_alone))
+        return tensors
+
+    assert torch.equal(case.generate(outer, seed=1, callback_on_step_end=generate_inner), alone)
+    assert seen == [True] * STEPS
+
+
+def test_two_threads_do_not_disturb_each_other(case, log):
+    """They compile at the same time, and wait for each other after each step."""
+    meet = threading.Barrier(2, timeout=120)
+    pipelines = {seed: compiled(case) for seed in (1, 2)}
+    together: dict[int, torch.Tensor] = {}
+
+    def wait(pipe, step, timestep, tensors):
+        meet.wait()
+        return tensors
+
+    def generate(seed: int) -> None:
+        together[seed] = case.generate(pipelines[seed], seed, prompt=Prompt(seed), callback_on_step_end=wait)
+
+    threads = [threading.Thread(target=generate, args=(seed,)) for seed in pipelines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    runs = {entry[0] for entry in log}
+    assert [numbered([entry for entry in log if entry[0] == run]) for run in runs] == [expected(1, case.streams)] * 2
+    for seed, pipeline in pipelines.items():
+        assert torch.equal(case.generate(pipeline, seed, prompt=Prompt(seed)), together[seed])
 
 
 @pytest.mark.parametrize(("regional", "layers"), [(False, 1), (True, 2)], ids=["whole", "regional"])
@@ -196,23 +163,6 @@ def test_an_interrupted_generation_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         generate_wan(pipeline, seed=5, callback_on_step_end=stop)
     assert torch.equal(generate_wan(pipeline), whole)
-
-
-def test_two_pipelines_interleaved_do_not_disturb_each_other():
-    """The second pipeline generates a whole video inside each step of the first."""
-    outer, inner = wan_pipeline(), wan_pipeline()
-    sparse(outer.transformer)
-    sparse(inner.transformer)
-    alone = generate_wan(outer)
-    inner_alone = generate_wan(inner, seed=7)
-    seen = []
-
-    def generate_inner(pipe, step, timestep, tensors):
-        seen.append(torch.equal(generate_wan(inner, seed=7), inner_alone))
-        return tensors
-
-    assert torch.equal(generate_wan(outer, callback_on_step_end=generate_inner), alone)
-    assert seen == [True] * STEPS
 
 
 def test_pipelines_that_share_a_transformer_do_not_share_centroids():

@@ -1,0 +1,45 @@
+"""Hooks of other packages that keep attention out of the compiled graphs, told by what they do, and what helps.
+
+A cache or an offloader that wraps modules can hide them from Dynamo; then no attention is seen, and the report would
+have nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from svg2_compile.passes.records import Rejection
+
+
+def obstacles(model: torch.nn.Module) -> list[tuple[str, Rejection]]:
+    """Return (module path, rejection) for each kind of hook that hides attention, at the first module that has it."""
+    found: dict[tuple[str, str], tuple[str, Rejection]] = {}
+    for path, module in model.named_modules():
+        for rejection in _of(module):
+            found.setdefault((rejection.reason, rejection.hint), (path, rejection))
+    return list(found.values())
+
+
+def _of(module: torch.nn.Module) -> Iterator[Rejection]:
+    hooks: dict[str, Any] = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    for name, hook in hooks.items():
+        if getattr(getattr(type(hook), "new_forward", None), "_torchdynamo_disable", False):
+            yield Rejection(
+                "",
+                "",
+                f"the hook {name!r} runs the forward of each {type(module).__name__} outside the compiler",
+                "compile that forward before the hook is there: for block in blocks: block.forward = "
+                'torch.compile(block.forward, backend="svg2", fullgraph=True)',
+            )
+    if isinstance(module, torch.nn.Linear) and (hooks or hasattr(module, "_hf_hook")):
+        names = ", ".join(map(repr, hooks)) or repr(type(module._hf_hook).__name__)
+        yield Rejection(
+            "",
+            "",
+            f"hooks on each layer ({names}) break the graph around every projection",
+            "choose hooks on whole blocks or models, as enable_group_offload(offload_type='block_level') and "
+            "enable_model_cpu_offload() have",
+        )
