@@ -358,6 +358,15 @@ def test_lora_can_come_go_and_be_fused_after_compilation(regional):
     assert (generate_wan(pipeline) - full).abs().max() <= 2e-5 * full.abs().max()
 
 
+def test_pyramid_attention_broadcast_mixes_up_branches_that_are_called_one_by_one(log):
+    """It counts calls and knows no branches, with or without us: every second call is the unconditional one's."""
+    pipeline = wan_pipeline()
+    pipeline.transformer.enable_cache(pyramid(pipeline))
+    sparse(pipeline.transformer, regional=True, fullgraph=False)
+    generate_wan(pipeline)
+    assert {stream for _, _, stream, _ in log} == {"cond"}
+
+
 def test_the_clock_of_a_model_compiled_in_pieces_is_not_traced():
     """It reads the timestep: traced, it would be a graph break of its own, inside our code."""
     family = FAMILY["CogVideoX"]
