@@ -64,7 +64,6 @@ class Block(NamedTuple):
     heads: Any
     tokens: Any
     first_token: Any
-    clusters: Any
     centroid_tiles: Any
     centroid_row: Any
     """Where the centroids of the head begin."""
@@ -116,7 +115,6 @@ def _locate(sizes, item, COUNT_N: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: g
         gl.where(is_k, sizes.k_heads, sizes.q_heads),
         tokens,
         tile % blocks * COUNT_N,
-        clusters,
         centroid_tiles,
         before * BLOCK_C,
         tile % blocks,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from svg2_compile.kernels.launch import AotVariant, padded_power_of_two
+from svg2_compile.kernels.launch import GLUON_DIMS, GLUON_DTYPES, AotVariant, padded_power_of_two
 from svg2_compile.kernels.sort_labels_triton import SIZES, locate, row_start, tiles_to_do
 
 SUM_N = 256  # sorted tokens added up by one program at a time
@@ -345,13 +345,20 @@ def token_variant(
     )
 
 
-def aot_variants() -> list[AotVariant]:
+def _operand_c(dtype: torch.dtype, dim: int, capability: int) -> int:
+    """Return what the centroids of a head are padded to a multiple of, for tokens without gaps."""
+    if capability == 90 and dtype in GLUON_DTYPES and dim in GLUON_DIMS:
+        return GLUON_ASSIGN_C
+    return assign_tile(dtype, padded_power_of_two(dim), capability).block_c
+
+
+def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernels for the usual rows, and the ordering one for the usual numbers of clusters as well."""
     variants = []
     for dtype, dim in ROWS:
         block_d = padded_power_of_two(dim)
         shape: dict[str, object] = {"DIM": dim, "BLOCK_D": block_d}
-        block_c = assign_tile(dtype, block_d).block_c
+        block_c = _operand_c(dtype, dim, capability)
         start = shape | {"START_CLUSTERS": START_CLUSTERS, "BLOCK_C": block_c}
         mean = shape | {"SUM_N": SUM_N, "OPERAND_C": block_c, "BLOCK_S": SLOT_ELEMENTS // block_d}
         suffix = f"{NAMES[dtype]}_d{dim}"
@@ -368,7 +375,7 @@ def aot_variants() -> list[AotVariant]:
         (torch.float32, 64, 512),
     ):
         block_d = padded_power_of_two(dim)
-        operand = {"DIM": dim, "OPERAND_C": assign_tile(dtype, block_d).block_c, "BLOCK_C": block_c, "BLOCK_D": block_d}
+        operand = {"DIM": dim, "OPERAND_C": _operand_c(dtype, dim, capability), "BLOCK_C": block_c, "BLOCK_D": block_d}
         name = f"order_kernel_{NAMES[dtype]}_d{dim}_c{block_c}"
         warps, registers = order_warps(block_c), order_registers(block_c)
         variants.append(token_variant(name, order_kernel, dtype, {**operand, **columns}, warps, 1, registers))

@@ -420,7 +420,7 @@ class Clustering:
             iters_init,
             iters_step,
             START_CLUSTERS=START_CLUSTERS,
-            BLOCK_C=self.operand_c,
+            BLOCK_C=operand_c,
             **self._shape,
             num_warps=MEAN_WARPS,
         )

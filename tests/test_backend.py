@@ -6,35 +6,18 @@ import threading
 
 import pytest
 import torch
-from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
 import svg2_compile
 from svg2_compile import ConfigError, denoise_step, svg2_backend
 from svg2_compile.region import Region
 from svg2_compile.state import SiteState, store
+from tiny_pipelines import hunyuan_transformer as hunyuan
+from tiny_pipelines import wan_transformer as wan
 
 FULL = {"top_p": 1.0, "dense_steps": 1, "dense_layers": 0, "min_tokens": 64}
 SPARSE = {**FULL, "top_p": 0.3}
 EAGER = {"lowering": "eager"}
 TIMESTEPS = (900, 800, 700)
-
-
-def wan(layers: int = 2) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=256, ffn_dim=32, num_layers=layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    ).eval()  # fmt: skip
-
-
-def hunyuan() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=2,
-        num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
-        pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
-    ).eval()  # fmt: skip
 
 
 def wan_inputs(seed: int = 0, size: int = 16, batch: int = 1) -> dict[str, torch.Tensor]:

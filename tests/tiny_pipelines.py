@@ -90,13 +90,17 @@ def generate_wan(
     return run(pipeline, seed, height=height, guidance_scale=4.0, **prompt.both(), **more)
 
 
-def hunyuan_pipeline() -> HunyuanVideoPipeline:
+def hunyuan_transformer() -> torch.nn.Module:
     torch.manual_seed(0)
-    transformer = HunyuanVideoTransformer3DModel(
+    return HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=2,
         num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16,
         pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
     ).eval()  # fmt: skip
+
+
+def hunyuan_pipeline() -> HunyuanVideoPipeline:
+    transformer = hunyuan_transformer()
     return quiet(
         HunyuanVideoPipeline(
             text_encoder=None, tokenizer=None, transformer=transformer, vae=None,
@@ -200,6 +204,8 @@ class PipelineCase:
 
     streams: tuple[str, ...]
     """The calls of one step, by the name that the clock gives them."""
+    runs_numpy: bool = False
+    """Whether the model computes with NumPy, which torch traces."""
 
 
 PIPELINES = (
@@ -209,7 +215,7 @@ PIPELINES = (
     PipelineCase("CogVideoX", cogvideox_pipeline, generate_cogvideox, ("cond_uncond",)),
     PipelineCase("LTX", ltx_pipeline, generate_ltx, ("cond_uncond",)),
     PipelineCase("Mochi", mochi_pipeline, generate_mochi, ("cond_uncond",)),
-    PipelineCase("Cosmos", cosmos_pipeline, generate_cosmos, ("0", "1")),
+    PipelineCase("Cosmos", cosmos_pipeline, generate_cosmos, ("0", "1"), runs_numpy=True),
 )
 
 
