@@ -6,6 +6,7 @@ from svg2_compile.kernels import (
     context_attention,
     kmeans,
     permute,
+    recall,
     select_blocks,
     sort_labels,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "context_attention",
     "kmeans",
     "permute",
+    "recall",
     "select_blocks",
     "sort_labels",
 ]

@@ -182,4 +182,5 @@ def _site(
         k_clusters=k_clusters,
         has_mask=candidate.key_mask is not None,
         has_context_queries=same_size(candidate.sequence, candidate.keys),
+        measures_recall=config.recall_rows > 0,
     )

@@ -71,8 +71,15 @@ class SparseConfig:
     max_context_ratio: float = 0.5
     """Largest share of the sequence that context (text) rows may hold; above it all rows are clustered as one piece."""
 
+    recall_rows: int = 0
+    """Query rows per head, spread over its clusters, on which sparse calls measure the true attention mass kept; 0
+    measures nothing. Measuring changes no picture."""
+
+    recall_interval: int = 1
+    """Which sparse calls of a generation measure: the first, and every so many after it."""
+
     seed: int = 0
-    """Chooses the tokens that start the first clustering; nothing else is random."""
+    """Chooses the tokens that start the first clustering, and the rows of ``recall_rows``; nothing else is random."""
 
     lowering: Literal["inductor", "eager", "tensorrt"] = "inductor"
     """What compiles the rewritten graph; ``eager`` runs it node by node, for debugging."""
@@ -96,6 +103,8 @@ class SparseConfig:
         check_integer("kmeans_iters_step", self.kmeans_iters_step, 1, 1000, "2 is the paper's setting")
         check_integer("dense_layers", self.dense_layers, 0, None, "1 is the default")
         check_integer("min_tokens", self.min_tokens, 1, None, "4096 is the default")
+        check_integer("recall_rows", self.recall_rows, 0, None, "0 measures nothing, 32 is plenty")
+        check_integer("recall_interval", self.recall_interval, 1, None, "1 measures at every sparse call")
         check_integer("seed", self.seed, 0, 2**31 - 1, "0 is the default")
         if isinstance(self.dense_steps, float):
             advice = "as a float it is a share of all steps; use an int for a count"

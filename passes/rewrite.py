@@ -14,7 +14,8 @@ becomes, for a sequence of video rows only,
 With context rows, q, k and v are cut first; the context keys go to ``block_sparse_attention``, which always keeps them,
 the context queries attend to everything (``context_attention``), and the outputs are joined in the original order;
 where context rows are keys only, q stays whole and nothing is joined. A mask over a sequence without context rows moves
-the keys that it hides behind the last cluster, where no run reaches.
+the keys that it hides behind the last cluster, where no run reaches. With ``recall_rows``, ``measure_recall_`` looks at
+the queries in token order, the permuted keys and the selection, and adds to a state tensor.
 What a ``KernelConfig`` asks for comes last in ``block_sparse_attention``; left to the defaults, nothing is added.
 """
 
@@ -144,14 +145,20 @@ class _SiteRewriter:
             self.state["statistics"],
         )
         permute = torch.ops.svg2.permute_tokens.default
+        q_clustered = self.emit(permute, q, q_order)
+        k_clustered = self.emit(permute, k, k_order)
+        v_clustered = self.emit(permute, v, k_order)
+        runs, counts = (self.emit(operator.getitem, selection, index) for index in range(2))
+        if self.site.measures_recall:
+            self.measure_recall(q, k_clustered, q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask)
         attention = self.emit(
             torch.ops.svg2.block_sparse_attention.default,
-            self.emit(permute, q, q_order),
-            self.emit(permute, k, k_order),
-            self.emit(permute, v, k_order),
+            q_clustered,
+            k_clustered,
+            v_clustered,
             q_sizes,
-            self.emit(operator.getitem, selection, 0),
-            self.emit(operator.getitem, selection, 1),
+            runs,
+            counts,
             context_k,
             context_v,
             context_mask,
@@ -160,6 +167,19 @@ class _SiteRewriter:
             *self.kernel_arguments(),
         )
         return self.emit(torch.ops.svg2.unpermute_tokens.default, self.emit(operator.getitem, attention, 0), q_order)
+
+    def measure_recall(self, *tokens_and_selection: Any) -> None:
+        """Not before the permutations: to ``fuse``, an op that writes stands in the way of what it may alias."""
+        self.emit(
+            torch.ops.svg2.measure_recall_.default,
+            *tokens_and_selection,
+            self.state["k_calls"],
+            self.state["recall"],
+            self.scale,
+            self.config.recall_rows,
+            self.config.recall_interval,
+            self.config.seed,
+        )
 
     def context_attention(self, q: Any, key: Any, value: Any) -> Any:
         return self.emit(torch.ops.svg2.context_attention.default, q, key, value, self.mask, self.scale)
