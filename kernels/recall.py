@@ -19,6 +19,9 @@ from svg2_compile.kernels.work_list import COUNTS, kept_keys
 
 RECALL = ("calls", "recall_sum")
 """The last axis of ``recall``, per head and summed over measured calls: 1, and the recall."""
+DENSE_HEADS = ("since_call", "recall")
+"""The last axis of ``dense_heads``: the call of this generation since which a head is dense, 0 for one that is not, and
+the recall that its selection had then."""
 CHUNK_BYTES = 2**28
 """Heads are taken together as long as their keys and scores fit into this."""
 # 2^32 over the golden ratio: multiples of it, taken modulo 2^32, spread evenly however many there are.
@@ -27,8 +30,8 @@ GOLDEN_STEP = 2654435769
 torch.library.define(
     "svg2::measure_recall_",
     "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, Tensor counts, "
-    "Tensor? context_k, Tensor? context_mask, Tensor k_calls, Tensor(a!) recall, float scale, int rows, int interval, "
-    "int seed) -> ()",
+    "Tensor? context_k, Tensor? context_mask, Tensor k_calls, Tensor(a!) recall, Tensor(b!)? dense_heads, float scale, "
+    "int rows, int interval, int seed, float min_recall) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -45,6 +48,7 @@ def _check(
     context_mask: Tensor | None,
     k_calls: Tensor,
     recall: Tensor,
+    dense_heads: Tensor | None,
     rows: int,
     interval: int,
 ) -> None:
@@ -69,6 +73,9 @@ def _check(
     for name, x in {**integers, "k_calls": k_calls}.items():
         check_dtype(name, x, torch.int32)
     check_dtype("recall", recall, torch.float32, torch.float64)
+    if dense_heads is not None:
+        check_shape("dense_heads", dense_heads, (batch, heads, len(DENSE_HEADS)))
+        check_dtype("dense_heads", dense_heads, recall.dtype)
     check_value(rows >= 1, lambda: f"rows must be at least 1, got {rows}")
     check_value(interval >= 1, lambda: f"interval must be at least 1, got {interval}")
     check_value(
@@ -98,16 +105,19 @@ def measure_recall_reference(
     context_mask: Tensor | None,
     k_calls: Tensor,
     recall: Tensor,
+    dense_heads: Tensor | None,
     scale: float,
     rows: int,
     interval: int,
     seed: int,
+    min_recall: float,
 ) -> None:
     """Add each head's recall, the mean of some of its rows, at every ``interval``-th call of a generation.
 
     With s = scale * q_r . k over the visible keys and the context keys, the recall of row r is the sum of exp(s) over
     the keys that its cluster keeps and the context keys, divided by the sum over all of them: the share of the row's
     softmax that the sparse attention sees. The rows lie evenly in the order of the clusters, other ones at each call.
+    A head of ``dense_heads`` has a recall of 1, and one that falls below ``min_recall`` joins them at once.
 
     Args:
         q: fp16, bf16, fp32 or fp64 [B, H, N, D], any strides, in token order.
@@ -121,10 +131,12 @@ def measure_recall_reference(
         context_mask: bool [B or 1, 1, 1, M], True where a context key may be attended to; None admits all.
         k_calls: int32 [1], calls of this generation with this one.
         recall: fp32 (fp64 for judging) [B, H, 2], columns named by ``RECALL``; added to.
+        dense_heads: the dtype of ``recall`` [B, H, 2], columns named by ``DENSE_HEADS``; updated. None: no guard.
         scale: factor of the scores.
         rows: rows per head, at least 1; more than N are N.
         interval: 1 measures at every call, n at the first, then at every n-th after it.
         seed: chooses the rows; any integer.
+        min_recall: least recall of a head that stays sparse; without ``dense_heads`` it does nothing.
 
     Raises:
         TypeError: a dtype other than the above.
@@ -135,7 +147,22 @@ def measure_recall_reference(
         key head takes of memory. 1 where everything is kept, and for a row that attends to nothing. Hidden keys and
         values do not influence it. A GPU does the work at every call, whatever the interval.
     """
-    _check(q, k, q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls, recall, rows, interval)
+    _check(
+        q,
+        k,
+        q_order,
+        q_sizes,
+        k_sizes,
+        runs,
+        counts,
+        context_k,
+        context_mask,
+        k_calls,
+        recall,
+        dense_heads,
+        rows,
+        interval,
+    )
     is_measured = (k_calls - 1) % interval == 0
     if not k_calls.is_cuda and not is_measured:
         return
@@ -167,6 +194,11 @@ def measure_recall_reference(
         for part in _parts(batch * groups, k.shape[2] * (4 * dim + 24 * sampled.shape[2]))
     ]
     of_heads = torch.cat(shares).reshape(batch, heads, -1).mean(-1)
+    if dense_heads is not None:
+        falls = is_measured & (dense_heads[..., 0] == 0) & (of_heads < min_recall)
+        since_now = torch.stack((k_calls.expand_as(of_heads), of_heads), dim=-1).to(dense_heads.dtype)
+        dense_heads.copy_(since_now.where(falls.unsqueeze(-1), dense_heads))
+        of_heads = of_heads.masked_fill(dense_heads[..., 0] > 0, 1.0)
     recall += torch.stack((torch.ones_like(of_heads), of_heads), dim=-1).where(is_measured, 0)
 
 
@@ -228,12 +260,29 @@ def _measure_recall_fake(
     context_mask: Tensor | None,
     k_calls: Tensor,
     recall: Tensor,
+    dense_heads: Tensor | None,
     scale: float,
     rows: int,
     interval: int,
     seed: int,
+    min_recall: float,
 ) -> None:
-    _check(q, k, q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls, recall, rows, interval)
+    _check(
+        q,
+        k,
+        q_order,
+        q_sizes,
+        k_sizes,
+        runs,
+        counts,
+        context_k,
+        context_mask,
+        k_calls,
+        recall,
+        dense_heads,
+        rows,
+        interval,
+    )
 
 
 torch.library.register_fake("svg2::measure_recall_", _measure_recall_fake)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,24 @@ from svg2_compile.region import Region, dense_graphs
 from svg2_compile.state import SiteState, store
 
 MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class DenseHead:
+    """A head that the guard (``min_recall``) made dense in the generation that ran last."""
+
+    head: int
+    batch: int
+    """Element of the batch."""
+
+    stream: str
+    """CFG branch."""
+
+    since_call: int
+    """First sparse call of that generation, counting from 1, in which the head was dense."""
+
+    recall: float
+    """What its selection would have kept then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +72,9 @@ class SiteReport:
     density_per_head: tuple[float, ...]
     recall_per_head: tuple[float, ...]
     """Empty where nothing was measured."""
+
+    dense_heads: tuple[DenseHead, ...]
+    """Heads that kept less than ``min_recall``; their density counts as 1 since then, and so does their recall."""
 
     sparse_calls: int
     dense_calls: int
@@ -115,6 +136,11 @@ class Report:
             calls = f"{site.sparse_calls or '':>6} {site.dense_calls or '':>6}"
             plan = f"{site.shape}, {site.plan}" if site.sparse else f"dense: {site.plan}"
             lines.append(f"{site.path:<32} {density:>7} {mass:>6} {recall:>6} {calls}  {plan}")
+            lines += [
+                f"{'':<32} guard: head {each.head} of batch element {each.batch}, branch {each.stream!r}, is dense "
+                f"since sparse call {each.since_call} of the generation, where it kept {_percent(each.recall)}"
+                for each in site.dense_heads
+            ]
             if site.masked_video_keys:
                 lines.append(
                     f"{'':<32} WRONG: the mask hides {site.masked_video_keys} video keys, which were attended to"
@@ -241,10 +267,14 @@ class _Row:
     dense_calls: int = 0
 
     @property
-    def states(self) -> list[SiteState]:
+    def states_by_stream(self) -> dict[str, list[SiteState]]:
         if self.owner is None or isinstance(self.decision, Rejection):
-            return []
-        return [state for states in store.states_of(self.owner, self.decision).values() for state in states]
+            return {}
+        return store.states_of(self.owner, self.decision)
+
+    @property
+    def states(self) -> list[SiteState]:
+        return [state for states in self.states_by_stream.values() for state in states]
 
     @property
     def state_bytes(self) -> int:
@@ -258,10 +288,20 @@ class _Row:
                 total += state.tensors[name].double().sum(dim=0).cpu()
         return total
 
+    def dense_heads(self) -> Iterator[DenseHead]:
+        for stream, states in self.states_by_stream.items():
+            for state in states:
+                if "dense_heads" not in state.tensors:
+                    continue
+                for batch, heads in enumerate(state.tensors["dense_heads"].tolist()):
+                    for head, (since_call, recall) in enumerate(heads):
+                        if since_call:
+                            yield DenseHead(head, batch, stream, int(since_call), recall)
+
     def describe(self, path: str) -> SiteReport:
         if isinstance(self.decision, Rejection):
             reason, hint = self.decision.reason, self.decision.hint
-            return SiteReport(path, "", reason, hint, False, None, None, None, None, None, (), (), 0, 0, 0)
+            return SiteReport(path, "", reason, hint, False, None, None, None, None, None, (), (), (), 0, 0, 0)
         site, states = self.decision, self.states
         context = f" + {site.context_tokens} context" if len(site.segments) > 1 else ""
         statistics = self.sum_of("statistics", site.q_heads, site.q_clusters, len(STATISTICS))
@@ -284,6 +324,7 @@ class _Row:
             k_padding=float(issued.sum() / densities.sum()) if ran else None,
             density_per_head=tuple((densities / calls).tolist()) if ran else (),
             recall_per_head=tuple((recalls / measured).tolist()) if is_measured else (),
+            dense_heads=tuple(self.dense_heads()),
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
             masked_video_keys=sum(int(state.tensors.get("masked_video_keys", 0)) for state in states),
