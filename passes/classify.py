@@ -182,4 +182,6 @@ def _site(
         k_clusters=k_clusters,
         has_mask=candidate.key_mask is not None,
         has_context_queries=same_size(candidate.sequence, candidate.keys),
+        measures_recall=config.measured_rows > 0,
+        is_guarded=config.min_recall > 0,
     )
