@@ -56,7 +56,10 @@ def main() -> None:
     selection = (q_order, q_sizes, k_sizes, runs, counts, None, None, state[3])
     attention_ms, *recall_ms = medians_ms(
         lambda: svg2.block_sparse_attention(q, keys, values, q_sizes, runs, counts, None, None, None, q_order, scale),
-        *(lambda rows=rows: svg2.measure_recall_(q, keys, *selection, recall, scale, rows, 1, 0) for rows in args.rows),
+        *(
+            lambda rows=rows: svg2.measure_recall_(q, keys, *selection, recall, None, scale, rows, 1, 0, 0.0)
+            for rows in args.rows
+        ),
         repeats=args.repeats,
     )
     density = float(statistics_of_call[..., 1].sum() / args.heads)
