@@ -44,6 +44,35 @@ def demo(
 
 
 @app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A diffusers model id, the folder of a pipeline, or tiny.")] = "tiny",
+    frames: Annotated[int | None, typer.Option(help="Frames; the pipeline's own number by default.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, l40s, 4090, 5090 or b200.")] = "h100",
+    config: Annotated[list[str] | None, typer.Option(help="An option such as top_p=0.9; may be repeated.")] = None,
+) -> None:
+    """Show what would be sparse in a model, what not and why, and how much faster it should get. Needs no weights."""
+    from rich.console import Console
+
+    from svg2_compile.empty_pipeline import ExplainError
+    from svg2_compile.explaining import ExplainSettings, explain_model, parse_options, print_explanation
+    from svg2_compile.passes.errors import ConfigError
+    from svg2_compile.tiny_wan import TinyWanError
+
+    try:
+        settings = ExplainSettings(model, frames, height, width, steps, gpu, parse_options(config or []))
+        console = Console()
+        with console.status("tracing the model"):
+            explanation = explain_model(settings)
+        print_explanation(explanation, console)
+    except (ConfigError, ExplainError, TinyWanError) as error:
+        typer.secho(f"svg2 explain: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
 def doctor(
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU is used if there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "bfloat16",

@@ -16,7 +16,7 @@ from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.obstacles import obstacles
 from svg2_compile.options import current_defaults
 from svg2_compile.passes.records import AttentionSite, Rejection
-from svg2_compile.passes.sparsify import sparsify
+from svg2_compile.passes.sparsify import Sparsified, sparsify
 from svg2_compile.region import Region, dense_graphs
 from svg2_compile.state import SiteState, store
 
@@ -213,21 +213,28 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
     Returns:
         One entry per attention; densities are unknown before a run.
     """
-    sites: list[SiteReport] = []
+    graphs = trace(model, args, kwargs)
+    rows = [(_join(prefix, each.path), each) for prefix, found in graphs for each in found.decisions]
+    return Report(tuple(_Row(each, None).describe(path) for path, each in rows), 0.0, {})
+
+
+def trace(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fullgraph: bool = False
+) -> list[tuple[str, Sparsified]]:
+    """Return (module path, what the passes made of it) for each graph of a model; computes nothing."""
+    graphs: list[tuple[str, Sparsified]] = []
     options = current_defaults()
 
     def describe(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        found = sparsify(gm, options.sparse, options.kernel)
-        compiled = what_is_compiled()
         modules = {id(module): name for name, module in model.named_modules()}
-        prefix = modules.get(id(compiled.root), "")
-        sites.extend(_Row(each, None).describe(_join(prefix, each.path)) for each in found.decisions)
+        prefix = modules.get(id(what_is_compiled().root), "")
+        graphs.append((prefix, sparsify(gm, options.sparse, options.kernel)))
         (output,) = gm.graph.find_nodes(op="output")
         return lambda *_: torch.fx.node.map_arg(output.args[0], _zeros_like_node)
 
     with torch.no_grad():
-        torch.compile(_unwrap(model), backend=describe)(*args, **kwargs)
-    return Report(tuple(sites), 0.0, {})
+        torch.compile(_unwrap(model), backend=describe, dynamic=False, fullgraph=fullgraph)(*args, **kwargs)
+    return graphs
 
 
 def _zeros_like_node(node: torch.fx.Node) -> Any:
