@@ -16,10 +16,11 @@ from itertools import pairwise
 
 import torch
 
-from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.config import MAX_CLUSTERS, SparseConfig
 from svg2_compile.passes.match import Candidate
 from svg2_compile.passes.nodes import same_size, shape_of, tensor_of
-from svg2_compile.passes.records import AttentionSite, Rejection, Segment, size_hint
+from svg2_compile.passes.read_mask import is_true
+from svg2_compile.passes.records import AttentionSite, Rejection, Segment, Size, size_hint
 from svg2_compile.passes.trace_axis import AxisOrigin, Piece, trace_axis
 
 TRUSTED_ORIGINS = ("placeholder", "split axis", "conv")
@@ -159,6 +160,10 @@ def _site(
     candidate: Candidate, segments: tuple[Segment, ...], video: Segment, tokens: int, config: SparseConfig
 ) -> AttentionSite | Rejection:
     q_clusters, k_clusters = config.clusters_for(tokens)
+    may_hide_video = _may_hide_video(candidate, segments)
+    if may_hide_video:
+        # hidden keys are sorted as one cluster more
+        k_clusters = min(k_clusters, MAX_CLUSTERS - 1)
     if max(q_clusters, k_clusters) > tokens:
         reason = f"{max(q_clusters, k_clusters)} clusters for {tokens} video tokens"
         return Rejection(candidate.node.name, candidate.path, reason, 'use q_clusters="auto" and k_clusters="auto"')
@@ -181,5 +186,17 @@ def _site(
         q_clusters=q_clusters,
         k_clusters=k_clusters,
         has_mask=candidate.key_mask is not None,
+        may_hide_video=may_hide_video,
         has_context_queries=same_size(candidate.sequence, candidate.keys),
     )
+
+
+def _may_hide_video(candidate: Candidate, segments: tuple[Segment, ...]) -> bool:
+    if candidate.key_mask is None:
+        return False
+    first: Size = 0
+    for segment in segments:
+        if segment.is_video:
+            return not is_true(candidate.key_mask, candidate.node, (first, segment.length))
+        first = first + segment.length
+    return True

@@ -49,8 +49,6 @@ class SiteReport:
     density_per_head: tuple[float, ...]
     sparse_calls: int
     dense_calls: int
-    masked_video_keys: int
-    """Video keys that a mask hid and that were attended to all the same; anything but 0 is a wrong result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +100,6 @@ class Report:
             calls = f"{site.sparse_calls or '':>6} {site.dense_calls or '':>6}"
             plan = f"{site.shape}, {site.plan}" if site.sparse else f"dense: {site.plan}"
             lines.append(f"{site.path:<32} {density:>7} {mass:>6} {calls}  {plan}")
-            if site.masked_video_keys:
-                lines.append(
-                    f"{'':<32} WRONG: the mask hides {site.masked_video_keys} video keys, which were attended to"
-                )
         sparse = len(self.sparse_sites)
         lines.append(
             f"{sparse} attentions sparse, {len(self.sites) - sparse} dense; density {_percent(self.density) or '-'} in "
@@ -239,7 +233,7 @@ class _Row:
     def describe(self, path: str) -> SiteReport:
         if isinstance(self.decision, Rejection):
             reason, hint = self.decision.reason, self.decision.hint
-            return SiteReport(path, "", reason, hint, False, None, None, None, None, (), 0, 0, 0)
+            return SiteReport(path, "", reason, hint, False, None, None, None, None, (), 0, 0)
         site, states = self.decision, self.states
         context = f" + {site.context_tokens} context" if len(site.segments) > 1 else ""
         statistics = torch.zeros(site.q_heads, site.q_clusters, len(STATISTICS), dtype=torch.float64)
@@ -262,7 +256,6 @@ class _Row:
             density_per_head=tuple((densities / calls).tolist()) if ran else (),
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
-            masked_video_keys=sum(int(state.tensors.get("masked_video_keys", 0)) for state in states),
         )
 
 
