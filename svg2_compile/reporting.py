@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
@@ -15,10 +15,12 @@ from svg2_compile.obstacles import obstacles
 from svg2_compile.options import current_defaults
 from svg2_compile.passes.records import AttentionSite, Rejection
 from svg2_compile.passes.sparsify import sparsify
-from svg2_compile.region import Region, dense_graphs
+from svg2_compile.region import DenseGraph, Region
 from svg2_compile.state import SiteState, store
 
 MIB = 2**20
+
+Compiled = TypeVar("Compiled", Region, DenseGraph)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def report(model: torch.nn.Module) -> Report:
         One entry per attention, in program order, layers in the order of the model.
     """
     model = _unwrap(model)
-    regions = _regions_of(model)
+    regions = _called_for(model, Region.instances)
     rows: dict[tuple[str, str], _Row] = {}
     for region, owner, prefix in regions:
         dense_calls = region.dense_calls.get(owner, 0)
@@ -135,8 +137,9 @@ def report(model: torch.nn.Module) -> Report:
             row = rows.setdefault((_join(prefix, decision.path), decision.node), _Row(decision, owner))
             row.decision = decision
             row.dense_calls += dense_calls
-    for prefix, rejection in dense_graphs.of(model):
-        rows.setdefault((_join(prefix, rejection.path), rejection.node), _Row(rejection, None))
+    for graph, _, prefix in _called_for(model, DenseGraph.instances):
+        for rejection in graph.rejections:
+            rows.setdefault((_join(prefix, rejection.path), rejection.node), _Row(rejection, None))
     if all(isinstance(row.decision, Rejection) for row in rows.values()):
         for path, rejection in obstacles(model):
             rows[path, rejection.reason] = _Row(rejection, None)
@@ -166,7 +169,7 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     def describe(gm: GraphModule, example_inputs: list[Any]) -> Any:
         found = sparsify(gm, options.sparse, options.kernel)
-        compiled = what_is_compiled()
+        compiled = what_is_compiled(example_inputs)
         modules = {id(module): name for name, module in model.named_modules()}
         prefix = modules.get(id(compiled.root), "")
         sites.extend(_Row(each, None).describe(_join(prefix, each.path)) for each in found.decisions)
@@ -186,17 +189,20 @@ def _zeros_like_node(node: torch.fx.Node) -> Any:
     return value if not isinstance(value, torch.SymInt) else int(value)
 
 
-def _regions_of(model: torch.nn.Module) -> list[tuple[Region, Any, str]]:
-    """Return (region, owner, module path) for every owner that is part of the model, in the model's order."""
-    names = [(id(model), "")] + [(id(parameter), name) for name, parameter in model.named_parameters()]
+def _called_for(model: torch.nn.Module, compiled: Iterable[Compiled]) -> list[tuple[Compiled, Any, str]]:
+    """Return (graph, owner, module path) for every owner that is part of the model, in the model's order."""
+    names: list[tuple[int, str]] = []
+    for path, module in model.named_modules():
+        names += [(id(module), path)]
+        names += [(id(parameter), _join(path, name)) for name, parameter in module.named_parameters(recurse=False)]
     position = {owner: place for place, (owner, _) in enumerate(names)}
     found = []
-    for region in list(Region.instances):
-        for owner in region.owners():
+    for graph in list(compiled):
+        for owner in graph.owners():
             place = position.get(id(owner))
             if place is not None:
-                prefix = _without_common_end(names[place][1], region.owner.name)
-                found.append(((place, region.number), (region, owner, prefix)))
+                prefix = _without_common_end(names[place][1], graph.owner.name)
+                found.append(((place, graph.number), (graph, owner, prefix)))
     return [each for _, each in sorted(found, key=lambda ranked: ranked[0])]
 
 

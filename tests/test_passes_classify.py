@@ -241,6 +241,18 @@ def test_a_mask_over_a_sequence_without_context_may_hide_any_row():
     assert found.has_mask and found.may_hide_video and summary(found) == [(VIDEO, True)]
 
 
+def test_operands_projected_in_another_graph_are_declined_with_that_reason():
+    """Nothing in the graph tells rows of one sequence from rows of two."""
+
+    def attention(query, key, value):
+        return attend(heads(query * 2), heads(key + 1), heads(value))
+
+    (found,) = decide(attention, rows(VIDEO), rows(VIDEO), rows(VIDEO))
+    assert isinstance(found, Rejection) and not found.by_design
+    assert found.reason == "its queries and values are computed outside this graph, so what their rows are is unknown"
+    assert "hooks on each layer" in found.hint
+
+
 def cross(q, kv):
     return attend(heads(q), heads(kv), heads(kv))
 
