@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 from svg2_compile.passes.config import SparseConfig
@@ -87,6 +87,8 @@ def match(gm: GraphModule, config: SparseConfig) -> list[Candidate | Rejection]:
 
 def _full_name(node: Node) -> str:
     """Return the name of the called function, of an operator with its namespace: kernels name their ops ``fwd``."""
+    if isinstance(node.target, OpOverloadPacket):
+        return str(node.target._qualified_op_name)
     return node.target._schema.name if isinstance(node.target, OpOverload) else target_name(node)
 
 

@@ -141,8 +141,10 @@ def report(model: torch.nn.Module) -> Report:
         for rejection in graph.rejections:
             rows.setdefault((_join(prefix, rejection.path), rejection.node), _Row(rejection, None))
     if all(isinstance(row.decision, Rejection) for row in rows.values()):
+        seen = [f"{path}." for path, _ in rows]
         for path, rejection in obstacles(model):
-            rows[path, rejection.reason] = _Row(rejection, None)
+            if not any(each.startswith(f"{path}.") for each in seen):
+                rows[path, rejection.reason] = _Row(rejection, None)
     seconds: dict[str, float] = {}
     for region in {id(region): region for region, _, _ in regions}.values():
         for variant in (region.dense, region.sparse):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -249,5 +251,79 @@ def test_a_model_that_runs_flex_attention_is_reported_with_the_way_out():
     assert "runs flex_attention, not SDPA" in text and 'model.set_attention_backend("native")' in text
     model.set_attention_backend("native")
     torch._dynamo.reset()
+    output_of(compiled, case.inputs())
+    assert len(svg2_compile.report(compiled).sparse_sites) == 2
+
+
+KERNEL = """
+import torch
+
+torch.library.define("{namespace}::fwd", "(Tensor q, Tensor k, Tensor v) -> Tensor")
+
+@torch.library.impl("{namespace}::fwd", "cpu")
+def forward(q, k, v):
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+torch.library.register_fake("{namespace}::fwd", lambda q, k, v: q.new_empty(q.shape))
+
+{decorator}
+def {function}(q, k, v, **options):
+    return torch.ops.{namespace}.fwd(q, k, v)
+
+class flash_attn_interface:
+    _flash_attn_forward = _flash_attn_backward = None
+"""
+
+
+@pytest.mark.parametrize("is_operator", [True, False], ids=["operator", "opaque"])
+@pytest.mark.parametrize(
+    ("backend", "repository", "function"),
+    [
+        ("flash_hub", "kernels-community/flash-attn2", "flash_attn_func"),
+        ("sage_hub", "SageAttention/sage-attention", "sageattn"),
+    ],
+)
+def test_a_hub_kernel_as_attention_backend_is_reported_with_the_way_out(
+    backend, repository, function, is_operator, tmp_path, monkeypatch
+):
+    """A repository of our own stands in for the Hub's, by the variable that the package ``kernels`` has for that."""
+    dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
+    pytest.importorskip("kernels")
+    name = repository.split("/")[1]
+    namespace = f"_{name.replace('-', '_')}_{'operator' if is_operator else 'opaque'}"
+    variant = tmp_path / "build" / "torch-cpu"
+    variant.mkdir(parents=True)
+    facts = {"id": namespace, "name": name, "version": 3, "license": "Apache-2.0", "python-depends": []}
+    (variant / "metadata.json").write_text(json.dumps(facts | {"backend": {"type": "cpu"}}))
+    decorator = "" if is_operator else "@torch.compiler.disable"
+    (variant / "__init__.py").write_text(KERNEL.format(namespace=namespace, decorator=decorator, function=function))
+    monkeypatch.setenv("LOCAL_KERNELS", f"{repository}={tmp_path}")
+    monkeypatch.setattr(dispatch, "HF_HUB_OFFLINE", True)
+    key = dispatch.AttentionBackendName(backend)
+    monkeypatch.setitem(dispatch._HUB_KERNELS_REGISTRY, key, dataclasses.replace(dispatch._HUB_KERNELS_REGISTRY[key]))
+
+    case = CASE["WanTransformer3DModel"]
+    model = case.make()
+    expected = output_of(model, case.inputs())
+    model.set_attention_backend(backend)
+    try:
+        for on_unsupported in ("dense", "error"):
+            torch._dynamo.reset()
+            options = SPARSE | {"on_unsupported": on_unsupported}
+            compiled = torch.compile(model, backend=svg2_backend, options=options, fullgraph=is_operator)
+            if on_unsupported == "error":
+                with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="set_attention_backend"):
+                    output_of(compiled, case.inputs())
+            else:
+                assert_close_to_rounding(output_of(compiled, case.inputs()), expected)
+                report = svg2_compile.report(compiled)
+                wanted = f"runs {namespace}::fwd, not" if is_operator else f"the attention backend '{backend}' is not"
+                assert report.sites and all(site.plan.startswith(wanted) for site in report.sites)
+                assert all('model.set_attention_backend("native")' in site.hint for site in report.sites)
+    finally:
+        model.set_attention_backend("native")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=svg2_backend, options=SPARSE, fullgraph=True)
     output_of(compiled, case.inputs())
     assert len(svg2_compile.report(compiled).sparse_sites) == 2
