@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from svg2_compile.environment import describe_environment
 
 WORKSPACE_BYTES = 256 << 20  # FlashInfer's own scratch memory
+FLASHINFER_BACKENDS = ("fa2", "fa3")
 # name, heads, tokens, head dimension
 DENSE_SHAPES = (
     ("Wan 14B 720p", 40, 75_600, 128),
@@ -162,7 +163,7 @@ def flash_kmeans_ms(x: Tensor, clusters: int, iterations: int, rep_ms: float) ->
 
 
 def flashinfer_ms(
-    q: Tensor, k: Tensor, v: Tensor, q_sizes: Tensor, k_sizes: Tensor, keep: Tensor, rep_ms: float
+    backend: str, q: Tensor, k: Tensor, v: Tensor, q_sizes: Tensor, k_sizes: Tensor, keep: Tensor, rep_ms: float
 ) -> float | str:
     """Return the time of FlashInfer's variable-block attention, planning left out, for one batch element."""
     if importlib.util.find_spec("flashinfer") is None:
@@ -171,7 +172,7 @@ def flashinfer_ms(
 
     def plan_and_time() -> float:
         wrapper = VariableBlockSparseAttentionWrapper(
-            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device), backend="auto"
+            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device), backend=backend
         )
         heads, dim = q.shape[1], q.shape[3]
         wrapper.plan(keep[0], q_sizes[0], k_sizes[0], heads, k.shape[1], dim, q_data_type=q.dtype)

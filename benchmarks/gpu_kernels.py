@@ -32,7 +32,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from dense_baselines import attempt, dense_ms, flash_kmeans_ms, flashinfer_ms, median_ms
+from dense_baselines import FLASHINFER_BACKENDS, attempt, dense_ms, flash_kmeans_ms, flashinfer_ms, median_ms
 from gpu_targets import EPS_TILE, eps_sel_goal, judged, overhead_goal
 from plan_costs import issued_pairs, selected_pairs
 from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
@@ -105,7 +105,8 @@ class Attention:
     ms: float
     other_ms: dict[str, float | str]
     """Of the implementations that were not chosen."""
-    flashinfer_ms: float | str
+    flashinfer_ms: dict[str, float | str]
+    """By backend; planning left out."""
     eps_tile: float
     eps_sel: float
     speedup: float
@@ -318,7 +319,10 @@ def measure_attention(
     selected = selected_pairs(plan.q_sizes, plan.k_sizes, keep)
     eps_tile, eps_sel = (done / pairs * dense / ms for done in (issued, selected))
     clustered = svg2.permute_tokens(q, plan.q_order)
-    theirs = flashinfer_ms(clustered, k, v, plan.q_sizes, plan.k_sizes, keep, rep_ms)
+    theirs = {
+        backend: flashinfer_ms(backend, clustered, k, v, plan.q_sizes, plan.k_sizes, keep, rep_ms)
+        for backend in FLASHINFER_BACKENDS
+    }
     return Attention(
         shape=shape.name,
         heads=q.shape[1],
@@ -349,12 +353,14 @@ def print_overhead(row: Overhead) -> None:
 
 def print_attention(row: Attention) -> None:
     """Print one attention in a line."""
-    theirs = row.flashinfer_ms if isinstance(row.flashinfer_ms, str) else f"{row.flashinfer_ms:.2f} ms"
-    others = "".join(f", {name} {ms if isinstance(ms, str) else f'{ms:.2f}'}" for name, ms in row.other_ms.items())
+    others, theirs = (
+        "".join(f", {name} {ms if isinstance(ms, str) else f'{ms:.2f}'}" for name, ms in times.items())
+        for times in (row.other_ms, row.flashinfer_ms)
+    )
     print(
         f"    density {row.density:.3f}: {row.ms:.2f} ms{others}; {row.speedup:.2f}x, "
         f"eps_tile {row.eps_tile:.3f} {row.verdict_tile}, eps_sel {row.eps_sel:.3f} {row.verdict_sel}, "
-        f"FlashInfer {theirs}",
+        f"FlashInfer{theirs.removeprefix(',')}",
         flush=True,
     )
 

@@ -2,7 +2,8 @@
 
     python -P benchmarks/pareto_tiny_wan.py --out docs/images
 
-Prints a table, and writes ``pareto_tiny_wan.json`` and ``pareto_tiny_wan.png``. Run it on an idle machine.
+Prints a table, and writes ``pareto_tiny_wan.json`` and ``pareto_tiny_wan.png``, or files of another ``--name``. Run it
+on an idle machine.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ TOP_P = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--name", default="pareto_tiny_wan", help="of the files")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--prompt", default=Video().prompt)
     parser.add_argument("--frames", type=int, default=Video().frames)
     parser.add_argument("--steps", type=int, default=Video().steps)
@@ -48,7 +51,7 @@ def main() -> None:
     extra = {name: json.loads(value) for name, value in (each.split("=", 1) for each in arguments.option)}
     options = {**TINY_OPTIONS, "dense_steps": 0.35, **extra}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = tiny_wan.load_pipeline(device=device)
+    pipeline = tiny_wan.load_pipeline(getattr(torch, arguments.dtype), device)
     eager = pipeline.transformer
     result: dict[str, Any] = {
         "environment": describe_environment(),
@@ -56,6 +59,7 @@ def main() -> None:
         "video": asdict(video),
         "tokens": video.tokens,
         "options": options,
+        "dtype": arguments.dtype,
     }
     with fastest_attention(device):
         floor = generate(pipeline, video)
@@ -78,8 +82,8 @@ def main() -> None:
             print(points[-1], flush=True)
     result["points"] = points
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "pareto_tiny_wan.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(arguments.out / "pareto_tiny_wan.png", result)
+    (arguments.out / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(arguments.out / f"{arguments.name}.png", result)
     print(table(result))
 
 
@@ -106,7 +110,8 @@ def table(result: dict[str, Any]) -> str:
     environment, columns = result["environment"], ("top_p", "density", "kept mass", "step, s", "step speed-up")
     columns = (*columns, "generation speed-up", "PSNR, dB", "SSIM", "clustering")
     lines = [
-        f"{result['tokens']} tokens, {result['video']['steps']} steps, {result['options']}; {environment['device']}, "
+        f"{result['tokens']} tokens, {result['video']['steps']} steps, {result['dtype']}, {result['options']}; "
+        f"{environment['device']}, "
         f"torch {environment['torch']}, {result['date']}; dense step {result['dense_step_seconds']:.2f} s; "
         f"noise floor {result['noise_floor_psnr_db']:.1f} dB",
         "",

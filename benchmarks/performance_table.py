@@ -22,8 +22,8 @@ from marked_table import write_between
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "images"
-KERNELS = "gpu_kernels_h100_assign.json"
-STEPS: tuple[str, ...] = ("denoising_steps_h100.json",)
+KERNELS = "gpu_kernels_h200.json"
+STEPS: tuple[str, ...] = ("denoising_steps_h200.json",)
 PLOT = "performance.png"
 DENSITY = 0.25
 """What the tables show; the plot has all."""

@@ -4,8 +4,10 @@ from svg2_compile.kernels import (
     block_sparse_attention,
     cluster_tokens,
     context_attention,
+    dense_heads,
     kmeans,
     permute,
+    recall,
     select_blocks,
     sort_labels,
 )
@@ -14,8 +16,10 @@ __all__ = [
     "block_sparse_attention",
     "cluster_tokens",
     "context_attention",
+    "dense_heads",
     "kmeans",
     "permute",
+    "recall",
     "select_blocks",
     "sort_labels",
 ]

@@ -106,14 +106,21 @@ def select_blocks_reference(
     dtype = statistics.dtype
     keep, mass = kept_clusters(q_centroids.to(dtype), k_centroids.to(dtype), k_sizes, scale, top_p, min_keep_ratio)
     kept = kept_runs_reference(keep, k_sizes)
-    runs, full_pieces, *_ = kept.counts.to(dtype).unbind(-1)
-    k_tokens = k_sizes.sum(-1).repeat_interleave(keep.shape[1] // k_sizes.shape[1], dim=1).unsqueeze(-1).to(dtype)
     kept_tokens = torch.einsum("bhqk,bhk->bhq", keep.to(dtype), _per_query_head(k_sizes, keep.shape[1]).to(dtype))
+    statistics += statistics_of(kept.counts, kept_tokens, mass, q_sizes, k_sizes)
+    return kept.runs, kept.counts
+
+
+def statistics_of(counts: Tensor, kept_tokens: Tensor, mass: Tensor, q_sizes: Tensor, k_sizes: Tensor) -> Tensor:
+    """Return what one call adds to the statistics, from the kept keys and their mass, both [B, H, C_q]."""
+    dtype = mass.dtype
+    runs, full_pieces, *_ = counts.to(dtype).unbind(-1)
+    k_tokens = _per_query_head(k_sizes.sum(-1, keepdim=True), q_sizes.shape[1]).to(dtype)
     pieces_per_tile = TILE_KEYS // PIECES[0]
     full_tiles = (full_pieces / pieces_per_tile).floor()
     last_tiles = ((full_pieces + runs) / pieces_per_tile - full_tiles).ceil()
     q_share = q_sizes.to(dtype) / q_sizes.sum(-1, keepdim=True)
-    statistics += torch.stack(
+    return torch.stack(
         (
             torch.ones_like(mass),
             q_share * kept_tokens / k_tokens,
@@ -123,7 +130,6 @@ def select_blocks_reference(
         ),
         dim=-1,
     )
-    return kept.runs, kept.counts
 
 
 def kept_clusters(

@@ -9,6 +9,8 @@ TOKENS_PER_Q_CLUSTER = 600
 TOKENS_PER_K_CLUSTER = 150
 MIN_AUTO_CLUSTERS = 16
 MAX_CLUSTERS = 1024
+GUARD_ROWS = 32
+"""Rows that the guard looks at where ``recall_rows`` does not say."""
 
 
 def check_number(
@@ -74,8 +76,19 @@ class SparseConfig:
     max_context_ratio: float = 0.5
     """Largest share of the sequence that context (text) rows may hold; above it all rows are clustered as one piece."""
 
+    recall_rows: int = 0
+    """Query rows per head, spread over its clusters, on which sparse calls measure the true attention mass kept; 0
+    measures nothing. Measuring changes no picture."""
+
+    min_recall: float = 0.0
+    """Least share of the true attention mass, in [0, 1], that a head must keep to stay sparse, as measured on
+    ``recall_rows`` (32 unless given); one that keeps less is dense from that call to the end of the generation."""
+
+    recall_interval: int = 1
+    """Which sparse calls of a generation measure: the first, and every so many after it."""
+
     seed: int = 0
-    """Chooses the tokens that start the first clustering; nothing else is random."""
+    """Chooses the tokens that start the first clustering, and the rows of ``recall_rows``; nothing else is random."""
 
     lowering: Literal["inductor", "eager", "tensorrt"] = "inductor"
     """What compiles the rewritten graph; ``eager`` runs it node by node, for debugging."""
@@ -99,6 +112,9 @@ class SparseConfig:
         check_integer("kmeans_iters_step", self.kmeans_iters_step, 1, 1000, "2 is the paper's setting")
         check_integer("dense_layers", self.dense_layers, 0, None, "1 is the default")
         check_integer("min_tokens", self.min_tokens, 1, None, "4096 is the default")
+        check_number("min_recall", self.min_recall, 0, 1, "0 guards nothing, 0.8 catches what goes badly wrong")
+        check_integer("recall_rows", self.recall_rows, 0, None, "0 measures nothing, 32 is plenty")
+        check_integer("recall_interval", self.recall_interval, 1, None, "1 measures at every sparse call")
         check_integer("seed", self.seed, 0, 2**31 - 1, "0 is the default")
         if isinstance(self.dense_steps, float):
             advice = "as a float it is a share of all steps; use an int for a count"
@@ -110,6 +126,11 @@ class SparseConfig:
         if self.lowering == "tensorrt":
             raise ConfigError('lowering="tensorrt" is not available yet; use "inductor"')
         check_choice("on_unsupported", self.on_unsupported, ("dense", "error"))
+
+    @property
+    def measured_rows(self) -> int:
+        """The rows per head on which recall is measured; 0 for none."""
+        return self.recall_rows or (GUARD_ROWS if self.min_recall > 0 else 0)
 
     def clusters_for(self, tokens: int) -> tuple[int, int]:
         """Return the query and key cluster counts for a video sequence of ``tokens`` tokens."""

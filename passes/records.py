@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from svg2_compile.kernels.recall import DENSE_HEADS, RECALL
 from svg2_compile.kernels.select_blocks import STATISTICS
 
 Size = int | torch.SymInt
@@ -98,6 +99,10 @@ class AttentionSite:
     """The mask is not known to show every video key."""
     has_context_queries: bool = True
     """False where only the video rows ask, and context rows are keys alone."""
+    measures_recall: bool = False
+    """The true attention mass kept is measured on a few rows."""
+    is_guarded: bool = False
+    """Heads that keep too little of it become dense."""
 
     @property
     def context_tokens(self) -> Size:
@@ -120,4 +125,8 @@ class AttentionSite:
             "k_calls": ((1,), torch.int32),
             "statistics": ((self.batch, self.q_heads, self.q_clusters, len(STATISTICS)), torch.float32),
         }
+        if self.measures_recall:
+            shapes["recall"] = ((self.batch, self.q_heads, len(RECALL)), torch.float32)
+        if self.is_guarded:
+            shapes["dense_heads"] = ((self.batch, self.q_heads, len(DENSE_HEADS)), torch.float32)
         return tuple(StateSpec(self.index, name, shape, dtype) for name, (shape, dtype) in shapes.items())

@@ -15,6 +15,9 @@ With context rows, q, k and v are cut first; the context keys go to ``block_spar
 the context queries attend to everything (``context_attention``), and the outputs are joined in the original order;
 where context rows are keys only, q stays whole and nothing is joined. The video keys that a mask may hide are moved
 behind the last cluster, where no run reaches; a mask known to show them all leaves them alone.
+With ``recall_rows``, ``measure_recall_`` looks at the queries in token order, the permuted keys and the selection, and
+adds to a state tensor; with ``min_recall``, ``keep_dense_heads_`` then replaces the selection of the heads that kept
+too little by all keys.
 What a ``KernelConfig`` asks for comes last in ``block_sparse_attention``; left to the defaults, nothing is added.
 """
 
@@ -134,6 +137,10 @@ class _SiteRewriter:
     ) -> Any:
         q_order, q_sizes = self.cluster(q, "q", self.site.q_clusters)
         k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters, mask)
+        # of a guarded site, the state holds what is true after the guard; the selection adds to zeros
+        statistics = self.state["statistics"]
+        guarded = self.site.is_guarded
+        selected = self.emit(aten.zeros_like.default, statistics) if guarded else statistics
         selection = self.emit(
             torch.ops.svg2.select_blocks.default,
             self.state["q_centroids"],
@@ -143,17 +150,29 @@ class _SiteRewriter:
             self.scale,
             float(self.config.top_p),
             float(self.config.min_keep_ratio),
-            self.state["statistics"],
+            selected,
         )
         permute = torch.ops.svg2.permute_tokens.default
+        q_clustered = self.emit(permute, q, q_order)
+        k_clustered = self.emit(permute, k, k_order)
+        v_clustered = self.emit(permute, v, k_order)
+        runs, counts = (self.emit(operator.getitem, selection, index) for index in range(2))
+        # not before the permutations: to ``fuse``, an op that writes stands in the way of what it may alias
+        if self.site.measures_recall:
+            self.measure_recall(q, k_clustered, q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask)
+        if guarded:
+            guard = torch.ops.svg2.keep_dense_heads_.default
+            dense = (self.state["dense_heads"], selected, statistics)
+            selection = self.emit(guard, runs, counts, q_sizes, k_sizes, *dense)
+            runs, counts = (self.emit(operator.getitem, selection, index) for index in range(2))
         attention = self.emit(
             torch.ops.svg2.block_sparse_attention.default,
-            self.emit(permute, q, q_order),
-            self.emit(permute, k, k_order),
-            self.emit(permute, v, k_order),
+            q_clustered,
+            k_clustered,
+            v_clustered,
             q_sizes,
-            self.emit(operator.getitem, selection, 0),
-            self.emit(operator.getitem, selection, 1),
+            runs,
+            counts,
             context_k,
             context_v,
             context_mask,
@@ -162,6 +181,19 @@ class _SiteRewriter:
             *self.kernel_arguments(),
         )
         return self.emit(torch.ops.svg2.unpermute_tokens.default, self.emit(operator.getitem, attention, 0), q_order)
+
+    def measure_recall(self, *tokens_and_selection: Any) -> None:
+        config = self.config
+        self.emit(
+            torch.ops.svg2.measure_recall_.default,
+            *tokens_and_selection,
+            *(self.state.get(name) for name in ("k_calls", "recall", "dense_heads")),
+            self.scale,
+            config.measured_rows,
+            config.recall_interval,
+            config.seed,
+            float(config.min_recall),
+        )
 
     def context_attention(self, q: Any, key: Any, value: Any) -> Any:
         return self.emit(torch.ops.svg2.context_attention.default, q, key, value, self.mask, self.scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from svg2_compile.frames import what_is_compiled
+from svg2_compile.kernels.recall import RECALL
 from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.obstacles import obstacles
 from svg2_compile.options import current_defaults
@@ -21,6 +22,24 @@ from svg2_compile.state import SiteState, store
 MIB = 2**20
 
 Compiled = TypeVar("Compiled", Region, DenseGraph)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseHead:
+    """A head that the guard (``min_recall``) made dense in the generation that ran last."""
+
+    head: int
+    batch: int
+    """Element of the batch."""
+
+    stream: str
+    """CFG branch."""
+
+    since_call: int
+    """First sparse call of that generation, counting from 1, in which the head was dense."""
+
+    recall: float
+    """What its selection would have kept then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +64,20 @@ class SiteReport:
     lowest_kept_mass: float | None
     """The same for the query cluster that kept least on average, averaged over heads."""
 
+    recall: float | None
+    """Share of the true attention mass that the kept pairs hold, on the rows sampled by ``recall_rows``, the mean over
+    heads and measured calls; ``None`` where nothing was measured."""
+
     k_padding: float | None
     """Keys multiplied over keys kept, in tiles of 128 made of pieces of 16; 1 is no padding."""
 
     density_per_head: tuple[float, ...]
+    recall_per_head: tuple[float, ...]
+    """Empty where nothing was measured."""
+
+    dense_heads: tuple[DenseHead, ...]
+    """Heads that kept less than ``min_recall``; their density counts as 1 since then, and so does their recall."""
+
     sparse_calls: int
     dense_calls: int
 
@@ -84,29 +113,40 @@ class Report:
         return _mean((site.kept_mass, site.sparse_calls) for site in self.sparse_sites)
 
     @property
+    def recall(self) -> float | None:
+        """Mean recall of the sparse calls, of the attentions where it was measured."""
+        return _mean((site.recall, site.sparse_calls) for site in self.sparse_sites)
+
+    @property
     def k_padding(self) -> float | None:
         """Mean of keys multiplied over keys kept in the sparse calls."""
         return _mean((site.k_padding, site.sparse_calls) for site in self.sparse_sites)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
-        names = ("density", "density_with_dense_calls", "kept_mass", "k_padding")
+        names = ("density", "density_with_dense_calls", "kept_mass", "recall", "k_padding")
         totals = {name: getattr(self, name) for name in names}
         return {**asdict(self), **totals}
 
     def __str__(self) -> str:
         """Return a table: one line per attention, then the totals."""
-        lines = [f"{'attention':<32} {'density':>7} {'mass':>6} {'sparse':>6} {'dense':>6}  plan"]
+        lines = [f"{'attention':<32} {'density':>7} {'mass':>6} {'recall':>6} {'sparse':>6} {'dense':>6}  plan"]
         for site in self.sites:
-            density, mass = _percent(site.density), _percent(site.kept_mass)
+            density, mass, recall = map(_percent, (site.density, site.kept_mass, site.recall))
             calls = f"{site.sparse_calls or '':>6} {site.dense_calls or '':>6}"
             plan = f"{site.shape}, {site.plan}" if site.sparse else f"dense: {site.plan}"
-            lines.append(f"{site.path:<32} {density:>7} {mass:>6} {calls}  {plan}")
+            lines.append(f"{site.path:<32} {density:>7} {mass:>6} {recall:>6} {calls}  {plan}")
+            lines += [
+                f"{'':<32} guard: head {each.head} of batch element {each.batch}, branch {each.stream!r}, is dense "
+                f"since sparse call {each.since_call} of the generation, where it kept {_percent(each.recall)}"
+                for each in site.dense_heads
+            ]
         sparse = len(self.sparse_sites)
         lines.append(
             f"{sparse} attentions sparse, {len(self.sites) - sparse} dense; density {_percent(self.density) or '-'} in "
             f"sparse calls, {_percent(self.density_with_dense_calls) or '-'} with the dense ones; kept mass "
-            f"{_percent(self.kept_mass) or '-'}; key padding {_factor(self.k_padding)}; state {self.state_mib:.1f} MiB"
+            f"{_percent(self.kept_mass) or '-'}, recall {_percent(self.recall) or '-'}; "
+            f"key padding {_factor(self.k_padding)}; state {self.state_mib:.1f} MiB"
         )
         hints = dict.fromkeys(f"{site.plan}: {site.hint}" for site in self.sites if site.hint)
         lines += [f"hint: {hint}" for hint in hints]
@@ -229,28 +269,50 @@ class _Row:
     dense_calls: int = 0
 
     @property
-    def states(self) -> list[SiteState]:
+    def states_by_stream(self) -> dict[str, list[SiteState]]:
         if self.owner is None or isinstance(self.decision, Rejection):
-            return []
-        return [state for states in store.states_of(self.owner, self.decision).values() for state in states]
+            return {}
+        return store.states_of(self.owner, self.decision)
+
+    @property
+    def states(self) -> list[SiteState]:
+        return [state for states in self.states_by_stream.values() for state in states]
 
     @property
     def state_bytes(self) -> int:
         return sum(tensor.nbytes for state in self.states for tensor in state.tensors.values())
 
+    def sum_of(self, name: str, *shape: int) -> torch.Tensor:
+        """Return one tensor of the state, less its batch axis, summed over everything; zeros where there is none."""
+        total = torch.zeros(shape, dtype=torch.float64)
+        for state in self.states:
+            if name in state.tensors:
+                total += state.tensors[name].double().sum(dim=0).cpu()
+        return total
+
+    def dense_heads(self) -> Iterator[DenseHead]:
+        for stream, states in self.states_by_stream.items():
+            for state in states:
+                if "dense_heads" not in state.tensors:
+                    continue
+                for batch, heads in enumerate(state.tensors["dense_heads"].tolist()):
+                    for head, (since_call, recall) in enumerate(heads):
+                        if since_call:
+                            yield DenseHead(head, batch, stream, int(since_call), recall)
+
     def describe(self, path: str) -> SiteReport:
         if isinstance(self.decision, Rejection):
             reason, hint = self.decision.reason, self.decision.hint
-            return SiteReport(path, "", reason, hint, False, None, None, None, None, (), 0, 0)
+            return SiteReport(path, "", reason, hint, False, None, None, None, None, None, (), (), (), 0, 0)
         site, states = self.decision, self.states
         context = f" + {site.context_tokens} context" if len(site.segments) > 1 else ""
-        statistics = torch.zeros(site.q_heads, site.q_clusters, len(STATISTICS), dtype=torch.float64)
-        for state in states:
-            statistics += state.tensors["statistics"].double().sum(dim=0).cpu()
+        statistics = self.sum_of("statistics", site.q_heads, site.q_clusters, len(STATISTICS))
         calls, _, _, own_masses, _ = statistics.unbind(-1)
         least = own_masses.amin(-1)  # [H]; every query cluster has been called as often
         calls, densities, masses, _, issued = (calls[:, 0], *statistics.sum(1).unbind(-1)[1:])
         ran = bool(calls.sum() > 0)
+        measured, recalls = self.sum_of("recall", site.q_heads, len(RECALL)).unbind(-1)
+        is_measured = bool(measured.sum() > 0)
         return SiteReport(
             path=path,
             shape=f"{site.batch}×{site.q_heads}×{site.tokens}×{site.head_dim}{context}",
@@ -260,8 +322,11 @@ class _Row:
             density=float(densities.sum() / calls.sum()) if ran else None,
             kept_mass=float(masses.sum() / calls.sum()) if ran else None,
             lowest_kept_mass=float(least.sum() / calls.sum()) if ran else None,
+            recall=float(recalls.sum() / measured.sum()) if is_measured else None,
             k_padding=float(issued.sum() / densities.sum()) if ran else None,
             density_per_head=tuple((densities / calls).tolist()) if ran else (),
+            recall_per_head=tuple((recalls / measured).tolist()) if is_measured else (),
+            dense_heads=tuple(self.dense_heads()),
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
         )

@@ -17,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from svg2_compile.clock import DenoiseClock
 from svg2_compile.passes.records import AttentionSite, StateSpec
 
-COUNTERS = ("q_calls", "k_calls")
+OF_A_GENERATION = ("q_calls", "k_calls", "dense_heads")
+"""What starts as zeros in each generation."""
 
 Key = tuple[int, str, str]
 """Site index, site path, CFG branch."""
@@ -34,9 +35,10 @@ class SiteState:
     """Sparse forwards so far."""
 
     def begin_generation(self, run: int) -> None:
-        """Zero the counters, so that the next clustering starts from tokens; statistics go on adding up."""
-        for name in COUNTERS:
-            self.tensors[name].zero_()
+        """Let the next clustering start from tokens and every head be sparse again; statistics go on adding up."""
+        for name in OF_A_GENERATION:
+            if name in self.tensors:
+                self.tensors[name].zero_()
         self.run = run
 
 

@@ -379,3 +379,10 @@ def test_what_the_sparse_variant_adds_is_a_share_of_the_medians(module):
 def test_a_mode_that_lacks_a_variant_has_no_row(module):
     runs = [{"mode": "regional", "caches": "cold", "variant": "dense", "seconds": 1.0}]
     assert module("compile_time").medians(runs) == {}
+
+
+def test_the_cost_of_recall_is_timed_beside_the_attention():
+    sizes = ("--heads", "1", "--tokens", "1024", "--dim", "16", "--dtype", "float32", "--rows", "8", "--repeats", "1")
+    result = run("recall_cost.py", *sizes)
+    assert result.returncode == 0, result.stderr
+    assert "| recall on 8 rows |" in result.stdout

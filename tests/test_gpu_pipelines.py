@@ -27,6 +27,9 @@ FULL = {"top_p": 1.0, "dense_steps": 1, "dense_layers": 0, "min_tokens": 1024}
 SPARSE = FULL | {"top_p": 0.9}
 ALWAYS_SPARSE = SPARSE | {"dense_steps": 0}
 CUDA_GRAPHS = {"triton.cudagraphs": True}
+# Inductor chooses its kernels without timing them, so that two compilations round alike on a busy GPU too. An option,
+# because the same setting of the process is gone after the first compilation.
+SAME_KERNELS = {"deterministic": True}
 STREAMS = ("cond", "uncond")
 FRAMES, HEIGHT, WIDTH, TEXT = 5, 50, 58, 77
 VIDEO_TOKENS = FRAMES * (HEIGHT // 2) * (WIDTH // 2)
@@ -213,24 +216,17 @@ def launches(monkeypatch) -> list[None]:
     return seen
 
 
-@pytest.fixture
-def same_kernels(monkeypatch) -> None:
-    """Let Inductor choose its kernels without timing them, so that two compilations round alike on a busy GPU too."""
-    monkeypatch.setattr(torch._inductor.config, "deterministic", True)
-
-
-@pytest.mark.usefixtures("same_kernels")
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
 @pytest.mark.parametrize("model", [wan, hunyuan])
 def test_cuda_graphs_of_inductor_replay_both_cfg_branches_bit_for_bit(model, regional, replays, launches):
     steps, eager = 6, make(model, 64)
-    expected = generate(compile_model(eager, ALWAYS_SPARSE, regional), model, steps)
+    expected = generate(compile_model(eager, ALWAYS_SPARSE | SAME_KERNELS, regional), model, steps)
     expected_state = state()
     assert not replays and len(launches) == steps * len(STREAMS) * SPARSE_SITES[model]
     launches.clear()
     svg2_compile.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = compile_model(eager, ALWAYS_SPARSE | CUDA_GRAPHS, regional)
+    compiled = compile_model(eager, ALWAYS_SPARSE | SAME_KERNELS | CUDA_GRAPHS, regional)
     outputs = generate(compiled, model, steps)
     assert [index for index, pair in enumerate(zip(outputs, expected)) if not torch.equal(*pair)] == []
     assert_same(state(), expected_state)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
 from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs_kernels, starts_the_interpreter
@@ -281,3 +282,25 @@ def test_statistics_accumulate_over_calls_in_any_layout():
     for _ in range(2):
         select_blocks_triton(*case, 0.125, 0.9, 0.0, statistics)
     assert torch.equal(statistics, 2 * once)
+
+
+@runs_kernels
+def test_the_attention_takes_the_selection_with_dense_heads():
+    from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
+    from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([30, 0, 41, 29]).int().expand(1, 2, 4).contiguous().to(DEVICE)
+    q, k, v = (torch.randn(1, 2, 100, 16, generator=generator).to(DEVICE) for _ in range(3))
+    means = [torch.randn(1, 2, 4, 16, generator=generator).to(DEVICE) for _ in range(2)]
+    statistics = [torch.zeros(1, 2, 4, len(STATISTICS), device=DEVICE) for _ in range(2)]
+    runs, counts = select_blocks_triton(*means, sizes, sizes, 0.3, 0.2, 0.0, statistics[0])
+    dense_heads = torch.tensor([[[0.0, 0.0], [1.0, 0.5]]], device=DEVICE)
+    kept = torch.ops.svg2.keep_dense_heads_(runs, counts, sizes, sizes, dense_heads, *statistics)
+    out, _ = block_sparse_attention_triton(q, k, v, sizes, *kept, None, None, None, None, 0.3)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+    sparse, _ = block_sparse_attention_reference(q, k, v, sizes, runs, counts, None, None, None, None, 0.3)
+    torch.testing.assert_close(out[:, 1], dense[:, 1])
+    torch.testing.assert_close(out[:, 0], sparse[:, 0])
+    assert (out[:, 0] - dense[:, 0]).abs().max() > 1e-2
+    assert statistics[1][0, 1, :, 1].sum() == pytest.approx(1) and statistics[1][0, 0, :, 1].sum() < 0.9

@@ -22,6 +22,9 @@ ADVICE = {
     "kmeans_iters_step": ("[1, 1000]", "2 is the paper's setting"),
     "dense_layers": ("at least 0", "1 is the default"),
     "min_tokens": ("at least 1", "4096 is the default"),
+    "min_recall": ("[0, 1]", "0 guards nothing"),
+    "recall_rows": ("at least 0", "0 measures nothing"),
+    "recall_interval": ("at least 1", "1 measures at every sparse call"),
     "seed": ("[0, 2147483647]", "0 is the default"),
     "dense_steps": ("0", "count"),
     "lowering": ("'inductor', 'eager', 'tensorrt'", "must be one of"),
@@ -34,6 +37,8 @@ LOWEST = {
     "kmeans_iters_step": 1,
     "dense_layers": 0,
     "min_tokens": 1,
+    "recall_rows": 0,
+    "recall_interval": 1,
     "seed": 0,
     "dense_steps": 0,
 }
@@ -44,7 +49,7 @@ HIGHEST = {
     "kmeans_iters_step": 1000,
     "seed": 2**31 - 1,
 }
-SHARES = ("top_p", "min_keep_ratio", "max_context_ratio", "dense_steps")
+SHARES = ("top_p", "min_keep_ratio", "max_context_ratio", "min_recall", "dense_steps")
 
 
 def outside_of_shares() -> st.SearchStrategy[float]:

@@ -1,0 +1,288 @@
+"""``svg2::measure_recall_``: how much of the true attention mass the selection keeps, on a few rows.
+
+Plain PyTorch on every device: a few rows cost little beside all of them.
+"""
+
+import torch
+from torch import Tensor
+
+from svg2_compile.kernels.checks import (
+    FLOATING,
+    accumulation_dtype,
+    check_dtype,
+    check_head_groups,
+    check_rank,
+    check_shape,
+    check_value,
+)
+from svg2_compile.kernels.work_list import COUNTS, kept_keys
+
+RECALL = ("calls", "recall_sum")
+"""The last axis of ``recall``, per head and summed over measured calls: 1, and the recall."""
+DENSE_HEADS = ("since_call", "recall")
+"""The last axis of ``dense_heads``: the call of this generation since which a head is dense, 0 for one that is not, and
+the recall that its selection had then."""
+CHUNK_BYTES = 2**28
+"""Heads are taken together as long as their keys and scores fit into this."""
+# 2^32 over the golden ratio: multiples of it, taken modulo 2^32, spread evenly however many there are.
+GOLDEN_STEP = 2654435769
+
+torch.library.define(
+    "svg2::measure_recall_",
+    "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, Tensor counts, "
+    "Tensor? context_k, Tensor? context_mask, Tensor k_calls, Tensor(a!) recall, Tensor(b!)? dense_heads, float scale, "
+    "int rows, int interval, int seed, float min_recall) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    q_order: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    runs: Tensor,
+    counts: Tensor,
+    context_k: Tensor | None,
+    context_mask: Tensor | None,
+    k_calls: Tensor,
+    recall: Tensor,
+    dense_heads: Tensor | None,
+    rows: int,
+    interval: int,
+) -> None:
+    """Check the arguments of ``svg2::measure_recall_``."""
+    for name, x, rank in (("q", q, 4), ("k", k, 4), ("k_sizes", k_sizes, 3), ("runs", runs, 5)):
+        check_rank(name, x, rank)
+    batch, heads, _, dim = q.shape
+    groups = k.shape[1]
+    q_clusters, slots = runs.shape[2:4]
+    check_head_groups(heads, groups)
+    check_shape("k", k, (batch, groups, k.shape[2], dim))
+    check_shape("q_order", q_order, q.shape[:3])
+    check_shape("q_sizes", q_sizes, (batch, heads, q_clusters))
+    check_shape("k_sizes", k_sizes, (batch, groups, k_sizes.shape[2]))
+    check_shape("runs", runs, (batch, heads, q_clusters, slots, 2))
+    check_shape("counts", counts, (batch, heads, q_clusters, len(COUNTS)))
+    check_shape("k_calls", k_calls, (1,))
+    check_shape("recall", recall, (batch, heads, len(RECALL)))
+    check_dtype("q", q, *FLOATING)
+    check_dtype("k", k, q.dtype)
+    integers = {"q_order": q_order, "q_sizes": q_sizes, "k_sizes": k_sizes, "runs": runs, "counts": counts}
+    for name, x in {**integers, "k_calls": k_calls}.items():
+        check_dtype(name, x, torch.int32)
+    check_dtype("recall", recall, torch.float32, torch.float64)
+    if dense_heads is not None:
+        check_shape("dense_heads", dense_heads, (batch, heads, len(DENSE_HEADS)))
+        check_dtype("dense_heads", dense_heads, recall.dtype)
+    check_value(rows >= 1, lambda: f"rows must be at least 1, got {rows}")
+    check_value(interval >= 1, lambda: f"interval must be at least 1, got {interval}")
+    check_value(
+        context_mask is None or context_k is not None, lambda: "context_mask must come with context_k, got it alone"
+    )
+    if context_k is None:
+        return
+    check_rank("context_k", context_k, 4)
+    context = context_k.shape[2]
+    check_shape("context_k", context_k, (batch, groups, context, dim))
+    check_dtype("context_k", context_k, q.dtype)
+    if context_mask is not None:
+        check_rank("context_mask", context_mask, 4)
+        check_shape("context_mask", context_mask, (1 if context_mask.shape[0] == 1 else batch, 1, 1, context))
+        check_dtype("context_mask", context_mask, torch.bool)
+
+
+def measure_recall_reference(
+    q: Tensor,
+    k: Tensor,
+    q_order: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    runs: Tensor,
+    counts: Tensor,
+    context_k: Tensor | None,
+    context_mask: Tensor | None,
+    k_calls: Tensor,
+    recall: Tensor,
+    dense_heads: Tensor | None,
+    scale: float,
+    rows: int,
+    interval: int,
+    seed: int,
+    min_recall: float,
+) -> None:
+    """Add each head's recall, the mean of some of its rows, at every ``interval``-th call of a generation.
+
+    With s = scale * q_r . k over the visible keys and the context keys, the recall of row r is the sum of exp(s) over
+    the keys that its cluster keeps and the context keys, divided by the sum over all of them: the share of the row's
+    softmax that the sparse attention sees. The rows lie evenly in the order of the clusters, other ones at each call.
+    A head of ``dense_heads`` has a recall of 1, and one that falls below ``min_recall`` joins them at once.
+
+    Args:
+        q: fp16, bf16, fp32 or fp64 [B, H, N, D], any strides, in token order.
+        k: [B, G, N_k, D] in the dtype of ``q``, clusters contiguous; query head h uses key head h // (H / G).
+        q_order: int32 [B, H, N], the query found at each sorted position.
+        q_sizes: int32 [B, H, C_q], tokens per query cluster; sums to N.
+        k_sizes: int32 [B, G, C_k], tokens per key cluster; keys behind the last cluster are hidden.
+        runs: int32 [B, H, C_q, R, 2], the ranges of keys that each query cluster attends to, as ``KeptRuns`` has them.
+        counts: int32 [B, H, C_q, 4], columns named by ``COUNTS``.
+        context_k: [B, G, M, D] in the dtype of ``q``, keys that every query attends to; None where there are none.
+        context_mask: bool [B or 1, 1, 1, M], True where a context key may be attended to; None admits all.
+        k_calls: int32 [1], calls of this generation with this one.
+        recall: fp32 (fp64 for judging) [B, H, 2], columns named by ``RECALL``; added to.
+        dense_heads: the dtype of ``recall`` [B, H, 2], columns named by ``DENSE_HEADS``; updated. None: no guard.
+        scale: factor of the scores.
+        rows: rows per head, at least 1; more than N are N.
+        interval: 1 measures at every call, n at the first, then at every n-th after it.
+        seed: chooses the rows; any integer.
+        min_recall: least recall of a head that stays sparse; without ``dense_heads`` it does nothing.
+
+    Raises:
+        TypeError: a dtype other than the above.
+        ValueError: shapes disagree, H is no multiple of G, or a number is out of range.
+
+    Promises:
+        Deterministic, in fp32 (fp64 for fp64), no synchronisation with a GPU, at most about ``CHUNK_BYTES`` or what one
+        key head takes of memory. 1 where everything is kept, and for a row that attends to nothing. Hidden keys and
+        values do not influence it. A GPU does the work at every call, whatever the interval.
+    """
+    _check(
+        q,
+        k,
+        q_order,
+        q_sizes,
+        k_sizes,
+        runs,
+        counts,
+        context_k,
+        context_mask,
+        k_calls,
+        recall,
+        dense_heads,
+        rows,
+        interval,
+    )
+    is_measured = (k_calls - 1) % interval == 0
+    if not k_calls.is_cuda and not is_measured:
+        return
+    batch, heads, tokens, dim = q.shape
+    groups = k.shape[1]
+    positions = _sampled_positions(tokens, min(rows, tokens), k_calls, seed)
+    sampled = q.gather(2, q_order[:, :, positions].long().unsqueeze(-1).expand(-1, -1, -1, dim))
+    clusters = torch.searchsorted(q_sizes.cumsum(-1), positions.expand(batch, heads, -1).contiguous(), right=True)
+    runs = runs.gather(2, clusters[..., None, None].expand(-1, -1, -1, *runs.shape[3:]))
+    counts = counts.gather(2, clusters.unsqueeze(-1).expand(-1, -1, -1, counts.shape[3]))
+    # the rows of all query heads of a key head stand beside each other from here on
+    sampled, runs, counts = (x.reshape(batch * groups, 1, -1, *x.shape[3:]) for x in (sampled, runs, counts))
+    keys, hidden = k.flatten(0, 1), _hidden(k.shape[2], k_sizes.flatten(0, 1).sum(-1))
+    context, context_hidden = None, None
+    if context_k is not None:
+        context = context_k.flatten(0, 1)
+        if context_mask is not None:
+            context_hidden = ~context_mask.expand(batch, groups, 1, -1).flatten(0, 1)
+    shares = [
+        _kept_shares(
+            sampled[part, 0],
+            keys[part],
+            hidden[part],
+            kept_keys(runs[part], counts[part], k.shape[2])[:, 0],
+            None if context is None else context[part],
+            None if context_hidden is None else context_hidden[part],
+            scale,
+        )
+        for part in _parts(batch * groups, k.shape[2] * (4 * dim + 24 * sampled.shape[2]))
+    ]
+    of_heads = torch.cat(shares).reshape(batch, heads, -1).mean(-1)
+    if dense_heads is not None:
+        falls = is_measured & (dense_heads[..., 0] == 0) & (of_heads < min_recall)
+        since_now = torch.stack((k_calls.expand_as(of_heads), of_heads), dim=-1).to(dense_heads.dtype)
+        dense_heads.copy_(since_now.where(falls.unsqueeze(-1), dense_heads))
+        of_heads = of_heads.masked_fill(dense_heads[..., 0] > 0, 1.0)
+    recall += torch.stack((torch.ones_like(of_heads), of_heads), dim=-1).where(is_measured, 0)
+
+
+def _sampled_positions(tokens: int, rows: int, calls: Tensor, seed: int) -> Tensor:
+    """Return ``rows`` different positions in 0 ... tokens - 1, int64 [rows], equally far apart."""
+    phase = (calls.long() + seed) * GOLDEN_STEP % 2**32
+    return (torch.arange(rows, device=calls.device) * tokens + (phase * tokens >> 32)) // rows
+
+
+def _hidden(tokens: int, visible: Tensor) -> Tensor:
+    """Return bool [..., 1, tokens], False for the first ``visible`` tokens."""
+    return torch.arange(tokens, device=visible.device) >= visible[..., None, None]
+
+
+def _parts(count: int, bytes_each: int) -> list[slice]:
+    """Return slices of 0 ... count - 1 that each take about ``CHUNK_BYTES`` at most."""
+    step = max(1, CHUNK_BYTES // bytes_each)
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def _kept_shares(
+    q: Tensor,
+    k: Tensor,
+    hidden: Tensor,
+    kept: Tensor,
+    context_k: Tensor | None,
+    context_hidden: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Return the kept share of the mass of rows [X, R, D] over keys [X, N, D] and context keys: [X, R]."""
+    dtype = accumulation_dtype(q)
+    # a model under autocast would have the scores rounded
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.to(dtype) @ k.to(dtype).mT * scale).masked_fill_(hidden, float("-inf"))
+        total = scores.logsumexp(-1)
+        mass = scores.masked_fill_(~kept, float("-inf")).logsumexp(-1)
+        if context_k is not None:
+            scores = q.to(dtype) @ context_k.to(dtype).mT * scale
+            if context_hidden is not None:
+                scores = scores.masked_fill_(context_hidden, float("-inf"))
+            always = scores.logsumexp(-1)
+            total, mass = total.logaddexp(always), mass.logaddexp(always)
+    attends_to_nothing = total == float("-inf")
+    return (mass - total).exp().masked_fill(attends_to_nothing, 1.0).clamp(max=1.0)
+
+
+torch.library.impl("svg2::measure_recall_", ("cpu", "cuda"), measure_recall_reference)
+
+
+def _measure_recall_fake(
+    q: Tensor,
+    k: Tensor,
+    q_order: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    runs: Tensor,
+    counts: Tensor,
+    context_k: Tensor | None,
+    context_mask: Tensor | None,
+    k_calls: Tensor,
+    recall: Tensor,
+    dense_heads: Tensor | None,
+    scale: float,
+    rows: int,
+    interval: int,
+    seed: int,
+    min_recall: float,
+) -> None:
+    _check(
+        q,
+        k,
+        q_order,
+        q_sizes,
+        k_sizes,
+        runs,
+        counts,
+        context_k,
+        context_mask,
+        k_calls,
+        recall,
+        dense_heads,
+        rows,
+        interval,
+    )
+
+
+torch.library.register_fake("svg2::measure_recall_", _measure_recall_fake)
