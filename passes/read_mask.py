@@ -123,7 +123,7 @@ def _operand_with(cat: Node, rows: tuple[Size, Size]) -> Node | None:
 def _is_padded_with_true(pad: Node, rows: tuple[Size, Size]) -> bool:
     widths, mode = argument(pad, 1, "pad"), argument(pad, 2, "mode", default="constant")
     value, shape = argument(pad, 3, "value", default=None), shape_of(pad)
-    if shape is None or mode != "constant" or not isinstance(value, int | float) or not value or len(widths) != 2:
+    if shape is None or mode != "constant" or value != 1 or not isinstance(widths, list | tuple) or len(widths) != 2:
         return False
     before, after = (_number(each) for each in widths)
     first, length = rows

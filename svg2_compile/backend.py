@@ -56,7 +56,8 @@ def svg2_backend(
     compiled = what_is_compiled(example_inputs)
     # one graph with all layers leaves the first ones out; layers that share a graph are told apart when they run
     if config.on_unsupported == "error" and compiled.root is not None:
-        raise_unsupported(certain_obstacles(compiled.parent or compiled.root, compiled.root))
+        model = compiled.root if compiled.parent is None else compiled.parent
+        raise_unsupported(certain_obstacles(model, compiled.root))
     plan = sparsify(gm, dataclasses.replace(config, dense_layers=0) if compiled.is_repeated else config, ours.kernel)
     _announce(plan)
     lower = _lowering(config, inductor_options)
