@@ -349,8 +349,8 @@ MUTANTS = (
     Mutant(
         "values left in their own order",
         REWRITING,
-        "self.emit(permute, v, k_order),",
-        "v,",
+        "v_clustered = self.emit(permute, v, k_order)",
+        "v_clustered = v",
         REWRITE,
     ),
     Mutant(
