@@ -76,6 +76,24 @@ TRITON_LIMITS = {
 }
 
 
+wrong_kernels: dict[tuple[str, torch.device, torch.dtype], str] = {}
+"""What ``self_check`` found: kernels that gave wrong results, and how. Nothing here uses them again in this process."""
+
+
+def report_wrong_kernel(name: str, device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    """Let nobody use a kernel: an op, one of ``ATTENTIONS``, or ``GLUON_ASSIGNMENT``."""
+    wrong_kernels[name, _with_index(device), dtype] = reason
+
+
+def _why_wrong(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = wrong_kernels.get((name, _with_index(device), dtype)) if wrong_kernels else None
+    return reason and f"its self-check failed: {reason}"
+
+
+def _with_index(device: torch.device) -> torch.device:
+    return torch.device(device.type, device.index or 0)
+
+
 def why_not_triton(
     op: str, device: torch.device, dtype: torch.dtype, *, dim: int = 0, clusters: int = 0, keys: int = 0
 ) -> str | None:
@@ -97,7 +115,7 @@ def why_not_triton(
         return f"no kernel for the {device.type}"
     if not _triton_is_installed():
         return "triton is not installed"
-    return _why_too_old(device, MIN_CAPABILITY)
+    return _why_too_old(device, MIN_CAPABILITY) or _why_wrong(op, device, dtype)
 
 
 def _why_too_old(device: torch.device, needed: tuple[int, int]) -> str | None:
@@ -112,6 +130,7 @@ def _why_too_old(device: torch.device, needed: tuple[int, int]) -> str | None:
 GLUON_CAPABILITY = (9, 0)
 GLUON_DTYPES = (torch.float16, torch.bfloat16)
 GLUON_DIMS = (64, 128)
+GLUON_ASSIGNMENT = "gluon assignment"
 
 
 def why_not_gluon(device: torch.device, dtype: torch.dtype, *, dim: int, rows: int) -> str | None:
@@ -127,7 +146,8 @@ def why_not_gluon(device: torch.device, dtype: torch.dtype, *, dim: int, rows: i
 
 def why_not_gluon_assign(device: torch.device, dtype: torch.dtype, *, dim: int) -> str | None:
     """Return why the Gluon assignment of k-means cannot take such tokens where Triton's can, or None where it can."""
-    return _why_not_hopper(device, dtype, dim) or _why_no_module("svg2_compile.kernels.assign_gluon")
+    reason = _why_not_hopper(device, dtype, dim) or _why_no_module("svg2_compile.kernels.assign_gluon")
+    return reason or _why_wrong(GLUON_ASSIGNMENT, device, dtype)
 
 
 def why_not_boxes(x: torch.Tensor) -> str | None:
@@ -221,10 +241,10 @@ def why_not_attention(
         rows: keys of all heads and batch elements together.
     """
     reason = why_not_triton("block_sparse_attention", device, dtype, dim=dim, clusters=clusters, keys=keys)
-    if reason or implementation == "pointer":
-        return reason
-    why_not = {"gluon": why_not_gluon, "descriptor": why_not_descriptor}[implementation]
-    return why_not(device, dtype, dim=dim, rows=rows)
+    if reason is None and implementation != "pointer":
+        why_not = {"gluon": why_not_gluon, "descriptor": why_not_descriptor}[implementation]
+        reason = why_not(device, dtype, dim=dim, rows=rows)
+    return reason or _why_wrong(implementation, device, dtype)
 
 
 def choose_attention(

@@ -38,6 +38,9 @@ class KernelConfig:
     autotune: bool = False
     """Time the few candidate tiles at the first call of every kind and keep the fastest, in the process."""
 
+    self_check: bool = True
+    """Compare each kernel with its reference before its first use in the process; a wrong one is replaced, loudly."""
+
     def __post_init__(self) -> None:
         """Refuse values that mean nothing.
 
@@ -50,8 +53,9 @@ class KernelConfig:
         _check_power_of_two("num_warps", self.num_warps, 1, MAX_WARPS)
         if self.num_stages is not None:
             check_integer("num_stages", self.num_stages, 1, MAX_STAGES, "None takes the tuned value")
-        if not isinstance(self.autotune, bool):
-            raise ConfigError(f"autotune must be True or False, got {self.autotune!r}")
+        for name in ("autotune", "self_check"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         given = self.given_tiles
         if not given:
             return

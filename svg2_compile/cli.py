@@ -54,13 +54,14 @@ def doctor(
     """Show which implementation of every op runs here, why not a faster one, and what the machine is."""
     from rich.console import Console
 
-    from svg2_compile.doctor import DTYPES, Workload, default_device, diagnose, print_diagnosis
+    from svg2_compile.doctor import DTYPES, Workload, check, default_device, diagnose, print_diagnosis
 
     if dtype not in DTYPES:
         typer.secho(f"svg2 doctor: --dtype must be one of {', '.join(DTYPES)}, got {dtype}", fg="red", err=True)
         raise typer.Exit(2)
     try:
         workload = Workload(default_device(device), DTYPES[dtype], head_dim, clusters, tokens)
+        check(workload)
         print_diagnosis(diagnose(workload), Console())
     except (AssertionError, RuntimeError) as error:
         typer.secho(f"svg2 doctor: device {device}: {error}", fg="red", err=True)

@@ -19,9 +19,10 @@ from svg2_compile.kernels.launch import (
     why_not_gluon_assign,
     why_not_triton,
 )
+from svg2_compile.kernels.self_check import Kind, check_kernels
 
-# Text rows attend densely, with PyTorch's fused attention on any device.
-FUSED_OPS = {"context_attention": "sdpa"}
+# The same on any device: text rows attend densely, with PyTorch's fused attention; recall and guard are plain PyTorch.
+OPS_WITHOUT_KERNELS = {"context_attention": "sdpa", "measure_recall_": "pytorch", "keep_dense_heads_": "pytorch"}
 # Ops that assign tokens to centroids.
 CLUSTERING_OPS = ("cluster_tokens_", "kmeans_")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -49,7 +50,7 @@ class Choice:
     op: str
     implementation: str
     """``triton``, with ``gluon`` where clustering assigns by that; for attention ``gluon``, ``descriptor`` or
-    ``pointer``; ``cpu``, ``sdpa``, or ``reference``, plain PyTorch for where nothing faster fits."""
+    ``pointer``; ``cpu``, ``sdpa``, ``pytorch``, or ``reference``, plain PyTorch for where nothing faster fits."""
     why_not: Mapping[str, str]
     """The reason against each faster implementation that there is, by name."""
 
@@ -70,10 +71,16 @@ def default_device(name: str = "auto") -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check(workload: Workload) -> None:
+    """Compare the kernels for ``workload`` with their references, so that ``diagnose`` knows the wrong ones."""
+    kind = Kind(workload.device, workload.dtype, workload.dim, workload.clusters, workload.clusters)
+    check_kernels(list(TRITON_LIMITS), kind)
+
+
 def diagnose(workload: Workload) -> Diagnosis:
     """Return what would run for ``workload``, by the predicate that dispatch uses, and what to know about it."""
     choices = [_choose(op, workload) for op in TRITON_LIMITS]
-    choices += [Choice(op, implementation, {}) for op, implementation in FUSED_OPS.items()]
+    choices += [Choice(op, implementation, {}) for op, implementation in OPS_WITHOUT_KERNELS.items()]
     return Diagnosis(_environment(workload.device), choices, _warnings(workload, choices))
 
 

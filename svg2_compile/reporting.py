@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from svg2_compile.frames import what_is_compiled
+from svg2_compile.kernels.launch import wrong_kernels
 from svg2_compile.kernels.recall import RECALL
 from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.obstacles import obstacles
@@ -91,6 +92,9 @@ class Report:
     compile_seconds: dict[str, float]
     """Seconds spent compiling, by variant."""
 
+    wrong_kernels: tuple[str, ...] = ()
+    """Kernels that failed their self-check, in this process, and how; they are not used."""
+
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
         """The attentions that are sparse."""
@@ -148,6 +152,7 @@ class Report:
             f"{_percent(self.kept_mass) or '-'}, recall {_percent(self.recall) or '-'}; "
             f"key padding {_factor(self.k_padding)}; state {self.state_mib:.1f} MiB"
         )
+        lines += [f"WRONG KERNEL, not used: {each}" for each in self.wrong_kernels]
         hints = dict.fromkeys(f"{site.plan}: {site.hint}" for site in self.sites if site.hint)
         lines += [f"hint: {hint}" for hint in hints]
         if not self.sites:
@@ -190,7 +195,8 @@ def report(model: torch.nn.Module) -> Report:
         for variant in (region.dense, region.sparse):
             seconds[variant.name] = seconds.get(variant.name, 0.0) + variant.compile_seconds
     sites = [row.describe(path) for (path, _), row in rows.items()]
-    return Report(tuple(sites), sum(row.state_bytes for row in rows.values()) / MIB, seconds)
+    wrong = [f"{name} on {device}, {dtype}: {reason}" for (name, device, dtype), reason in wrong_kernels.items()]
+    return Report(tuple(sites), sum(row.state_bytes for row in rows.values()) / MIB, seconds, tuple(wrong))
 
 
 def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:

@@ -27,17 +27,20 @@ def hopper(monkeypatch):
 
 
 def test_every_op_is_in_the_table():
-    modules = set(ops.__all__) - {"cluster_tokens", "kmeans", "permute"} | {
-        "cluster_tokens_",
-        "kmeans_",
-        "permute_tokens",
+    renamed = {
+        "cluster_tokens": "cluster_tokens_",
+        "kmeans": "kmeans_",
+        "permute": "permute_tokens",
+        "recall": "measure_recall_",
+        "dense_heads": "keep_dense_heads_",
     }
+    modules = {renamed.get(name, name) for name in ops.__all__}
     assert set(choices(device=torch.device("cpu"))) == modules
 
 
 def test_nothing_is_triton_on_a_cpu():
     found = choices(device=torch.device("cpu"))
-    assert {choice.implementation for choice in found.values()} == {"cpu", "sdpa"}
+    assert {choice.implementation for choice in found.values()} == {"cpu", "sdpa", "pytorch"}
     assert found["kmeans_"].why_not == {"triton": "no kernel for the cpu"}
     assert found["block_sparse_attention"].why_not == dict.fromkeys(launch.ATTENTIONS, "no kernel for the cpu")
     assert found["context_attention"].why_not == {}
@@ -45,7 +48,8 @@ def test_nothing_is_triton_on_a_cpu():
 
 def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
     found = choices()
-    assert found.pop("context_attention").implementation == "sdpa"
+    for op, implementation in doctor.OPS_WITHOUT_KERNELS.items():
+        assert found.pop(op).implementation == implementation
     assert found.pop("block_sparse_attention").implementation == "gluon"
     assert [found.pop(op).implementation for op in doctor.CLUSTERING_OPS] == ["triton, gluon"] * 2
     assert {choice.implementation for choice in found.values()} == {"triton"}

@@ -27,7 +27,7 @@ def bad_value(name: str) -> st.SearchStrategy[object]:
     """Return values that the option ``name`` must refuse."""
     if name == "attention":
         return st.one_of(st.none(), st.integers(), st.text().filter(lambda word: word not in ("auto", *ATTENTIONS)))
-    if name == "autotune":
+    if name in ("autotune", "self_check"):
         return st.one_of(st.none(), st.integers(), st.text())
     if name == "num_stages":
         return st.one_of(NO_NUMBERS, st.integers(max_value=0), st.integers(min_value=9))
@@ -47,6 +47,7 @@ RANGES = {
     "num_warps": "a power of two in [1, 16]",
     "num_stages": "in [1, 8]",
     "autotune": "True or False",
+    "self_check": "True or False",
 }
 
 

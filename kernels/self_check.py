@@ -1,0 +1,313 @@
+"""Compare each kernel that is about to run with what it should compute, once per process, device and dtype.
+
+A compiler or a GPU that nobody has tried can make a kernel wrong without any error. A wrong one is reported to
+``launch``, which then chooses the next: the log, ``svg2 doctor`` and the report say so. The inputs are 150 to
+2,100 tokens, made so that rounding decides nothing; the expected results are computed on the CPU.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
+from svg2_compile.kernels.launch import (
+    GLUON_ASSIGNMENT,
+    choose_attention,
+    report_wrong_kernel,
+    why_not_gluon_assign,
+    why_not_triton,
+)
+from svg2_compile.kernels.permute import permute_tokens_reference, unpermute_tokens_reference
+from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
+from svg2_compile.kernels.sort_labels import sort_labels_reference
+from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
+
+log = logging.getLogger(__name__)
+
+HEADS = 2
+CONTEXT = 17
+# Of near equals, rounding may choose another cluster.
+MAX_OTHER_KEYS_RATIO = 0.01
+# fp32 sums in another order; 16-bit results err by their own rounding, and by that of the weights.
+MIN_TOLERANCE, ROUNDINGS = 1e-4, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The tensors that kernels are compiled for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of the tokens."""
+    dim: int
+    q_clusters: int
+    k_clusters: int
+    has_context: bool = False
+    has_context_mask: bool = False
+    attention: str = "auto"
+    """The attention kernel that is asked for."""
+
+    @property
+    def clusters(self) -> int:
+        """Clusters of the side that has more."""
+        return max(self.q_clusters, self.k_clusters)
+
+    @property
+    def compiled_apart(self) -> tuple[object, ...]:
+        """What a kernel has code of its own for, by far the most of it."""
+        return self.device, self.dtype, self.dim, self.has_context, self.has_context_mask
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a head in a check."""
+        return max(150, 2 * self.clusters + 37)
+
+
+_lock = threading.Lock()
+_checked: set[tuple[object, ...]] = set()
+
+
+def check_kernels(ops: Collection[str], kind: Kind) -> None:
+    """Check the kernels that dispatch would choose for these ops, and replace the wrong ones until what runs is right.
+
+    Checks only what no call has checked before; does nothing where no kernel runs, or while a CUDA graph is captured.
+
+    Args:
+        ops: names of ops; those without kernels are left out.
+        kind: the tensors they will be given.
+
+    Raises:
+        ValueError: the attention kernel that ``kind`` names is wrong or cannot run.
+    """
+    if kind.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+    with (
+        _lock,
+        torch.cuda.device(kind.device),
+        torch.device("cpu"),
+        torch.no_grad(),
+        torch.autocast(kind.device.type, enabled=False),
+    ):
+        for op in CHECKS:
+            while op in ops and (name := kernel_of(op, kind)) is not None:
+                key = (op, name, *kind.compiled_apart)
+                if key in _checked:
+                    break
+                reason = why_wrong(op, kind)
+                if reason is None:
+                    _checked.add(key)
+                else:
+                    report_wrong_kernel(name, kind.device, _dtype_of(op, kind), reason)
+                    message = "the kernel %r is wrong on %s with %s and will not be used: %s; please report this"
+                    log.warning(message, name, kind.device, kind.dtype, reason)
+
+
+def kernel_of(op: str, kind: Kind) -> str | None:
+    """Return the kernel that dispatch would choose, by the name that ``launch`` knows it by; None for plain PyTorch.
+
+    Where two kernels work for one op, it is the one to suspect first.
+    """
+    device, dtype, dim, clusters = kind.device, _dtype_of(op, kind), kind.dim, kind.clusters
+    if op == "block_sparse_attention":
+        sizes = {"dim": dim, "clusters": clusters, "keys": kind.tokens, "rows": HEADS * kind.tokens}
+        name = choose_attention(device, dtype, **sizes, implementation=kind.attention).implementation
+        return None if name == "reference" else name
+    if why_not_triton(op, device, dtype, dim=dim, clusters=clusters) is not None:
+        return None
+    assigns = op in ("cluster_tokens_", "kmeans_")
+    return GLUON_ASSIGNMENT if assigns and why_not_gluon_assign(device, dtype, dim=dim) is None else op
+
+
+def why_wrong(op: str, kind: Kind, call: Callable[..., Any] | None = None) -> str | None:
+    """Return how an op is wrong on a kind of tensors, or None where it is right.
+
+    Args:
+        op: one of ``CHECKS``.
+        kind: what to give it.
+        call: what computes the op; what dispatch chooses, if absent.
+    """
+    try:
+        return CHECKS[op](call or getattr(torch.ops.svg2, op), kind)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _dtype_of(op: str, kind: Kind) -> torch.dtype:
+    """Return the dtype of the tensor that dispatch looks at."""
+    return {"sort_labels": torch.int32, "select_blocks": torch.float32}.get(op, kind.dtype)
+
+
+def _random(seed: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, HEADS, tokens, dim, generator=generator, dtype=torch.float32).to(dtype)
+
+
+def _grouped_tokens(kind: Kind, clusters: int) -> tuple[Tensor, Tensor]:
+    """Return tokens [1, H, N, D] in far groups, and the group of each, [N].
+
+    Groups are the stretches of the sequence that the first clustering draws one token from: it finds them exactly.
+    """
+    ends = torch.arange(1, clusters + 1) * kind.tokens // clusters
+    group = torch.searchsorted(ends, torch.arange(kind.tokens), right=True)
+    centres = 4 * _random(0, clusters, kind.dim, torch.float32)
+    noise = _random(1, kind.tokens, kind.dim, torch.float32)
+    return (centres[:, :, group] + noise / 16).to(kind.dtype), group
+
+
+def _zeros(kind: Kind, clusters: int, width: int) -> Tensor:
+    return torch.zeros(1, HEADS, clusters, width, dtype=torch.float32, device=kind.device)
+
+
+def _random_labels(kind: Kind, clusters: int) -> Tensor:
+    generator = torch.Generator().manual_seed(clusters)
+    return torch.randint(clusters, (1, HEADS, kind.tokens), generator=generator, dtype=torch.int32)
+
+
+def _far(got: Tensor, wanted: Tensor, tolerance: float) -> str | None:
+    """Return how far results are off, None where within ``tolerance`` of the largest."""
+    error = (got.cpu().double() - wanted.double()).abs().max()
+    allowed = tolerance * wanted.double().abs().max()
+    return None if bool(error <= allowed) else f"off by {float(error):.3g}, at most {float(allowed):.3g} is rounding"
+
+
+def _wrong_groups(labels: Tensor, centroids: Tensor, x: Tensor, group: Tensor) -> str | None:
+    """Return what is wrong with a clustering whose labels should be ``group`` but for their numbers."""
+    clusters = centroids.shape[2]
+    if not 0 <= int(labels.min()) <= int(labels.max()) < clusters:
+        return f"labels run from {int(labels.min())} to {int(labels.max())}, there are {clusters} clusters"
+    first = torch.searchsorted(group, torch.arange(clusters))
+    label_of = labels[:, :, first].long()  # [1, H, C]
+    if not torch.equal(label_of[:, :, group], labels.long()):
+        return "tokens of one group are in several clusters"
+    if label_of.sort(-1).values.ne(torch.arange(clusters)).any():
+        return "groups far from each other share a cluster"
+    means = torch.zeros(1, HEADS, clusters, x.shape[3], dtype=torch.float32).index_add_(2, group, x.float())
+    means /= group.bincount(minlength=clusters)[:, None]
+    got = centroids.gather(2, label_of.unsqueeze(-1).expand_as(centroids))
+    reason = _far(got, means, MIN_TOLERANCE)
+    return reason and f"centroids {reason}"
+
+
+def _check_kmeans(call: Callable[..., Any], kind: Kind) -> str | None:
+    x, group = _grouped_tokens(kind, kind.k_clusters)
+    centroids = _zeros(kind, kind.k_clusters, kind.dim)
+    calls = torch.zeros(1, dtype=torch.int32, device=kind.device)
+    for _ in range(2):  # from tokens, then from centroids
+        labels = call(x.to(kind.device), centroids, calls, 2, 1, 0)
+        if reason := _wrong_groups(labels.cpu(), centroids.cpu(), x, group):
+            return reason
+    return None
+
+
+def _check_cluster_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
+    sides = [_grouped_tokens(kind, clusters) for clusters in (kind.q_clusters, kind.k_clusters)]
+    (q, _), (k, _) = sides
+    # a value says which token it belongs to, in numbers that every dtype holds
+    place = torch.arange(kind.tokens)
+    v = torch.nn.functional.pad(torch.stack((place // 256, place % 256), -1), (0, kind.dim - 2)).to(kind.dtype)
+    v = v.expand(1, HEADS, -1, -1).contiguous()
+    counts = (kind.q_clusters, kind.k_clusters)
+    state = [_zeros(kind, count, kind.dim) for count in counts]
+    state += [torch.zeros(1, dtype=torch.int32, device=kind.device) for _ in counts]
+    for _ in range(2):
+        results = call(*(each.to(kind.device) for each in (q, k, v)), *state, 2, 1, 0)
+        q_order, q_sizes, k_sizes, k_clustered, v_clustered = (each.cpu() for each in results)
+        k_order = (v_clustered[..., 0].float() * 256 + v_clustered[..., 1].float()).int()
+        orders = (("queries", q_order, q_sizes), ("keys", k_order, k_sizes))
+        for (name, order, sizes), (x, group), centroids in zip(orders, sides, state):
+            if (
+                not torch.equal(order.sort(-1).values, place.int().expand_as(order))
+                or (sizes.sum(-1) != len(place)).any()
+            ):
+                return f"{name}: their order is no permutation, or their clusters do not add up"
+            in_order = torch.stack([torch.arange(sizes.shape[2]).repeat_interleave(each) for each in sizes[0]])
+            labels = torch.empty_like(order).scatter_(2, order.long(), in_order.int()[None])
+            if not torch.equal(sort_labels_reference(labels, sizes.shape[2])[0], order):
+                return f"{name}: tokens of a cluster do not keep their order"
+            if reason := _wrong_groups(labels, centroids.cpu(), x, group):
+                return f"{name}: {reason}"
+        if not torch.equal(k_clustered, permute_tokens_reference(k, k_order)):
+            return "keys and values are in different orders"
+    return None
+
+
+def _check_sort_labels(call: Callable[..., Any], kind: Kind) -> str | None:
+    labels = _random_labels(kind, kind.k_clusters)
+    got = call(labels.to(kind.device), kind.k_clusters)
+    wanted = sort_labels_reference(labels, kind.k_clusters)
+    return None if all(map(torch.equal, (each.cpu() for each in got), wanted)) else "order or sizes differ"
+
+
+def _check_permute_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
+    x = _random(0, kind.tokens, kind.dim, kind.dtype)
+    order, _ = sort_labels_reference(_random_labels(kind, kind.k_clusters), kind.k_clusters)
+    arguments = x.to(kind.device), order.to(kind.device)
+    if not torch.equal(call(*arguments).cpu(), permute_tokens_reference(x, order)):
+        return "tokens are in the wrong order"
+    restored = torch.ops.svg2.unpermute_tokens(*arguments).cpu()
+    return None if torch.equal(restored, unpermute_tokens_reference(x, order)) else "tokens are restored wrongly"
+
+
+def _check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
+    q_sizes, k_sizes = (
+        sort_labels_reference(_random_labels(kind, c), c)[1] for c in (kind.q_clusters, kind.k_clusters)
+    )
+    q_means = _random(0, kind.q_clusters, kind.dim, torch.float32)
+    k_means = _random(1, kind.k_clusters, kind.dim, torch.float32)
+    numbers = (kind.dim**-0.5, 0.7, 0.1)
+    on_device = _zeros(kind, kind.q_clusters, len(STATISTICS))
+    statistics = on_device.cpu().clone()
+    got = call(*_on(kind.device, (q_means, k_means, q_sizes, k_sizes)), *numbers, on_device)
+    wanted = select_blocks_reference(q_means, k_means, q_sizes, k_sizes, *numbers, statistics)
+    runs, counts = (each.cpu() for each in got)
+    keep = kept_keys(runs, counts, kind.tokens), kept_keys(*wanted, kind.tokens)
+    other = float((keep[0] != keep[1]).float().mean())
+    if other > MAX_OTHER_KEYS_RATIO:
+        return f"{100 * other:.1f} % of the pairs are chosen otherwise"
+    reason = _far(on_device.sum(2), statistics.sum(2), MAX_OTHER_KEYS_RATIO)
+    return reason and f"statistics {reason}"
+
+
+def _check_attention(call: Callable[..., Any], kind: Kind) -> str | None:
+    q, k, v = (_random(seed, kind.tokens, kind.dim, kind.dtype) for seed in range(3))
+    labels = [_random_labels(kind, clusters) for clusters in (kind.q_clusters, kind.k_clusters)]
+    (q_order, q_sizes), (_, k_sizes) = (
+        sort_labels_reference(each, c) for each, c in zip(labels, (kind.q_clusters, kind.k_clusters))
+    )
+    keep = _random(3, kind.q_clusters, kind.k_clusters, torch.float32) < 0
+    keep[..., 0] = True
+    kept = kept_runs_reference(keep, k_sizes)
+    context_k, context_v, mask = None, None, None
+    if kind.has_context:
+        context_k, context_v = (_random(seed, CONTEXT, kind.dim, kind.dtype) for seed in (4, 5))
+        mask = (torch.arange(CONTEXT) % 3 > 0).view(1, 1, 1, -1) if kind.has_context_mask else None
+    arguments = (q, k, v, q_sizes, kept.runs, kept.counts, context_k, context_v, mask, q_order)
+    scale = 4 * kind.dim**-0.5  # a few keys weigh most, so that a wrong one shows
+    got = call(*_on(kind.device, arguments), scale, *([kind.attention] if kind.attention != "auto" else []))
+    exact: list[Any] = [each.double() if each is not None and each.is_floating_point() else each for each in arguments]
+    reference: Callable[..., tuple[Tensor, Tensor]] = block_sparse_attention_reference
+    out, lse = reference(*exact, scale)
+    tolerance = max(ROUNDINGS * torch.finfo(kind.dtype).eps, MIN_TOLERANCE)
+    return _far(got[0], out, tolerance) or _far(got[1], lse, 10 * MIN_TOLERANCE)
+
+
+def _on(device: torch.device, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if each is None else each.to(device) for each in tensors]
+
+
+CHECKS: dict[str, Callable[[Callable[..., Any], Kind], str | None]] = {
+    "cluster_tokens_": _check_cluster_tokens,
+    "kmeans_": _check_kmeans,
+    "sort_labels": _check_sort_labels,
+    "permute_tokens": _check_permute_tokens,
+    "select_blocks": _check_select_blocks,
+    "block_sparse_attention": _check_attention,
+}
+"""The check of each op that has kernels."""
