@@ -117,7 +117,9 @@ class SwappedOps:
         floor = min_keep_ratio if self.min_keep_ratio is None else self.min_keep_ratio
         return self.select(Blocks(q, q_order, k, *tensors, scale, top_p, floor, statistics))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, q_sizes: Tensor, runs: Tensor, counts: Tensor, *rest: Any) -> Any:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, q_sizes: Tensor, runs: Tensor, counts: Tensor, *rest: Any
+    ) -> Any:
         out, lse = svg2.block_sparse_attention(q, k, v, q_sizes, runs, counts, *rest)
         rows = slice(None, None, MASS_STRIDE)
         scores = q[:, :, rows].float() @ k.float().transpose(-1, -2) * rest[4]
@@ -181,6 +183,22 @@ def by_true_mass(blocks: Blocks) -> tuple[Tensor, Tensor]:
     return _runs(keep, blocks)
 
 
+def by_spread(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """SVG2's rule, with the spread of the keys of a cluster beside their mean.
+
+    The mean of exp(s) over a cluster is above exp of the mean: by exp(variance / 2), were the scores s normal. The
+    variance is that of scale * <q_i, k> over the keys of cluster j, coordinates taken as independent.
+    """
+    members = membership(blocks.k_sizes, blocks.k.shape[2])
+    squares = members.transpose(-1, -2) @ blocks.k.float().square() / blocks.k_sizes.clamp(min=1).unsqueeze(-1)
+    variance = (squares - blocks.k_centroids.square()).clamp(min=0)
+    # <(q, q^2), (k, variance * scale / 2)> is the mean of the score and half its variance, over the scale
+    q = torch.cat((blocks.q_centroids, blocks.q_centroids.square()), dim=-1)
+    k = torch.cat((blocks.k_centroids, variance * blocks.scale / 2), dim=-1)
+    keep, _ = kept_clusters(q, k, blocks.k_sizes, blocks.scale, blocks.top_p, blocks.min_keep_ratio)
+    return _runs(keep, blocks)
+
+
 @dataclass(slots=True)
 class AtRandom:
     """Key clusters drawn at random, for every query cluster as many keys as SVG2 keeps there."""
@@ -227,7 +245,9 @@ def membership(sizes: Tensor, tokens: int) -> Tensor:
 # ---- clusterings
 
 
-def with_labels(q: Tensor, k: Tensor, v: Tensor, means: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Clustered:
+def with_labels(
+    q: Tensor, k: Tensor, v: Tensor, means: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]
+) -> Clustered:
     """Return what ``svg2::cluster_tokens_`` does for given labels, and write the means of the clusters."""
     sides = []
     for x, centroids, label in zip((q, k), means, labels):
@@ -248,9 +268,7 @@ class ByPosition:
     """Tokens along frames, rows and columns."""
     boxes: bool
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, q_centroids: Tensor, k_centroids: Tensor, *_: Any
-    ) -> Clustered:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, q_centroids: Tensor, k_centroids: Tensor, *_: Any) -> Clustered:
         means = (q_centroids, k_centroids)
         labels = tuple(
             self.labels(each.shape[2]).to(q.device, torch.int32).expand(*q.shape[:3]).contiguous() for each in means
