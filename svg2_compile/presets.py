@@ -72,7 +72,7 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: no such preset.
     """
-    if name not in _PRESETS:
+    if not isinstance(name, str) or name not in _PRESETS:
         close = difflib.get_close_matches(str(name), _PRESETS, n=1)
         advice = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(f"unknown preset {name!r}; {advice}there are {', '.join(_PRESETS)}")
