@@ -81,6 +81,9 @@ class SiteReport:
     masked_video_keys: int
     """Video keys that a mask hid and that were attended to all the same; anything but 0 is a wrong result."""
 
+    dense_flops: int = 0
+    """Floating-point operations of one call of the video rows over the video keys, were it dense; 0 if left dense."""
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -328,6 +331,7 @@ class _Row:
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
             masked_video_keys=sum(int(state.tensors.get("masked_video_keys", 0)) for state in states),
+            dense_flops=4 * site.batch * site.q_heads * site.token_hint**2 * site.head_dim,
         )
 
 
