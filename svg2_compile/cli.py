@@ -55,7 +55,8 @@ def evaluate(
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
     preset: Annotated[list[str] | None, typer.Option(help="A named preset; may be repeated.")] = None,
     config: Annotated[
-        list[str] | None, typer.Option(help='Options such as "top_p=0.9,k_clusters=256"; may be repeated.')
+        list[str] | None,
+        typer.Option(help='Options such as "top_p=0.9,k_clusters=256", or "mine:top_p=0.9"; may be repeated.'),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, frames and report.html.")] = Path(
         "svg2_evaluation"

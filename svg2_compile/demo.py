@@ -152,7 +152,7 @@ def _write(out: Path, result: dict[str, Any], dense: Tensor, sparse: Tensor) -> 
         f"{result['tokens']} tokens: sparse step {result['step_speedup']:.2f}× faster, density "
         f"{100 * (result['density'] or 0):.0f} %, PSNR {result['psnr_db']:.1f} dB to dense"
     )
-    strip = frame_strip({"dense": dense, "sparse": sparse}, ("dense", "sparse"), title)
+    strip = frame_strip(dense, {"sparse": sparse}, title)
     (out / "contact_sheet.png").write_bytes(to_bytes(strip, dpi=100))
     densities = heat_map(result["density_by_layer_and_step"], "density, %", "denoising step (blank: dense)")
     (out / "density.png").write_bytes(to_bytes(densities))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from svg2_compile.evaluate import DENSE, EAGER, Configuration, Evaluation, EvaluationSettings
-from svg2_compile.pictures import GAIN, Table, frame_strip, heat_map, to_bytes, write_video
+from svg2_compile.pictures import GAIN, Table, frame_strip, heat_map, shortened, to_bytes, write_video
 from svg2_compile.quality import lpips_missing
 
 PAGE = "report.html"
@@ -119,7 +119,7 @@ def write_page(evaluation: Evaluation) -> Path:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"percent": _percent, "decibel": _decibel, "number": _number}
+    environment.filters |= {"speed": _speed, "percent": _percent, "decibel": _decibel, "number": _number}
     summaries = _summaries(evaluation)
     noise, *sparse = summaries
     settings = evaluation.settings
@@ -255,21 +255,18 @@ def _combine(tables: list[Heads], row_of: Callable[[list[list[float] | None]], l
 def _pair(evaluation: Evaluation, prompt: str, seed: int) -> dict[str, Any]:
     """Return the frames and videos of one prompt and seed, and the figures by frame."""
     dense = evaluation.ledger.pixels(evaluation.generation_key(DENSE, prompt, seed))
-    versions = []
-    qualities: dict[str, dict[str, Any]] = {}
-    for configuration in evaluation.settings.configurations:
-        video = evaluation.ledger.pixels(evaluation.generation_key(configuration, prompt, seed))
-        quality = evaluation.ledger[evaluation.comparison_key(configuration, prompt, seed)]
-        qualities[configuration.name] = quality
-        strip = frame_strip({"dense": dense, "sparse": video}, ("dense", "sparse"))
-        versions.append(
-            {"name": configuration.name, "quality": quality, "strip": _picture(strip), "video": _video(video)}
-        )
-    noise = evaluation.ledger[evaluation.comparison_key(EAGER, prompt, seed)]
+    names = [each.name for each in evaluation.settings.configurations]
+    videos, qualities = {}, {}
+    for name, configuration in zip(names, evaluation.settings.configurations):
+        videos[name] = evaluation.ledger.pixels(evaluation.generation_key(configuration, prompt, seed))
+        qualities[name] = evaluation.ledger[evaluation.comparison_key(configuration, prompt, seed)]
     is_video = len(dense) > 1
     return {
-        "prompt": prompt, "seed": seed, "dense": _video(dense), "versions": versions, "noise": noise,
-        "is_video": is_video, "gain": GAIN,
+        "prompt": prompt, "seed": seed, "is_video": is_video, "gain": GAIN,
+        "noise": evaluation.ledger[evaluation.comparison_key(EAGER, prompt, seed)],
+        "dense": _video(dense) if is_video else None,
+        "versions": [(name, qualities[name], _video(videos[name]) if is_video else None) for name in names],
+        "strip": _picture(frame_strip(dense, videos), dpi=88),
         "by_frame": _picture(_by_frame(qualities)) if is_video else None,
     }  # fmt: skip
 
@@ -309,7 +306,9 @@ def _pareto(noise: Summary, summaries: Sequence[Summary]) -> Any:
         whiskers = [[spread.mean - spread.least], [spread.greatest - spread.mean]]
         speedup = each.speed["step_speedup"]
         axis.errorbar(speedup, spread.mean, yerr=whiskers, fmt="o", color=colour, capsize=3, markersize=7)
-        axis.annotate(each.name, (speedup, spread.mean), (8, 6), textcoords="offset points", fontsize=9, color=INK)
+        axis.annotate(
+            shortened(each.name, 40), (speedup, spread.mean), (8, 6), textcoords="offset points", fontsize=9, color=INK
+        )
     means = [each.psnr_db.mean or 0.0 for each in shown]
     if means:
         axis.set_ylim(
@@ -354,7 +353,7 @@ def _times(summaries: Sequence[Summary]) -> Any:
             axis.barh(row, width, left=left, color=colour, height=0.64, label=part if row == 0 else None)
             left += width
         axis.text(left, row, f"  {seconds:.3g} s", va="center", fontsize=9, color=INK)
-    axis.set_yticks(range(len(bars)), [_short(name) for name, _, _ in bars])
+    axis.set_yticks(range(len(bars)), [shortened(name, 36) for name, _, _ in bars])
     axis.invert_yaxis()
     axis.set_xlabel("seconds a step, median")
     axis.margins(x=0.15)
@@ -372,7 +371,10 @@ def _by_frame(qualities: dict[str, dict[str, Any]]) -> Any:
     for axis, (name, label) in zip(figure.subplots(1, len(names), squeeze=False)[0], names.items()):
         for colour, (configuration, quality) in zip(_colours(list(qualities)), qualities.items()):
             values = [float("nan") if each is None else each for each in quality[name]]
-            axis.plot(values, color=colour, label=configuration, marker="." if len(values) < 40 else None)
+            axis.plot(
+                values, color=colour, label=shortened(configuration, 40), marker="." if len(values) < 40 else None
+            )
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("frame")
         axis.set_ylabel(label)
         _plain(axis)
@@ -391,18 +393,11 @@ def _colours(things: Sequence[object]) -> list[str]:
     return [COLOURS[index % len(COLOURS)] for index in range(len(things))]
 
 
-def _short(name: str, length: int = 34) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def _picture(figure: Any, dpi: int = 110) -> str:
+    return _data("image/png", to_bytes(figure, dpi))
 
 
-def _picture(figure: Any) -> str:
-    return _data("image/png", to_bytes(figure))
-
-
-def _video(pixels: Tensor) -> str | None:
-    """Return the video, or nothing where it is a single image."""
-    if len(pixels) == 1:
-        return None
+def _video(pixels: Tensor) -> str:
     buffer = io.BytesIO()
     write_video(buffer, pixels)
     return _data("video/mp4", buffer.getvalue())
@@ -422,6 +417,10 @@ def _decibel(value: float | None) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _speed(speedup: float) -> str:
+    return f"{speedup:.2f}× faster" if speedup >= 1 else f"{1 / speedup:.2f}× slower"
 
 
 def _factor(value: float | None) -> str:

@@ -39,16 +39,18 @@ def write_video(target: Path | io.BytesIO, pixels: Tensor) -> None:
     iio.imwrite(target, frames, plugin="pyav", extension=".mp4", codec="libx264", fps=FRAMES_PER_SECOND)
 
 
-def frame_strip(videos: Mapping[str, Tensor], difference: tuple[str, str], title: str = "", columns: int = 4) -> Any:
-    """Return a figure: a row of frames for each video, and one for the difference between two of them."""
+def frame_strip(dense: Tensor, others: Mapping[str, Tensor], title: str = "", columns: int = 4) -> Any:
+    """Return a figure: a row of frames of the dense video, and two for each other one: frames and difference."""
     from matplotlib.figure import Figure
 
-    first, second = (videos[name] for name in difference)
-    rows = {**videos, f"{GAIN} × |difference|": GAIN * (first - second).abs()}
-    frames, _, height, width = first.shape
+    rows = {"dense": dense}
+    for name, video in others.items():
+        difference = f"{GAIN} × |difference|" if len(others) == 1 else f"{name}, {GAIN} × |difference|"
+        rows |= {name: video, difference: GAIN * (video - dense).abs()}
+    frames, _, height, width = dense.shape
     columns = min(columns, frames)
     chosen = [round(index * (frames - 1) / max(columns - 1, 1)) for index in range(columns)]
-    each = 3.2 * min(1.0, 2 * width / height / 2)
+    each = 3.2 * min(1.0, width / height)
     figure = Figure(figsize=(each * columns, (each * height / width + 0.28) * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (name, video) in zip(axes, rows.items()):
@@ -56,10 +58,15 @@ def frame_strip(videos: Mapping[str, Tensor], difference: tuple[str, str], title
             axis.imshow(video[frame].clamp(0, 1).permute(1, 2, 0).numpy())
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_title(name if frames == 1 else f"{name}, frame {frame}", fontsize=9)
+            axis.set_title(shortened(name if frames == 1 else f"{name}, frame {frame}", 46), fontsize=9)
     if title:
         figure.suptitle(title)
     return figure
+
+
+def shortened(name: str, length: int) -> str:
+    """Return a name that fits: its beginning and its end."""
+    return name if len(name) <= length else f"{name[: length // 2]}…{name[-(length - length // 2 - 1) :]}"
 
 
 def heat_map(table: Table, label: str, x_label: str, lowest: float = 0.0, width: float | None = None) -> Any:

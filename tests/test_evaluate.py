@@ -16,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import tiny_folders
+from headless_browser import BROWSER, Browser
 from svg2_compile import evaluate, measure, pipelines, quality
 from svg2_compile.cli import app
 from svg2_compile.ledger import Ledger
@@ -23,6 +24,7 @@ from svg2_compile.pipelines import EvaluationError, Size
 
 STEPS = 4
 CONFIGURATION = "top_p=0.5,min_tokens=64,dense_layers=0,dense_steps=1,lowering=eager"
+NAME = "half"
 PROMPTS = ("a cat walks on the grass", '<script>alert("boat")</script> sails')
 SIZE = ("--frames", "5", "--height", "128", "--width", "128", "--steps", str(STEPS))
 
@@ -51,7 +53,7 @@ def killed_then_finished(folder, tmp_path_factory):
     """Arguments, folder, what the killed process had written, and how the second run ended."""
     out = tmp_path_factory.mktemp("evaluation")
     (out / "prompts.txt").write_text("\n".join(PROMPTS))
-    arguments = (folder, "--prompts", out / "prompts.txt", *SIZE, "--config", CONFIGURATION, "--out", out)
+    arguments = (folder, "--prompts", out / "prompts.txt", *SIZE, "--config", f"{NAME}:{CONFIGURATION}", "--out", out)
     command = [sys.executable, "-P", "-m", "svg2_compile", "evaluate", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     results = out / "results.jsonl"
@@ -96,11 +98,11 @@ def test_every_figure_is_in_the_results(killed_then_finished):
     assert speed["split"]["dense"]["clustering"] == 0 < speed["split"]["sparse"]["clustering"]
     assert speed["peak_memory_gib"] is None
     generations = records(out, "generation")
-    assert {each["configuration"] for each in generations} == {evaluate.EAGER, evaluate.DENSE, CONFIGURATION}
+    assert {each["configuration"] for each in generations} == {evaluate.EAGER, evaluate.DENSE, NAME}
     for each in generations:
         assert len(each["step_seconds"]) == STEPS
     for each in generations:
-        if each["configuration"] == CONFIGURATION:
+        if each["configuration"] == NAME:
             density = each["heads"]["density"]
             assert {path.split(".")[0] for path in density} == {"blocks", "transformer_2"}
             assert all(len(steps) == STEPS and steps[0] is None for steps in density.values())
@@ -112,8 +114,7 @@ def test_every_figure_is_in_the_results(killed_then_finished):
         assert len(each["psnr_db_per_frame"]) == len(each["ssim_per_frame"]) == 5
         assert each["lpips"] is None and "LPIPS is skipped" in each["lpips_missing"]
     floor, sparse = (
-        [each["psnr_db"] for each in comparisons if each["configuration"] == name]
-        for name in (evaluate.EAGER, CONFIGURATION)
+        [each["psnr_db"] for each in comparisons if each["configuration"] == name] for name in (evaluate.EAGER, NAME)
     )
     assert min(each or 200 for each in floor) > max(sparse)
 
@@ -140,6 +141,35 @@ def test_the_page_is_one_file_and_prompts_are_text_in_it(killed_then_finished):
     for source in page.split('src="')[1:]:
         assert source.startswith(("data:image/png;base64,", "data:video/mp4;base64,"))
     assert "http" not in page.replace("http-equiv", "")
+
+
+MEDIA = """Promise.all([...document.querySelectorAll('video')].map(video => video.readyState || new Promise(done => {
+    video.onloadedmetadata = video.onerror = done }))).then(() => ({
+    images: [...document.images].map(image => image.naturalWidth),
+    videos: [...document.querySelectorAll('video')].map(video => video.videoWidth),
+    width: document.documentElement.scrollWidth, inside: document.documentElement.clientWidth,
+    title: document.title, smallest: Math.min(...[...document.querySelectorAll('p, td, th, figcaption')].map(
+        each => parseFloat(getComputedStyle(each).fontSize))) }))"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
+def test_a_real_browser_shows_the_page_without_complaint(killed_then_finished, tmp_path):
+    _, out, _, done = killed_then_finished
+    assert done.exit_code == 0, done.output
+    with Browser(tmp_path / "profile", width=1280) as browser:
+        browser.open(out / "report.html")
+        page = browser.evaluate(MEDIA)
+        browser.screenshot(tmp_path / "page.png")
+        assert browser.complaints() == []
+        assert all(each.startswith(("data:", "file:")) for each in browser.requests()), browser.requests()
+    # curve and times; at least two heat maps; for each prompt the frames and the curves of the frames
+    assert len(page["images"]) >= 2 + 2 + 2 * 2 and min(page["images"]) > 300
+    assert page["videos"] == [128] * 4
+    assert page["width"] <= page["inside"] <= 1280, "the page is wider than the window"
+    assert page["smallest"] >= 14
+    assert page["title"].startswith("svg2 evaluate: ")
+    assert (tmp_path / "page.png").stat().st_size > 50_000
 
 
 def settings(folder, out, **more):
