@@ -26,17 +26,17 @@ def to_bytes(figure: Any, dpi: int = 110) -> bytes:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Return float pixels [F, 3, H, W] in [0, 1] as ``uint8`` [F, H, W, 3]."""
-    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    """Return float pixels [F, 3, H, W] in [0, 1] as ``uint8`` [F, H, W, 3] on the CPU."""
+    return (pixels.float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
-def write_video(target: Path | io.BytesIO, pixels: Tensor) -> None:
+def write_video(target: Path | io.BytesIO, pixels: Tensor, fps: int = FRAMES_PER_SECOND) -> None:
     """Write float pixels [F, 3, H, W] as MP4, cut to even sizes as H.264 wants."""
     import imageio.v3 as iio
 
     height, width = (size // 2 * 2 for size in pixels.shape[2:])
     frames = to_uint8(pixels[:, :, :height, :width]).numpy()
-    iio.imwrite(target, frames, plugin="pyav", extension=".mp4", codec="libx264", fps=FRAMES_PER_SECOND)
+    iio.imwrite(target, frames, plugin="pyav", extension=".mp4", codec="libx264", fps=fps)
 
 
 def frame_strip(dense: Tensor, others: Mapping[str, Tensor], title: str = "", columns: int = 4) -> Any:
