@@ -210,7 +210,8 @@ class Evaluation:
     def options(self, configuration: Configuration, recall_rows: int = 0) -> dict[str, Any]:
         """Return the options to compile with."""
         suited = TINY_OPTIONS if self.settings.model == TINY else {}
-        recall = {"recall_rows": recall_rows} if recall_rows and "recall_rows" in config.FIELD_NAMES else {}
+        # what a configuration with a guard measures is its own
+        recall = {"recall_rows": recall_rows} if recall_rows and not configuration.resolved.sparse.min_recall else {}
         return {**suited, **configuration.options, **recall}
 
     def dense_steps(self, configuration: Configuration, steps: int) -> int:

@@ -298,8 +298,8 @@ class StepLog:
         """Read the statistics after a step."""
         for site in self._read().sparse_sites:
             before = self._before.get(site.path)
-            for name in ("density", "recall"):
-                values = _of_this_step(site, before, f"{name}_per_head")
+            for name, count in (("density", "sparse_calls"), ("recall", "recalls_measured")):
+                values = _of_this_step(site, before, f"{name}_per_head", count)
                 # a second model may begin in the middle
                 steps = getattr(self, name).setdefault(site.path, [None] * self._steps)
                 steps.append(values)
@@ -316,11 +316,11 @@ def _mean(heads: tuple[float, ...] | None) -> float | None:
     return statistics.fmean(heads) if heads else None
 
 
-def _of_this_step(site: SiteReport, before: SiteReport | None, name: str) -> tuple[float, ...] | None:
-    """Undo the running means of ``site``: what its heads had in the calls since ``before``."""
-    calls, calls_before = site.sparse_calls, before.sparse_calls if before else 0
-    means: tuple[float, ...] = getattr(site, name, ())
-    if calls == calls_before or not means:
+def _of_this_step(site: SiteReport, before: SiteReport | None, name: str, count: str) -> tuple[float, ...] | None:
+    """Undo the running means of ``site`` over ``count``: what its heads had in the calls since ``before``."""
+    calls, calls_before = getattr(site, count), getattr(before, count) if before else 0
+    means: tuple[float, ...] = getattr(site, name)
+    if calls == calls_before:
         return None
-    old = getattr(before, name, ()) or (0.0,) * len(means)
+    old = (getattr(before, name) if before else ()) or (0.0,) * len(means)
     return tuple((now * calls - then * calls_before) / (calls - calls_before) for now, then in zip(means, old))

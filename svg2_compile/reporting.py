@@ -84,6 +84,9 @@ class SiteReport:
     dense_flops: int = 0
     """Floating-point operations of one call of the video rows over the video keys, were it dense; 0 if left dense."""
 
+    recalls_measured: int = 0
+    """How often the recall of a head was measured: the weight of ``recall`` as a running mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -331,6 +334,7 @@ class _Row:
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
             masked_video_keys=sum(int(state.tensors.get("masked_video_keys", 0)) for state in states),
+            recalls_measured=int(measured[0]),
             dense_flops=4 * site.batch * site.q_heads * site.token_hint**2 * site.head_dim,
         )
 

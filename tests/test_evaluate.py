@@ -108,6 +108,11 @@ def test_every_figure_is_in_the_results(killed_then_finished):
             assert all(len(steps) == STEPS and steps[0] is None for steps in density.values())
             heads = [value for steps in density.values() for row in steps if row for value in row]
             assert heads and all(0 < value < 1 for value in heads)
+            recall = each["heads"]["recall"]
+            assert {path: [row is None for row in steps] for path, steps in recall.items()} == {
+                path: [row is None for row in steps] for path, steps in density.items()
+            }
+            assert 0 < each["report"]["recall"] < 1
             assert 0 < each["report"]["density"] < each["report"]["density_with_dense_calls"] < 1
     comparisons = records(out, "comparison")
     for each in comparisons:
@@ -393,18 +398,23 @@ def test_operations_are_counted_as_by_hand():
 
 
 def test_density_of_a_step_is_the_difference_of_the_running_means():
-    means = iter([[], [site(1, (0.5, 0.3))], [site(3, (0.3, 0.2))]])
+    third, fourth = site(3, (0.3, 0.2), 1, (0.9, 0.8)), site(4, (0.3, 0.2), 3, (0.8, 0.7))
+    means = iter([[], [site(1, (0.5, 0.3), 0, ())], [third], [fourth]])
     log = measure.StepLog(lambda: SimpleNamespace(sparse_sites=next(means)))
-    for _ in range(3):
+    for _ in range(4):
         log()
-    (steps,) = log.density.values()
+    (steps,), (recalls,) = log.density.values(), log.recall.values()
+    # measured at other calls than all
+    assert recalls[:3] == [None, None, (0.9, 0.8)] and recalls[3] == pytest.approx((0.75, 0.65))
     assert steps[0] is None and steps[1] == (0.5, 0.3)
     assert steps[2] == pytest.approx((0.2, 0.15))
     assert log.density_table["a"][2] == pytest.approx(0.175)
 
 
-def site(calls, density):
-    return SimpleNamespace(path="a", sparse_calls=calls, density_per_head=density, recall_per_head=())
+def site(calls, density, measured, recall):
+    return SimpleNamespace(
+        path="a", sparse_calls=calls, density_per_head=density, recalls_measured=measured, recall_per_head=recall
+    )
 
 
 def test_lpips_is_computed_where_its_weights_are(monkeypatch, tmp_path):
