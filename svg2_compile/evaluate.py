@@ -92,7 +92,7 @@ class EvaluationSettings:
             EvaluationError: nothing to do.
         """
         for each in self.configurations:
-            each.resolved  # noqa: B018  # raises
+            split_options(each.options)
         config.check_choice("device", self.device, ("auto", "cpu", "cuda"))
         config.check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         config.check_integer("recall_rows", self.recall_rows, 0, None, "16 is the default")
@@ -329,6 +329,7 @@ class Evaluation:
 
         models = [{name: getattr(each, name) for name in denoiser_names(self.pipeline)} for each in pipelines]
         generations = generate_in_turns(self.pipeline, models, request, after_step)
+        # a first sparse step clusters from tokens, and the first of all also encodes the prompt
         first = max(self.dense_steps(configuration, whole) * steps // whole, 1)
         # of the same steps, because a drifting machine is fair to steps that ran side by side
         medians = [statistics.median(each.step_seconds[first:] or each.step_seconds) for each in generations]
@@ -356,16 +357,15 @@ class Evaluation:
     def _predicted(self, report: Report) -> float | None:
         """Return the speed-up of a forward if time were operations, clustering were free, and nothing else changed."""
         flops = self.ledger[self.rehearsal_key]["flops"]
-        # of two models, one step may have run but one
-        uncounted = tuple(f"{name}." for name in denoiser_names(self.pipeline) if name not in flops)
-        total = float(sum(flops.values()))
-        sites = [
-            site for site in report.sparse_sites if site.density is not None and not site.path.startswith(uncounted)
-        ]
-        if not sites or not total:
-            return None
-        saved = sum(site.dense_flops * (1 - (site.density or 0.0)) for site in sites)
-        return total / (total - saved)
+        first, *others = denoiser_names(self.pipeline)
+        saved: dict[str, float] = {}
+        for site in report.sparse_sites:
+            if site.density is not None:
+                name = next((name for name in others if site.path.startswith(f"{name}.")), first)
+                saved[name] = saved.get(name, 0.0) + site.dense_flops * (1 - site.density)
+        # of two equal models, one step has run but one
+        total = float(sum(flops.get(name, next(iter(flops.values()))) for name in saved))
+        return total / (total - sum(saved.values())) if total else None
 
     def _compare(self, configuration: Configuration | str, prompt: str, seed: int) -> None:
         key = self.comparison_key(configuration, prompt, seed)

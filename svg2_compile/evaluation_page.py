@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -185,18 +186,17 @@ def _configuration(evaluation: Evaluation, configuration: Configuration) -> dict
     """Return what the page shows about the layers of one configuration."""
     records = [evaluation.ledger[evaluation.generation_key(configuration, *pair)] for pair in evaluation.pairs]
     maps = []
-    for name, lowest in (("density", 0.0), ("recall", None)):
+    for name in ("density", "recall"):
         tables = [record["heads"][name] for record in records]
-        steps, heads = _by_step(tables), _by_head(tables)
-        if not any(value is not None for row in steps.values() for value in row):
+        views = {"step": _by_step(tables), "head": _by_head(tables)}
+        known = [value for table in views.values() for row in table.values() for value in row if value is not None]
+        if not known:
             continue
-        if lowest is None:  # recall lies near 1, and what matters is where it does not
-            lowest = min(
-                value for table in (steps, heads) for row in table.values() for value in row if value is not None
-            )
-        for table, axis in ((steps, "denoising step (blank: dense)"), (heads, "head")):
-            figure = heat_map(table, f"{name}, %", axis, lowest, width=6.2)
-            maps.append((f"{name}, layer × {axis.split(' (')[0].split()[-1]}", _picture(figure)))
+        # recall lies near 1, and what matters is where it does not
+        lowest = 0.0 if name == "density" else min(math.floor(20 * min(known)) / 20, 0.95)
+        for view, table in views.items():
+            label = "denoising step (blank: dense)" if view == "step" else view
+            maps.append((f"{name}, layer × {view}", _picture(heat_map(table, f"{name}, %", label, lowest, width=6.2))))
     sites = records[0]["report"]["sites"]
     left: dict[tuple[str, str], int] = {}
     for site in sites:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 import statistics
 from dataclasses import dataclass
@@ -85,8 +85,12 @@ def lpips_missing(height: int = SMALLEST_SIDE, width: int = SMALLEST_SIDE) -> st
     """Return why LPIPS cannot be computed here, and what to do; ``None`` where it can. Nothing is downloaded."""
     if min(height, width) < SMALLEST_SIDE:
         return f"LPIPS is skipped: its AlexNet needs frames of at least {SMALLEST_SIDE} pixels"
-    if importlib.util.find_spec("torchvision") is None:
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
         return "LPIPS is skipped: torchvision, which has its AlexNet, is not installed; install the one for your torch"
+    except Exception as error:  # one for another torch fails in many ways
+        return f"LPIPS is skipped: torchvision does not work here ({error}); install the one for your torch"
     weights = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
     if not weights.is_file():
         return (

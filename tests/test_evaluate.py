@@ -437,3 +437,15 @@ def test_lpips_is_computed_where_its_weights_are(monkeypatch, tmp_path):
     assert same.lpips == 0 and same.psnr_db is None and same.ssim == pytest.approx(1)
     assert 0 < near.lpips < far.lpips and len(near.lpips_per_frame) == 3
     assert near.psnr_db > far.psnr_db and near.ssim > far.ssim
+
+
+def test_why_lpips_is_skipped_is_said(monkeypatch, tmp_path):
+    assert quality.lpips_missing(16, 64) == "LPIPS is skipped: its AlexNet needs frames of at least 32 pixels"
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert "torchvision, which has its AlexNet, is not installed" in quality.lpips_missing()
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert "alexnet-owt-7be5be79.pth is missing; get it with python -c" in quality.lpips_missing()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / quality.BACKBONE).touch()
+    assert quality.lpips_missing() is None

@@ -1,15 +1,19 @@
 """The example scripts, as a user runs them, with tiny local weights in place of the real ones."""
 
+import ast
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import svg2_compile
 import tiny_folders
+from svg2_compile.cli import app
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = ("--frames", "5", "--height", "128", "--width", "128", "--steps", "3")
@@ -55,3 +59,27 @@ def test_many_prompts_leave_no_state_behind(run, tmp_path):
     assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["0.mp4", "1.mp4", "2.mp4"]
     first, second, third = re.findall(r"^\d: [\d.]+ s, (\w+),", printed, re.MULTILINE)
     assert first == third != second
+
+
+def commands() -> list[list[str]]:
+    walk = (EXAMPLES / "evaluate_walk.md").read_text()
+    return [shlex.split(line)[1:] for line in walk.splitlines() if line.startswith("svg2 ")]
+
+
+@pytest.mark.parametrize("command", commands()[1:], ids=" ".join)
+def test_an_evaluation_of_the_walk_is_understood(command, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("svg2_compile.evaluation_page.evaluate_and_show", lambda settings, _: seen.append(settings))
+    (tmp_path / "prompts.txt").write_text("a cat")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert len(seen[0].configurations) >= 3
+
+
+def test_the_code_of_the_walk_uses_options_that_exist():
+    walk = (EXAMPLES / "evaluate_walk.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", walk, re.DOTALL)
+    (options,) = re.findall(r"options = (\{.*?\})", code, re.DOTALL)
+    svg2_compile.SparseConfig(**ast.literal_eval(options))
+    compile(code, "evaluate_walk.md", "exec")
