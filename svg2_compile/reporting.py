@@ -82,6 +82,12 @@ class SiteReport:
     sparse_calls: int
     dense_calls: int
 
+    dense_flops: int = 0
+    """Floating-point operations of one call of the video rows over the video keys, were it dense; 0 if left dense."""
+
+    recalls_measured: int = 0
+    """How often the recall of a head was measured: the weight of ``recall`` as a running mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -335,6 +341,8 @@ class _Row:
             dense_heads=tuple(self.dense_heads()),
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
+            recalls_measured=int(measured[0]),
+            dense_flops=4 * site.batch * site.q_heads * site.token_hint**2 * site.head_dim,
         )
 
 
