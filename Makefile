@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
 
 # Python must not put this folder on its path: `kernels` here is not Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
@@ -12,7 +13,7 @@ export PYTHONSAFEPATH := 1
 demo: $(INSTALLED)
 	$(BIN)/svg2 demo
 
-test: $(INSTALLED)
+test: $(TESTABLE)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 # Every kernel for every GPU generation; `make test` compiles two of them.
@@ -40,6 +41,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The demo does without these.
+$(TESTABLE): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,composition]"
 	touch $@
 
 clean:

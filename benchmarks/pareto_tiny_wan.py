@@ -24,11 +24,11 @@ from svg2_compile.measure import (
     TINY_OPTIONS,
     Generation,
     Video,
-    clustering_share,
     fastest_attention,
     generate,
     generate_in_turns,
     sparse_step_count,
+    time_split,
     warm_up,
 )
 from svg2_compile.quality import psnr, ssim
@@ -102,7 +102,7 @@ def sparse_point(
         "generation_speedup": sum(dense.step_seconds) / sum(sparse.step_seconds),
         "psnr_db": psnr(sparse.pixels, dense.pixels),
         "ssim": ssim(sparse.pixels, dense.pixels),
-        "clustering_share": clustering_share(pipeline, video),
+        "clustering_share": time_split(pipeline, video).clustering,
     }
 
 

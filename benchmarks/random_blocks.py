@@ -19,8 +19,11 @@ def lognormal_sizes(generator: torch.Generator, batch: int, heads: int, clusters
     return torch.diff(edges, prepend=torch.zeros_like(edges[..., :1]))
 
 
-def random_blocks(generator: torch.Generator, density: float, k_sizes: Tensor, q_clusters: int) -> Tensor:
-    """Return bool [B, H, C_q, C_k]: per query cluster, random key clusters of about that share of the keys."""
+def random_blocks(generator: torch.Generator, density: float | Tensor, k_sizes: Tensor, q_clusters: int) -> Tensor:
+    """Return bool [B, H, C_q, C_k]: per query cluster, random key clusters of about that share of the keys.
+
+    The share is one for all, or [B, H, C_q, 1].
+    """
     batch, heads, k_clusters = k_sizes.shape
     shape = (batch, heads, q_clusters, k_clusters)
     order = torch.rand(shape, generator=generator, device=k_sizes.device).argsort(-1)

@@ -15,14 +15,17 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
+from torch.fx import Node
 
-from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.config import MAX_CLUSTERS, SparseConfig
 from svg2_compile.passes.match import Candidate
-from svg2_compile.passes.nodes import same_size, shape_of, tensor_of
-from svg2_compile.passes.records import AttentionSite, Rejection, Segment, size_hint
+from svg2_compile.passes.nodes import first_argument, permutation_of, same_size, shape_of, target_name, tensor_of
+from svg2_compile.passes.read_mask import is_true
+from svg2_compile.passes.records import AttentionSite, Rejection, Segment, Size, size_hint
 from svg2_compile.passes.trace_axis import AxisOrigin, Piece, trace_axis
 
 TRUSTED_ORIGINS = ("placeholder", "split axis", "conv")
+REARRANGES = ("view", "reshape", "unflatten", "flatten", "contiguous", "squeeze", "unsqueeze")
 POSITIONS = re.compile(r"rot|rope|freq|pos|cos|sin", re.IGNORECASE)
 
 
@@ -63,6 +66,9 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
                 f"more context than max_context_ratio={config.max_context_ratio}: {candidate.sequence} queries are "
             )
             return decline(f"{reason}among {candidate.keys} keys", "raise max_context_ratio to include it")
+    elif _different_streams(queries, origin) and _are_made_outside(candidate, origin):
+        reason = "its queries and values are computed outside this graph, so what their rows are is unknown"
+        return decline(reason, "compile projections and attention together: hooks on each layer come between them")
     elif _different_streams(queries, origin):
         sources = f"{queries.pieces[0].node.name} and {origin.pieces[0].node.name}"
         return decline(f"cross-attention: queries and values come from {sources}", by_design=True)
@@ -88,6 +94,15 @@ def _different_streams(queries: AxisOrigin, values: AxisOrigin) -> bool:
     if first.node is second.node and first.axis == second.axis:
         return False
     return _is_trusted(first) and _is_trusted(second)
+
+
+def _are_made_outside(candidate: Candidate, values: AxisOrigin) -> bool:
+    """True where keys and values are two inputs, and no projection stands between the values and the attention."""
+    node: Node | None = candidate.value
+    while node is not None and (target_name(node) in REARRANGES or permutation_of(node)):
+        node = first_argument(node)
+    is_given = node is not None and node.op == "placeholder"
+    return is_given and trace_axis(candidate.key, 2).pieces[0].node is not values.pieces[0].node
 
 
 def _is_trusted(piece: Piece) -> bool:
@@ -159,6 +174,10 @@ def _site(
     candidate: Candidate, segments: tuple[Segment, ...], video: Segment, tokens: int, config: SparseConfig
 ) -> AttentionSite | Rejection:
     q_clusters, k_clusters = config.clusters_for(tokens)
+    may_hide_video = _may_hide_video(candidate, segments)
+    if may_hide_video:
+        # hidden keys are sorted as one cluster more
+        k_clusters = min(k_clusters, MAX_CLUSTERS - 1)
     if max(q_clusters, k_clusters) > tokens:
         reason = f"{max(q_clusters, k_clusters)} clusters for {tokens} video tokens"
         return Rejection(candidate.node.name, candidate.path, reason, 'use q_clusters="auto" and k_clusters="auto"')
@@ -181,7 +200,19 @@ def _site(
         q_clusters=q_clusters,
         k_clusters=k_clusters,
         has_mask=candidate.key_mask is not None,
+        may_hide_video=may_hide_video,
         has_context_queries=same_size(candidate.sequence, candidate.keys),
         measures_recall=config.measured_rows > 0,
         is_guarded=config.min_recall > 0,
     )
+
+
+def _may_hide_video(candidate: Candidate, segments: tuple[Segment, ...]) -> bool:
+    if candidate.key_mask is None:
+        return False
+    first: Size = 0
+    for segment in segments:
+        if segment.is_video:
+            return not is_true(candidate.key_mask, candidate.node, (first, segment.length))
+        first = first + segment.length
+    return True

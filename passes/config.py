@@ -53,7 +53,10 @@ class SparseConfig:
     """Query clusters per head, 1 to 1024; ``auto`` takes one per 600 tokens, 16 at least."""
 
     k_clusters: int | Literal["auto"] = "auto"
-    """Key clusters per head, 1 to 1024; ``auto`` takes one per 150 tokens, 16 at least."""
+    """Key clusters per head, 1 to 1024; ``auto`` takes one per 150 tokens, 16 at least.
+
+    At most 1023 where a mask may hide video keys: they are sorted as one cluster more.
+    """
 
     kmeans_iters_init: int = 10
     """Lloyd iterations when a site clusters for the first time in a generation."""

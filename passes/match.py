@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 from svg2_compile.passes.config import SparseConfig
@@ -23,9 +23,7 @@ from svg2_compile.passes.nodes import (
     SdpaArguments,
     argument,
     first_argument,
-    is_inplace,
     is_sdpa,
-    is_written,
     module_path,
     same_size,
     sdpa_arguments,
@@ -33,6 +31,7 @@ from svg2_compile.passes.nodes import (
     target_name,
     tensor_of,
 )
+from svg2_compile.passes.read_mask import is_true, key_mask_of
 from svg2_compile.passes.records import Rejection, Size, size_hint
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,8 +39,6 @@ FOREIGN_ATTENTION = re.compile(
     r"flex_attention|flash_?attn|flash_attention|sage_?att|_attention_forward|efficient_attention|xformers|attn_varlen"
 )
 BEFORE_DECOMPOSITION = "sparsify an exported program before run_decompositions()"
-LONGEST_MASK_CHAIN = 12
-KEEPS_VALUES = ("bool", "contiguous", "clone", "to", "expand", "repeat", "view", "reshape", "unsqueeze", "flatten")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +87,8 @@ def match(gm: GraphModule, config: SparseConfig) -> list[Candidate | Rejection]:
 
 def _full_name(node: Node) -> str:
     """Return the name of the called function, of an operator with its namespace: kernels name their ops ``fwd``."""
+    if isinstance(node.target, OpOverloadPacket):
+        return str(node.target._qualified_op_name)
     return node.target._schema.name if isinstance(node.target, OpOverload) else target_name(node)
 
 
@@ -176,7 +175,9 @@ def _with_mask(index: int, node: Node, path: str, call: SdpaArguments) -> Candid
     query, key, value = call.query, call.key, call.value
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
     key_mask = None
-    if call.attn_mask is not None and not _is_all_true(call.attn_mask, node):
+    mask = tensor_of(call.attn_mask)
+    is_all_true = mask is not None and mask.dtype is torch.bool and is_true(call.attn_mask, node)
+    if call.attn_mask is not None and not is_all_true:
         key_mask = key_mask_of(call.attn_mask)
         if key_mask is None or not _covers_keys(key_mask, key):
             hint = "drop the mask if it is all true, or give a boolean key mask of shape (batch, 1, 1, keys)"
@@ -198,58 +199,9 @@ def _describe(mask: object) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {shape}, not a key mask"
 
 
-def key_mask_of(mask: object) -> Node | None:
-    """Return the boolean (B, 1, 1, S) key mask that ``mask`` means for every valid query row, or ``None``.
-
-    Recognised: a key mask itself; one expanded or repeated over the queries; and the outer product ``m & m.T`` of a
-    padded key mask, whose rows differ only for padding queries, which nobody reads.
-    """
-    for _ in range(LONGEST_MASK_CHAIN):
-        tensor = tensor_of(mask)
-        if not isinstance(mask, Node) or tensor is None or tensor.dtype is not torch.bool or tensor.dim() != 4:
-            return None
-        if same_size(tensor.shape[1], 1) and same_size(tensor.shape[2], 1):
-            return mask
-        match target_name(mask):
-            case "bool" | "contiguous" | "clone" | "to" | "expand" | "repeat":
-                mask = argument(mask, 0, "input")
-            case "and_" | "logical_and" | "__and__" | "bitwise_and" | "mul":
-                mask = _outer_factor(mask)
-            case _:
-                return None
-    return None
-
-
-def _is_all_true(mask: Node, end: Node) -> bool:
-    """Say whether ``mask`` is made of ones in the graph itself, and nothing overwrites it before ``end``."""
-    node: Node | None = mask
-    tensor = tensor_of(mask)
-    if tensor is None or tensor.dtype is not torch.bool:
-        return False
-    for _ in range(LONGEST_MASK_CHAIN):
-        if node is None or is_inplace(node) or is_written(node, node, end):
-            return False
-        name = target_name(node)
-        if name in ("ones", "ones_like", "new_ones"):
-            return True
-        if name not in KEEPS_VALUES:
-            return False
-        node = first_argument(node)
-    return False
-
-
 def _covers_keys(key_mask: Node, key: Node) -> bool:
     """A mask that was repeated or broadcast along the keys, or along part of the batch, means something else."""
     mask_shape, shape = shape_of(key_mask), shape_of(key)
     assert mask_shape is not None and shape is not None
     covers_batch = same_size(mask_shape[0], shape[0]) or same_size(mask_shape[0], 1)
     return covers_batch and same_size(mask_shape[3], shape[2])
-
-
-def _outer_factor(product: Node) -> Node | None:
-    left, right = argument(product, 0, "input"), argument(product, 1, "other")
-    for factor, other in ((left, right), (right, left)):
-        swaps = isinstance(other, Node) and target_name(other) == "transpose" and other.args[0] is factor
-        if swaps and isinstance(other, Node) and {int(str(axis)) % 4 for axis in other.args[1:3]} == {2, 3}:
-            return factor if isinstance(factor, Node) else None
-    return None

@@ -94,7 +94,9 @@ class AttentionSite:
     q_clusters: int
     k_clusters: int
     has_mask: bool
-    """A key-padding mask is given. With context rows it may hide these only; without, any row."""
+    """A key-padding mask is given."""
+    may_hide_video: bool = False
+    """The mask is not known to show every video key."""
     has_context_queries: bool = True
     """False where only the video rows ask, and context rows are keys alone."""
     measures_recall: bool = False
@@ -123,8 +125,6 @@ class AttentionSite:
             "k_calls": ((1,), torch.int32),
             "statistics": ((self.batch, self.q_heads, self.q_clusters, len(STATISTICS)), torch.float32),
         }
-        if self.has_mask and len(self.segments) > 1:
-            shapes["masked_video_keys"] = ((1,), torch.int64)
         if self.measures_recall:
             shapes["recall"] = ((self.batch, self.q_heads, len(RECALL)), torch.float32)
         if self.is_guarded:

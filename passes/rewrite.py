@@ -13,10 +13,11 @@ becomes, for a sequence of video rows only,
 
 With context rows, q, k and v are cut first; the context keys go to ``block_sparse_attention``, which always keeps them,
 the context queries attend to everything (``context_attention``), and the outputs are joined in the original order;
-where context rows are keys only, q stays whole and nothing is joined. A mask over a sequence without context rows moves
-the keys that it hides behind the last cluster, where no run reaches. With ``recall_rows``, ``measure_recall_`` looks at
-the queries in token order, the permuted keys and the selection, and adds to a state tensor; with ``min_recall``,
-``keep_dense_heads_`` then replaces the selection of the heads that kept too little by all keys.
+where context rows are keys only, q stays whole and nothing is joined. The video keys that a mask may hide are moved
+behind the last cluster, where no run reaches; a mask known to show them all leaves them alone.
+With ``recall_rows``, ``measure_recall_`` looks at the queries in token order, the permuted keys and the selection, and
+adds to a state tensor; with ``min_recall``, ``keep_dense_heads_`` then replaces the selection of the heads that kept
+too little by all keys.
 What a ``KernelConfig`` asks for comes last in ``block_sparse_attention``; left to the defaults, nothing is added.
 """
 
@@ -35,8 +36,8 @@ from svg2_compile.kernels.tuning import attention_tiles
 from svg2_compile.passes.attach_state import StateNodes
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.kernel_config import TILES, KernelConfig
-from svg2_compile.passes.match import key_mask_of
 from svg2_compile.passes.nodes import emit, is_sdpa, sdpa_arguments, tensor_of
+from svg2_compile.passes.read_mask import key_mask_of
 from svg2_compile.passes.records import AttentionSite
 
 aten = torch.ops.aten
@@ -88,22 +89,23 @@ class _SiteRewriter:
     def sparse_attention(self) -> Node:
         query, key, value = (self.in_dtype(each) for each in (self.call.query, self.call.key, self.call.value))
         if len(self.site.segments) == 1:
-            whole: Node = self.video_attention(query, key, value, None, None, None)
+            whole: Node = self.video_attention(query, key, value, self.mask)
             return whole
         rows = self.row_ranges()
         is_video = [segment.is_video for segment in self.site.segments]
         video = rows[is_video.index(True)]
         context = [each for each, here in zip(rows, is_video) if not here]
-        context_mask = None
+        video_mask = context_mask = None
         if self.mask is not None:
             self.mask = self.emit(aten.expand.default, self.mask, [self.site.batch, 1, 1, -1])
             context_mask = self.join([self.cut(self.mask, 3, *each) for each in context], 3)
-            self.count_masked_video_keys(self.cut(self.mask, 3, *video))
+            video_mask = self.cut(self.mask, 3, *video) if self.site.may_hide_video else None
         has_all_queries = self.site.has_context_queries
         output: Node = self.video_attention(
             self.cut(query, 2, *video) if has_all_queries else query,
             self.cut(key, 2, *video),
             self.cut(value, 2, *video),
+            video_mask,
             self.join([self.cut(key, 2, *each) for each in context], 2),
             self.join([self.cut(value, 2, *each) for each in context], 2),
             context_mask,
@@ -130,10 +132,11 @@ class _SiteRewriter:
     def scale(self) -> float:
         return self.site.scale
 
-    def video_attention(self, q: Any, k: Any, v: Any, context_k: Any, context_v: Any, context_mask: Any) -> Any:
+    def video_attention(
+        self, q: Any, k: Any, v: Any, mask: Any, context_k: Any = None, context_v: Any = None, context_mask: Any = None
+    ) -> Any:
         q_order, q_sizes = self.cluster(q, "q", self.site.q_clusters)
-        hides_video = self.mask is not None and context_k is None
-        k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters, self.mask if hides_video else None)
+        k_order, k_sizes = self.cluster(k, "k", self.site.k_clusters, mask)
         # of a guarded site, the state holds what is true after the guard; the selection adds to zeros
         statistics = self.state["statistics"]
         guarded = self.site.is_guarded
@@ -235,12 +238,6 @@ class _SiteRewriter:
         order_and_sizes = self.emit(sorts, self.emit(aten.masked_fill.Scalar, labels, hidden, clusters), clusters + 1)
         visible = self.cut(self.emit(operator.getitem, order_and_sizes, 1), 2, 0, clusters)
         return self.emit(operator.getitem, order_and_sizes, 0), self.emit(aten.contiguous.default, visible)
-
-    def count_masked_video_keys(self, video_mask: Any) -> None:
-        """Key masks hide padding text; were one to hide video, the report would say so."""
-        hidden = self.emit(aten.sum.dim_IntList, self.emit(aten.logical_not.default, video_mask), [0, 1, 2, 3])
-        counter = self.state["masked_video_keys"]
-        self.emit(aten.add_.Tensor, counter, hidden)
 
     def row_ranges(self) -> list[tuple[Any, Any]]:
         """Return (start, end) of each segment; symbolic lengths are read off the operand of the joining cat."""

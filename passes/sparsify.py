@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -121,7 +121,7 @@ def sparsify(
     result = Sparsified(work, decisions, timings)
     sites = result.sites
     if config.on_unsupported == "error":
-        _raise_if_unsupported(result.rejections)
+        raise_unsupported(result.rejections)
     if sites:
         before = snapshot(work)
         fake_mode = fake_mode_of(work)
@@ -137,7 +137,8 @@ def sparsify(
     return result
 
 
-def _raise_if_unsupported(rejections: tuple[Rejection, ...]) -> None:
+def raise_unsupported(rejections: Iterable[Rejection]) -> None:
+    """Raise UnsupportedError for the first attention that stays dense and was not meant to."""
     for rejection in rejections:
         if not rejection.by_design:
             advice = f"{rejection.hint}, or " if rejection.hint else ""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from svg2_compile.passes.errors import ConfigError, InternalError, UnsupportedError
     from svg2_compile.passes.kernel_config import KernelConfig
     from svg2_compile.passes.sparsify import sparsify
+    from svg2_compile.presets import preset, preset_names
     from svg2_compile.region import reset
     from svg2_compile.reporting import explain, report
 
@@ -29,6 +30,8 @@ _HOMES = {
     "InternalError": "passes.errors",
     "UnsupportedError": "passes.errors",
     "sparsify": "passes.sparsify",
+    "preset": "presets",
+    "preset_names": "presets",
     "reset": "region",
     "explain": "reporting",
     "report": "reporting",
@@ -43,6 +46,8 @@ __all__ = [
     "configure",
     "denoise_step",
     "explain",
+    "preset",
+    "preset_names",
     "report",
     "reset",
     "sparsify",

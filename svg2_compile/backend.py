@@ -19,13 +19,14 @@ from torch.fx import GraphModule
 from svg2_compile import clock
 from svg2_compile.frames import Compiled, owner_position, timestep_in, timestep_position, what_is_compiled
 from svg2_compile.kernels.self_check import Kind
+from svg2_compile.obstacles import certain_obstacles
 from svg2_compile.options import split_options
 from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.nodes import value_of
-from svg2_compile.passes.sparsify import Sparsified, sparsify
-from svg2_compile.region import LayerOrder, Lower, Owner, Region, Runner, Variant, dense_graphs, reset, ticking
+from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
+from svg2_compile.region import DenseGraph, LayerOrder, Lower, Owner, Region, Runner, Variant, reset, ticking
 
 log = logging.getLogger(__name__)
 
@@ -54,29 +55,30 @@ def svg2_backend(
     """
     ours, inductor_options = split_options(options, mode)
     config = ours.sparse
-    compiled = what_is_compiled()
+    compiled = what_is_compiled(example_inputs)
     # one graph with all layers leaves the first ones out; layers that share a graph are told apart when they run
+    if config.on_unsupported == "error" and compiled.root is not None:
+        model = compiled.root if compiled.parent is None else compiled.parent
+        raise_unsupported(certain_obstacles(model, compiled.root))
     plan = sparsify(gm, dataclasses.replace(config, dense_layers=0) if compiled.is_repeated else config, ours.kernel)
     _announce(plan)
     lower = _lowering(config, inductor_options)
     # a layer's argument of that name is an embedding; only a model's own is the noise level
     timestep = None if compiled.is_repeated else timestep_position(gm)
+    owner = _owner_of(gm, example_inputs, compiled)
     if not plan.sites:
-        dense_graphs.remember(compiled.root, plan.rejections)
-        return _without_sites(gm, example_inputs, lower, compiled, timestep)
+        return _without_sites(plan, lower(gm, example_inputs), owner, compiled, timestep)
     if timestep is not None and compiled.root is not None:
         _ticking_roots.add(compiled.root)
     elif compiled.parent is not None:
         _tick_with(compiled.parent, compiled.parent_locals)
-    owner = owner_position(gm, example_inputs)
     eager = _is_dynamic(gm)
     return Region(
         config=config,
         plan=plan,
         dense=Variant("dense", clone(gm), lower, list(example_inputs) if eager else None),
         sparse=Variant("sparse", plan.gm, lower, [*example_inputs, *_fake_state(plan)] if eager else None),
-        owner=Owner(*owner) if owner else Owner(None, ""),
-        root=compiled.root,
+        owner=owner,
         layers=LayerOrder.of(compiled.parent) if compiled.parent is not None and compiled.is_repeated else None,
         timestep=timestep,
         ticks=timestep is not None or compiled.parent is None,
@@ -113,10 +115,16 @@ def _lowering(config: SparseConfig, inductor_options: dict[str, Any]) -> Lower:
     return lower
 
 
+def _owner_of(gm: GraphModule, example_inputs: list[Any], compiled: Compiled) -> Owner:
+    position, name = owner_position(gm, example_inputs) or (None, "")
+    return Owner(position, name, None if compiled.root is None else weakref.ref(compiled.root))
+
+
 def _without_sites(
-    gm: GraphModule, example_inputs: list[Any], lower: Lower, compiled: Compiled, timestep: int | None
+    plan: Sparsified, runner: Runner, owner: Owner, compiled: Compiled, timestep: int | None
 ) -> Callable[..., Any]:
-    runner = lower(gm, example_inputs)
+    if plan.rejections:
+        runner = DenseGraph(runner, plan.rejections, owner)
     if timestep is None or compiled.root is None:
         return runner
     _ticking_roots.add(compiled.root)

@@ -51,24 +51,86 @@ def explain(
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, l40s, 4090, 5090 or b200.")] = "h100",
-    config: Annotated[list[str] | None, typer.Option(help="An option such as top_p=0.9; may be repeated.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A named preset; the defaults without one.")] = None,
+    config: Annotated[str, typer.Option(help='Options such as "top_p=0.9,k_clusters=256".')] = "",
 ) -> None:
     """Show what would be sparse in a model, what not and why, and how much faster it should get. Needs no weights."""
     from rich.console import Console
 
     from svg2_compile.empty_pipeline import ExplainError
-    from svg2_compile.explaining import ExplainSettings, explain_model, parse_options, print_explanation
+    from svg2_compile.explaining import ExplainSettings, explain_model, print_explanation
+    from svg2_compile.options import parse_options
     from svg2_compile.passes.errors import ConfigError
+    from svg2_compile.presets import preset as options_of
     from svg2_compile.tiny_wan import TinyWanError
 
     try:
-        settings = ExplainSettings(model, frames, height, width, steps, gpu, parse_options(config or []))
+        options = (options_of(preset) if preset else {}) | (parse_options(config) if config else {})
+        settings = ExplainSettings(model, frames, height, width, steps, gpu, options)
         console = Console()
         with console.status("tracing the model"):
             explanation = explain_model(settings)
         print_explanation(explanation, console)
     except (ConfigError, ExplainError, TinyWanError) as error:
         typer.secho(f"svg2 explain: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A diffusers model id, a local folder, or tiny.")] = "tiny",
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's own number by default.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, for video pipelines.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="A named preset; may be repeated.")] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(help='Options such as "top_p=0.9,k_clusters=256", or "mine:top_p=0.9"; may be repeated.'),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl, frames and report.html.")] = Path(
+        "svg2_evaluation"
+    ),
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU is used if there is one.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16; by default bfloat16 on a GPU, float32 on a CPU.")
+    ] = "auto",
+    recall_rows: Annotated[int, typer.Option(help="Query rows per head on which recall is measured; 0: none.")] = 16,
+    speed_steps: Annotated[int, typer.Option(help="Steps of the measurement of speed, if there are more.")] = 10,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Compile one block for all, which is faster.")] = False,
+) -> None:
+    """Show what sparsity costs and gains for a pipeline, and which layer did it; go on where a run was stopped."""
+    from rich.console import Console
+
+    from svg2_compile.evaluation_inputs import check_packages, parse_configurations, parse_seeds, read_prompts
+    from svg2_compile.passes.errors import ConfigError
+    from svg2_compile.pipelines import EvaluationError, Size
+    from svg2_compile.tiny_wan import TinyWanError
+
+    try:
+        check_packages()
+        from svg2_compile.evaluate import EvaluationSettings
+        from svg2_compile.evaluation_page import evaluate_and_show
+
+        settings = EvaluationSettings(
+            model=model,
+            out=out,
+            prompts=read_prompts(prompts, model),
+            seeds=parse_seeds(seeds),
+            configurations=parse_configurations(preset or [], config or []),
+            size=Size(frames, height, width, steps, guidance_scale),
+            device=device,
+            dtype=dtype,
+            recall_rows=recall_rows,
+            speed_steps=speed_steps,
+            blocks=blocks,
+        )
+        evaluate_and_show(settings, Console())
+    except (ConfigError, EvaluationError, TinyWanError) as error:
+        typer.secho(f"svg2 evaluate: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import svg2_compile
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.measure import (
     TINY_OPTIONS,
-    DensityLog,
     Generation,
+    StepLog,
     Video,
-    clustering_share,
     fastest_attention,
     generate,
     generate_in_turns,
     sparse_step_count,
+    time_split,
     warm_up,
 )
 from svg2_compile.passes.errors import ConfigError
+from svg2_compile.pictures import frame_strip, heat_map, to_bytes, write_video
+from svg2_compile.progress import Progress
 from svg2_compile.quality import psnr, ssim
-
-FRAMES_PER_SECOND = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,8 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     settings.out.mkdir(parents=True, exist_ok=True)
     pipeline = tiny_wan.load_pipeline(device=device)
     eager = pipeline.transformer
-    with _Progress(console, video.steps) as progress, fastest_attention(device):
-        noise_floor = progress.generate("dense, eager", pipeline, video)
+    with Progress(console) as progress, fastest_attention(device):
+        noise_floor = generate(pipeline, video, progress.bar("dense, eager", video.steps))
 
         dense_model: Any = torch.compile(eager, fullgraph=True)
         sparse_model: Any = torch.compile(eager, backend="svg2", options=settings.options, fullgraph=True)
@@ -93,9 +93,9 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         dense_compile = progress.call("compiling dense", lambda: warm_up(pipeline, video))
         pipeline.transformer = sparse_model
         sparse_compile = progress.call("compiling dense and sparse", lambda: warm_up(pipeline, video))
-        densities = DensityLog(sparse_model)
-        dense, sparse = progress.generate_both(pipeline, dense_model, sparse_model, video, densities)
-        clustering = progress.call("profiling", lambda: clustering_share(pipeline, video))
+        densities = StepLog(lambda: svg2_compile.report(sparse_model))
+        dense, sparse = _in_turns(progress, pipeline, dense_model, sparse_model, video, densities)
+        clustering = progress.call("profiling", lambda: time_split(pipeline, video)).clustering
 
     # of the same steps, because a drifting machine is fair to steps that ran side by side
     report = sparse.report
@@ -117,7 +117,7 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         "density_with_dense_calls": report.density_with_dense_calls,
         "clustering_share": clustering,
         "step_seconds": {"eager": noise_floor.step_seconds, "dense": dense.step_seconds, "sparse": sparse.step_seconds},
-        "density_by_layer_and_step": densities.table,
+        "density_by_layer_and_step": densities.density_table,
         "report": report.to_dict(),
     }
     _write(settings.out, result, dense.pixels, sparse.pixels)
@@ -126,105 +126,36 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
     return result
 
 
-class _Progress:
-    """Progress bars, one a stage."""
+def _in_turns(
+    progress: Progress,
+    pipeline: Any,
+    dense: torch.nn.Module,
+    sparse: torch.nn.Module,
+    video: Video,
+    after_sparse_step: StepLog,
+) -> list[Generation]:
+    bars = [progress.bar(name, video.steps) for name in ("dense, compiled", "sparse")]
 
-    def __init__(self, console: Any, steps: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    def after_step(index: int) -> None:
+        if index == 1:
+            after_sparse_step()
+        bars[index]()
 
-        columns = (TextColumn("{task.description:<26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, console=console)
-        self._steps = steps
-
-    def __enter__(self) -> _Progress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def generate(self, name: str, pipeline: Any, video: Video) -> Generation:
-        task = self._bars.add_task(name, total=self._steps)
-        return generate(pipeline, video, lambda: self._bars.advance(task))
-
-    def generate_both(
-        self,
-        pipeline: Any,
-        dense: torch.nn.Module,
-        sparse: torch.nn.Module,
-        video: Video,
-        after_sparse_step: Callable[[], None],
-    ) -> list[Generation]:
-        tasks = [self._bars.add_task(name, total=self._steps) for name in ("dense, compiled", "sparse")]
-
-        def after_step(index: int) -> None:
-            if index == 1:
-                after_sparse_step()
-            self._bars.advance(tasks[index])
-
-        return generate_in_turns(pipeline, (dense, sparse), video, after_step)
-
-    def call(self, name: str, action: Callable[[], float]) -> float:
-        task = self._bars.add_task(name, total=1)
-        result = action()
-        self._bars.advance(task)
-        return result
+    return generate_in_turns(pipeline, (dense, sparse), video, after_step)
 
 
 def _write(out: Path, result: dict[str, Any], dense: Tensor, sparse: Tensor) -> None:
     (out / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    _write_video(out / "dense.mp4", dense)
-    _write_video(out / "sparse.mp4", sparse)
-    _contact_sheet(out / "contact_sheet.png", result, dense, sparse)
-    _heat_map(out / "density.png", result["density_by_layer_and_step"])
-
-
-def _write_video(path: Path, pixels: Tensor) -> None:
-    import imageio.v3 as iio
-
-    frames = (pixels.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    iio.imwrite(path, frames, plugin="pyav", codec="libx264", fps=FRAMES_PER_SECOND)
-
-
-def _contact_sheet(path: Path, result: dict[str, Any], dense: Tensor, sparse: Tensor) -> None:
-    from matplotlib.figure import Figure
-
-    columns = 4
-    chosen = [round(index * (len(dense) - 1) / (columns - 1)) for index in range(columns)]
-    figure = Figure(figsize=(3.2 * columns, 5.6), layout="constrained")
-    axes = figure.subplots(3, columns)
-    difference = 5 * (sparse - dense).abs()
-    for row, (name, video) in zip(axes, (("dense", dense), ("sparse", sparse), ("5 × |difference|", difference))):
-        for axis, frame in zip(row, chosen):
-            axis.imshow(video[frame].clamp(0, 1).permute(1, 2, 0).numpy())
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_title(f"{name}, frame {frame}", fontsize=9)
-    figure.suptitle(
+    write_video(out / "dense.mp4", dense)
+    write_video(out / "sparse.mp4", sparse)
+    title = (
         f"{result['tokens']} tokens: sparse step {result['step_speedup']:.2f}× faster, density "
         f"{100 * (result['density'] or 0):.0f} %, PSNR {result['psnr_db']:.1f} dB to dense"
     )
-    figure.savefig(path, dpi=100)
-
-
-def _heat_map(path: Path, table: dict[str, list[float | None]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(
-        figsize=(1.5 + 0.6 * max(map(len, table.values()), default=1), 1.2 + 0.4 * len(table)), layout="constrained"
-    )
-    axis = figure.subplots()
-    values = [[float("nan") if each is None else 100 * each for each in steps] for steps in table.values()]
-    image = axis.imshow(values, vmin=0, vmax=100, aspect="auto", cmap="viridis")
-    axis.set_yticks(range(len(table)), list(table))
-    axis.set_xlabel("denoising step (blank: dense)")
-    for row, steps in enumerate(values):
-        for column, value in enumerate(steps):
-            if value == value:
-                colour = "white" if value < 60 else "black"
-                axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(image, label="density, %")
-    figure.savefig(path, dpi=110)
+    strip = frame_strip(dense, {"sparse": sparse}, title)
+    (out / "contact_sheet.png").write_bytes(to_bytes(strip, dpi=100))
+    densities = heat_map(result["density_by_layer_and_step"], "density, %", "denoising step (blank: dense)")
+    (out / "density.png").write_bytes(to_bytes(densities))
 
 
 def _table(result: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -81,24 +80,6 @@ class Explanation:
         """Share of the steps that stay dense."""
         dense = self.config.dense_steps
         return dense if isinstance(dense, float) else min(1.0, dense / self.steps)
-
-
-def parse_options(given: list[str]) -> dict[str, Any]:
-    """Return options from words such as ``top_p=0.9``.
-
-    Raises:
-        ConfigError: a word has no ``=``.
-    """
-    options: dict[str, Any] = {}
-    for word in given:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise ConfigError(f"a configuration must look like top_p=0.9, got {word!r}")
-        try:
-            options[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name.strip()] = value.strip()
-    return options
 
 
 def explain_model(settings: ExplainSettings) -> Explanation:

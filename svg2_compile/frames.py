@@ -40,16 +40,16 @@ class Compiled:
         return sum(type(module) is type(self.root) for module in self.parent.modules()) > 1
 
 
-def what_is_compiled() -> Compiled:
-    """Return the module under compilation and its caller; to be called by the backend itself."""
+def what_is_compiled(inputs: list[Any]) -> Compiled:
+    """Return the module under compilation and its caller; to be called by the backend itself, with its inputs."""
     try:
         traced = InstructionTranslator.current_tx().f_locals
     except AttributeError:  # not called by Dynamo
         return Compiled(None, None, {})
     callers = _callers()
     modules = (each for each in (traced.get("self"), *traced.values()) if isinstance(each, torch.nn.Module))
-    # a hook that goes on after a graph break may hold no module: then it runs for the innermost forward
-    root = next(modules, callers[0][0] if callers else None)
+    # a hook that goes on after a graph break may hold no module: then it runs for the one whose parameters it uses
+    root = next(modules, _smallest_part(callers[0][0], inputs) if callers else None)
     if root is None:
         return Compiled(None, None, {})
     parents = [(module, frame) for module, frame in callers if module is not root and _contains(module, root)]
@@ -69,6 +69,13 @@ def _callers() -> list[tuple[torch.nn.Module, FrameType]]:
             found.append((module, frame))
         frame = frame.f_back
     return found
+
+
+def _smallest_part(module: torch.nn.Module, inputs: list[Any]) -> torch.nn.Module:
+    """Return the innermost part of ``module`` that has every parameter among the inputs."""
+    used = {id(each) for each in inputs if isinstance(each, torch.nn.Parameter)}
+    holders = [part for part in module.modules() if used <= {id(each) for each in part.parameters()}]
+    return holders[-1] if used and holders else module
 
 
 def _contains(module: torch.nn.Module, part: torch.nn.Module) -> bool:

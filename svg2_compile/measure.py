@@ -1,4 +1,4 @@
-"""Time and compare generations of the tiny Wan: the measuring side of the demo and of the benchmarks."""
+"""Time and compare generations: the measuring side of the demo, of the evaluation and of the benchmarks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 import svg2_compile
 from svg2_compile import tiny_wan
 from svg2_compile.passes.config import SparseConfig
-from svg2_compile.reporting import Report
+from svg2_compile.reporting import Report, SiteReport
 from svg2_compile.schedule import dense_step_count
 
 TINY_OPTIONS: dict[str, Any] = {
@@ -40,6 +40,28 @@ CLUSTERING_OPS = (
     "svg2::permute_tokens",
     "svg2::select_blocks",
 )
+ATTENTION_OPS = ("svg2::block_sparse_attention", "svg2::context_attention", "aten::_scaled_dot_product")
+"""Beginnings of the names; PyTorch's has one per implementation."""
+
+
+class Request(Protocol):
+    """What to generate, and how to ask a pipeline for it."""
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps."""
+
+    def latents(self, pipeline: Any, *, steps: int | None = None, on_step_end: Any = None) -> Any:
+        """Denoise, in other than the usual number of steps if told; ``on_step_end`` is the pipeline's own hook."""
+
+    def pixels(self, pipeline: Any, *, on_step_end: Any = None) -> Tensor:
+        """Denoise and decode; return float pixels [F, 3, H, W] in [0, 1] on the CPU."""
+
+    def rehearse(self, pipeline: Any) -> Tensor:
+        """Return the pixels that a single step gives."""
+
+    def lean(self) -> Request:
+        """Return the request with as few forwards a step as give the same graphs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +80,26 @@ class Video:
     def tokens(self) -> int:
         """Length of the self-attention."""
         return tiny_wan.token_count(self.frames, self.height, self.width)
+
+    def latents(self, pipeline: Any, *, steps: int | None = None, on_step_end: Any = None) -> Tensor:
+        """Denoise with the tiny Wan."""
+        return tiny_wan.generate(
+            pipeline, self.prompt, frames=self.frames, height=self.height, width=self.width,
+            steps=self.steps if steps is None else steps, guidance_scale=self.guidance_scale, seed=self.seed,
+            callback_on_step_end=on_step_end,
+        )  # fmt: skip
+
+    def pixels(self, pipeline: Any, *, on_step_end: Any = None) -> Tensor:
+        """Denoise and decode."""
+        return tiny_wan.decode_pixels(self.latents(pipeline, on_step_end=on_step_end))
+
+    def rehearse(self, pipeline: Any) -> Tensor:
+        """Return the pixels that a single step gives."""
+        return tiny_wan.decode_pixels(self.latents(pipeline, steps=1))
+
+    def lean(self) -> Video:
+        """Return the video without guidance: the tiny Wan's branches run one after the other."""
+        return replace(self, guidance_scale=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +124,41 @@ def sparse_step_count(video: Video, options: dict[str, Any]) -> int:
     return video.steps - dense_step_count(SparseConfig(**options), video.steps)
 
 
+Models = torch.nn.Module | Mapping[str, torch.nn.Module]
+"""The transformer of a pipeline, or its denoising models by their names in the pipeline."""
+
+
+def with_models(pipeline: Any, models: Models) -> Any:
+    """Return a pipeline that shares everything with ``pipeline`` but its denoising models and the scheduler."""
+    other = copy.copy(pipeline)
+    other.scheduler = copy.deepcopy(pipeline.scheduler)
+    for name, model in models.items() if isinstance(models, Mapping) else [("transformer", models)]:
+        setattr(other, name, model)
+    return other
+
+
+def denoiser_names(pipeline: Any) -> list[str]:
+    """Return the names of the pipeline's denoising models, such as ``transformer`` and ``transformer_2``."""
+    names = [name for name in vars(pipeline) if name.startswith(("transformer", "unet"))]
+    return [name for name in names if isinstance(getattr(pipeline, name), torch.nn.Module)]
+
+
+def report_of(pipeline: Any) -> Report:
+    """Return the report of all denoising models of a pipeline; the paths of a second one begin with its name."""
+    first, *others = [(name, svg2_compile.report(getattr(pipeline, name))) for name in denoiser_names(pipeline)]
+    report = first[1]
+    for name, other in others:
+        sites = (replace(site, path=f"{name}.{site.path}") for site in other.sites)
+        seconds = {
+            variant: report.compile_seconds.get(variant, 0.0) + other.compile_seconds.get(variant, 0.0)
+            for variant in {**report.compile_seconds, **other.compile_seconds}
+        }
+        report = Report((*report.sites, *sites), report.state_mib + other.state_mib, seconds)
+    return report
+
+
 def generate_in_turns(
-    pipeline: Any, models: Sequence[torch.nn.Module], video: Video, after_step: Callable[[int], None] | None = None
+    pipeline: Any, models: Sequence[Models], video: Request, after_step: Callable[[int], None] | None = None
 ) -> list[Generation]:
     """Generate ``video`` once with each model, one step of each in turn, so that a drifting machine is fair to all.
 
@@ -104,12 +179,11 @@ def generate_in_turns(
                 changed.notify_all()
                 wait(index)
 
-        scheduler = copy.deepcopy(pipeline.scheduler)
-        components = {**pipeline.components, "transformer": models[index], "scheduler": scheduler}
+        own = with_models(pipeline, models[index])
         with changed:
             wait(index)
         try:
-            return generate(type(pipeline)(**components), video, hand_over)
+            return generate(own, video, hand_over)
         finally:
             with changed:
                 turns.popleft()
@@ -119,7 +193,7 @@ def generate_in_turns(
         return list(pool.map(run, range(len(models))))
 
 
-def generate(pipeline: Any, video: Video, after_step: Callable[[], None] | None = None) -> Generation:
+def generate(pipeline: Any, video: Request, after_step: Callable[[], None] | None = None) -> Generation:
     """Generate ``video``, timing each step; what ``after_step`` does is not counted."""
     seconds: list[float] = []
     started = time.perf_counter()
@@ -134,11 +208,11 @@ def generate(pipeline: Any, video: Video, after_step: Callable[[], None] | None 
         started = time.perf_counter()
         return tensors
 
-    latents = _call(pipeline, video, callback_on_step_end=on_step_end)
-    return Generation(tiny_wan.decode_pixels(latents), tuple(seconds), svg2_compile.report(pipeline.transformer))
+    pixels = video.pixels(pipeline, on_step_end=on_step_end)
+    return Generation(pixels, tuple(seconds), report_of(pipeline))
 
 
-def warm_up(pipeline: Any, video: Video) -> float:
+def warm_up(pipeline: Any, video: Request) -> float:
     """Run one forward of the first and one of the last step, which compiles them; return the seconds.
 
     Nothing of it remains but the compiled graphs: the state is reset.
@@ -146,13 +220,27 @@ def warm_up(pipeline: Any, video: Video) -> float:
     started = time.perf_counter()
     for step in (0, video.steps - 1):
         with svg2_compile.denoise_step(step, video.steps, "warm-up"):
-            _one_forward(pipeline, video)
+            video.lean().latents(pipeline, steps=1)
     svg2_compile.reset()
     return time.perf_counter() - started
 
 
-def clustering_share(pipeline: Any, video: Video) -> float:
-    """Return the share of a warm sparse forward spent in clustering, permuting and selecting."""
+@dataclass(frozen=True, slots=True)
+class TimeSplit:
+    """Where the time of one warm step of the last ones goes, as shares."""
+
+    attention: float
+    clustering: float
+    """Clustering, permuting and selecting."""
+
+    @property
+    def rest(self) -> float:
+        """Everything else."""
+        return 1 - self.attention - self.clustering
+
+
+def time_split(pipeline: Any, video: Request) -> TimeSplit:
+    """Return where the time of a step goes; of a sparse model, a step that starts from centroids."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:
@@ -173,10 +261,14 @@ def clustering_share(pipeline: Any, video: Video) -> float:
         return tensors
 
     with svg2_compile.denoise_step(video.steps - 1, video.steps, "profile"):
-        _call(pipeline, video, steps=2, guidance_scale=1.0, callback_on_step_end=on_step_end)
-    events = [event for event in profile.key_averages() if event.key in CLUSTERING_OPS]
-    microseconds = sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events)
-    return float(microseconds) / 1e6 / (ended - started)
+        video.lean().latents(pipeline, steps=2, on_step_end=on_step_end)
+
+    def share(names: tuple[str, ...]) -> float:
+        events = [event for event in profile.key_averages() if event.key.startswith(names)]
+        microseconds = sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events)
+        return float(microseconds) / 1e6 / (ended - started)
+
+    return TimeSplit(share(ATTENTION_OPS), share(CLUSTERING_OPS))
 
 
 @contextmanager
@@ -191,32 +283,44 @@ def fastest_attention(device: torch.device) -> Iterator[None]:
         yield
 
 
-class DensityLog:
-    """Density of every sparse attention in every step, from the differences of the running statistics."""
+class StepLog:
+    """Density and recall of every head of every sparse attention in every step: differences of the running means."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.table: dict[str, list[float | None]] = {}
-        """By attention path; ``None`` for a dense step."""
-        self._model = model
-        self._sums: dict[str, tuple[float, int]] = {}
+    def __init__(self, read: Callable[[], Report]) -> None:
+        self.density: dict[str, list[tuple[float, ...] | None]] = {}
+        """By attention path, one tuple of heads a step; ``None`` for a dense step."""
+        self.recall: dict[str, list[tuple[float, ...] | None]] = {}
+        """The same; empty where recall is not measured."""
+        self._read, self._steps = read, 0
+        self._before: dict[str, SiteReport] = {}
 
     def __call__(self) -> None:
         """Read the statistics after a step."""
-        for site in svg2_compile.report(self._model).sparse_sites:
-            total, calls = (site.density or 0.0) * site.sparse_calls, site.sparse_calls
-            before, calls_before = self._sums.get(site.path, (0.0, 0))
-            self._sums[site.path] = (total, calls)
-            in_step = (total - before) / (calls - calls_before) if calls > calls_before else None
-            self.table.setdefault(site.path, []).append(in_step)
+        for site in self._read().sparse_sites:
+            before = self._before.get(site.path)
+            for name, count in (("density", "sparse_calls"), ("recall", "recalls_measured")):
+                values = _of_this_step(site, before, f"{name}_per_head", count)
+                # a second model may begin in the middle
+                steps = getattr(self, name).setdefault(site.path, [None] * self._steps)
+                steps.append(values)
+            self._before[site.path] = site
+        self._steps += 1
+
+    @property
+    def density_table(self) -> dict[str, list[float | None]]:
+        """Mean density over heads, by attention path and step."""
+        return {path: [_mean(heads) for heads in steps] for path, steps in self.density.items()}
 
 
-def _one_forward(pipeline: Any, video: Video) -> None:
-    """Run a single step without guidance: one forward of the model."""
-    _call(pipeline, video, steps=1, guidance_scale=1.0)
+def _mean(heads: tuple[float, ...] | None) -> float | None:
+    return statistics.fmean(heads) if heads else None
 
 
-def _call(pipeline: Any, video: Video, **changes: Any) -> Tensor:
-    arguments = {
-        name: getattr(video, name) for name in ("frames", "height", "width", "steps", "guidance_scale", "seed")
-    }
-    return tiny_wan.generate(pipeline, video.prompt, **{**arguments, **changes})
+def _of_this_step(site: SiteReport, before: SiteReport | None, name: str, count: str) -> tuple[float, ...] | None:
+    """Undo the running means of ``site`` over ``count``: what its heads had in the calls since ``before``."""
+    calls, calls_before = getattr(site, count), getattr(before, count) if before else 0
+    means: tuple[float, ...] = getattr(site, name)
+    if calls == calls_before:
+        return None
+    old = (getattr(before, name) if before else ()) or (0.0,) * len(means)
+    return tuple((now * calls - then * calls_before) / (calls - calls_before) for now, then in zip(means, old))

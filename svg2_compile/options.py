@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -16,6 +17,7 @@ from svg2_compile.passes import config, kernel_config
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.errors import ConfigError
 from svg2_compile.passes.kernel_config import KernelConfig
+from svg2_compile.presets import preset
 
 PREFIX = "svg2."
 FIELD_NAMES = (*config.FIELD_NAMES, *kernel_config.FIELD_NAMES)
@@ -79,16 +81,34 @@ def current_defaults() -> Options:
     return _defaults
 
 
+def parse_options(text: str) -> dict[str, Any]:
+    """Return the options in a text such as ``top_p=0.9,k_clusters=256``, as the command line takes them.
+
+    Raises:
+        ConfigError: it does not look like that; names and values are not judged here.
+    """
+    options: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name or not value:
+            raise ConfigError(f"--config must look like top_p=0.9,k_clusters=256; got {part.strip()!r} in {text!r}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:  # a word, such as lowering=eager
+            options[name] = {"True": True, "False": False}.get(value, value)
+    return options
+
+
 def split_options(options: dict[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:
     """Return our options and those that are Inductor's.
 
     Args:
-        options: field names of ``SparseConfig`` and ``KernelConfig``, bare or with the prefix ``svg2.``; every other
-            key is Inductor's.
+        options: field names of ``SparseConfig`` and ``KernelConfig``, bare or with the prefix ``svg2.``; ``preset``
+            stands for those of a preset, and fields given beside it win; every other key is Inductor's.
         mode: a mode of ``torch.compile``; its Inductor options are added under the given ones.
 
     Raises:
-        ConfigError: a key is neither ours nor Inductor's, or a value is out of range.
+        ConfigError: a key is neither ours nor Inductor's, a value is out of range, or there is no such preset.
     """
     ours: dict[str, Any] = {}
     inductors = dict(list_mode_options(mode)) if mode and mode != "default" else {}
@@ -96,6 +116,8 @@ def split_options(options: dict[str, Any] | None, mode: str | None = None) -> tu
         name = key.removeprefix(PREFIX)
         if name in FIELD_NAMES:
             ours[name] = value
+        elif name == "preset":
+            ours = preset(value) | ours
         elif key.startswith(PREFIX) or not _is_inductors(key):
             raise ConfigError(_unknown(key))
         else:

@@ -36,13 +36,22 @@ Lower = Callable[[GraphModule, list[Any]], Runner]
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """How a region learns, at run time, which model or layer it runs for."""
+    """How a compiled graph learns, at run time, which model or layer it runs for."""
 
     position: int | None
     """Graph input that is a parameter of the owner; ``None`` for code without parameters."""
 
     name: str
     """That parameter's name inside the compiled module."""
+
+    root: weakref.ref[torch.nn.Module] | None
+    """The compiled module, which stands in for a parameter where there is none."""
+
+    def of(self, args: tuple[Any, ...]) -> Any:
+        """Return the parameter that names the caller, or what stands in for it; None where nothing does."""
+        if self.position is not None:
+            return args[self.position]
+        return self.root() if self.root is not None else None
 
 
 class Variant:
@@ -94,7 +103,6 @@ class Region:
         dense: Variant,
         sparse: Variant,
         owner: Owner,
-        root: torch.nn.Module | None,
         layers: LayerOrder | None,
         timestep: int | None,
         ticks: bool,
@@ -111,7 +119,6 @@ class Region:
         self._ops = {target_name(node) for node in plan.gm.graph.nodes}
         self.number = next(_numbers)
         self.clear()
-        self._root = weakref.ref(root) if root is not None else None
         Region.instances.add(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -130,11 +137,9 @@ class Region:
         return self.sparse(*args, *state)
 
     def owner_of(self, args: tuple[Any, ...]) -> Any:
-        """Return the parameter that names the caller, or what stands in for it."""
-        if self.owner.position is not None:
-            return args[self.owner.position]
-        root = self._root() if self._root is not None else None
-        return root if root is not None else self
+        """Return who calls, or this region where nothing tells."""
+        owner = self.owner.of(args)
+        return self if owner is None else owner
 
     def _tick(self, args: tuple[Any, ...], owner: Any) -> Tick:
         clock = current_clock()
@@ -183,23 +188,29 @@ def ticking(runner: Runner, model: Hashable, timestep: int) -> Runner:
     return run
 
 
-class DenseGraphs:
-    """Why graphs without any sparse attention are what they are, kept for the report while their module lives."""
+class DenseGraph:
+    """A compiled graph without sparse attention, and whom it ran for; layers share it as they share regions."""
 
-    def __init__(self) -> None:
-        self._of: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Rejection, ...]] = weakref.WeakKeyDictionary()
+    instances: ClassVar[weakref.WeakSet[DenseGraph]] = weakref.WeakSet()
 
-    def remember(self, root: torch.nn.Module | None, rejections: tuple[Rejection, ...]) -> None:
-        """Keep the rejections of one graph of ``root``."""
-        if root is not None:
-            self._of[root] = tuple(dict.fromkeys([*self._of.get(root, ()), *rejections]))
+    def __init__(self, runner: Runner, rejections: tuple[Rejection, ...], owner: Owner) -> None:
+        """Args: ``rejections`` say why each attention stays dense."""
+        self.rejections, self.owner = rejections, owner
+        self.number = next(_numbers)
+        self._runner = runner
+        self._owners: Any = WeakIdKeyDictionary()
+        DenseGraph.instances.add(self)
 
-    def of(self, model: torch.nn.Module) -> list[tuple[str, Rejection]]:
-        """Return (module path, rejection) for the dense graphs of ``model`` and of its parts."""
-        return [(name, each) for name, module in model.named_modules() for each in self._of.get(module, ())]
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph."""
+        owner = self.owner.of(args)
+        if owner is not None and owner not in self._owners:
+            self._owners[owner] = True
+        return self._runner(*args)
 
-
-dense_graphs = DenseGraphs()
+    def owners(self) -> list[Any]:
+        """Return every model or layer that called."""
+        return list(self._owners.keys())
 
 
 def reset() -> None:

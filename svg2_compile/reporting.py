@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
@@ -17,10 +17,12 @@ from svg2_compile.obstacles import obstacles
 from svg2_compile.options import current_defaults
 from svg2_compile.passes.records import AttentionSite, Rejection
 from svg2_compile.passes.sparsify import Sparsified, sparsify
-from svg2_compile.region import Region, dense_graphs
+from svg2_compile.region import DenseGraph, Region
 from svg2_compile.state import SiteState, store
 
 MIB = 2**20
+
+Compiled = TypeVar("Compiled", Region, DenseGraph)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +81,12 @@ class SiteReport:
 
     sparse_calls: int
     dense_calls: int
-    masked_video_keys: int
-    """Video keys that a mask hid and that were attended to all the same; anything but 0 is a wrong result."""
+
+    dense_flops: int = 0
+    """Floating-point operations of one call of the video rows over the video keys, were it dense; 0 if left dense."""
+
+    recalls_measured: int = 0
+    """How often the recall of a head was measured: the weight of ``recall`` as a running mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +151,6 @@ class Report:
                 f"since sparse call {each.since_call} of the generation, where it kept {_percent(each.recall)}"
                 for each in site.dense_heads
             ]
-            if site.masked_video_keys:
-                lines.append(
-                    f"{'':<32} WRONG: the mask hides {site.masked_video_keys} video keys, which were attended to"
-                )
         sparse = len(self.sparse_sites)
         lines.append(
             f"{sparse} attentions sparse, {len(self.sites) - sparse} dense; density {_percent(self.density) or '-'} in "
@@ -177,7 +179,7 @@ def report(model: torch.nn.Module) -> Report:
         One entry per attention, in program order, layers in the order of the model.
     """
     model = _unwrap(model)
-    regions = _regions_of(model)
+    regions = _called_for(model, Region.instances)
     rows: dict[tuple[str, str], _Row] = {}
     for region, owner, prefix in regions:
         dense_calls = region.dense_calls.get(owner, 0)
@@ -186,11 +188,14 @@ def report(model: torch.nn.Module) -> Report:
             row = rows.setdefault((_join(prefix, decision.path), decision.node), _Row(decision, owner))
             row.decision = decision
             row.dense_calls += dense_calls
-    for prefix, rejection in dense_graphs.of(model):
-        rows.setdefault((_join(prefix, rejection.path), rejection.node), _Row(rejection, None))
+    for graph, _, prefix in _called_for(model, DenseGraph.instances):
+        for rejection in graph.rejections:
+            rows.setdefault((_join(prefix, rejection.path), rejection.node), _Row(rejection, None))
     if all(isinstance(row.decision, Rejection) for row in rows.values()):
+        seen = [f"{path}." for path, _ in rows]
         for path, rejection in obstacles(model):
-            rows[path, rejection.reason] = _Row(rejection, None)
+            if not any(each.startswith(f"{path}.") for each in seen):
+                rows[path, rejection.reason] = _Row(rejection, None)
     seconds: dict[str, float] = {}
     for region in {id(region): region for region, _, _ in regions}.values():
         for variant in (region.dense, region.sparse):
@@ -226,9 +231,9 @@ def trace(
     options = current_defaults()
 
     def describe(gm: GraphModule, example_inputs: list[Any]) -> Any:
+        found, compiled = sparsify(gm, options.sparse, options.kernel), what_is_compiled(example_inputs)
         modules = {id(module): name for name, module in model.named_modules()}
-        prefix = modules.get(id(what_is_compiled().root), "")
-        graphs.append((prefix, sparsify(gm, options.sparse, options.kernel)))
+        graphs.append((modules.get(id(compiled.root), ""), found))
         (output,) = gm.graph.find_nodes(op="output")
         return lambda *_: torch.fx.node.map_arg(output.args[0], _zeros_like_node)
 
@@ -245,17 +250,20 @@ def _zeros_like_node(node: torch.fx.Node) -> Any:
     return value if not isinstance(value, torch.SymInt) else int(value)
 
 
-def _regions_of(model: torch.nn.Module) -> list[tuple[Region, Any, str]]:
-    """Return (region, owner, module path) for every owner that is part of the model, in the model's order."""
-    names = [(id(model), "")] + [(id(parameter), name) for name, parameter in model.named_parameters()]
+def _called_for(model: torch.nn.Module, compiled: Iterable[Compiled]) -> list[tuple[Compiled, Any, str]]:
+    """Return (graph, owner, module path) for every owner that is part of the model, in the model's order."""
+    names: list[tuple[int, str]] = []
+    for path, module in model.named_modules():
+        names += [(id(module), path)]
+        names += [(id(parameter), _join(path, name)) for name, parameter in module.named_parameters(recurse=False)]
     position = {owner: place for place, (owner, _) in enumerate(names)}
     found = []
-    for region in list(Region.instances):
-        for owner in region.owners():
+    for graph in list(compiled):
+        for owner in graph.owners():
             place = position.get(id(owner))
             if place is not None:
-                prefix = _without_common_end(names[place][1], region.owner.name)
-                found.append(((place, region.number), (region, owner, prefix)))
+                prefix = _without_common_end(names[place][1], graph.owner.name)
+                found.append(((place, graph.number), (graph, owner, prefix)))
     return [each for _, each in sorted(found, key=lambda ranked: ranked[0])]
 
 
@@ -314,7 +322,7 @@ class _Row:
     def describe(self, path: str) -> SiteReport:
         if isinstance(self.decision, Rejection):
             reason, hint = self.decision.reason, self.decision.hint
-            return SiteReport(path, "", reason, hint, False, None, None, None, None, None, (), (), (), 0, 0, 0)
+            return SiteReport(path, "", reason, hint, False, None, None, None, None, None, (), (), (), 0, 0)
         site, states = self.decision, self.states
         context = f" + {site.context_tokens} context" if len(site.segments) > 1 else ""
         statistics = self.sum_of("statistics", site.q_heads, site.q_clusters, len(STATISTICS))
@@ -340,7 +348,8 @@ class _Row:
             dense_heads=tuple(self.dense_heads()),
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
-            masked_video_keys=sum(int(state.tensors.get("masked_video_keys", 0)) for state in states),
+            recalls_measured=int(measured[0]),
+            dense_flops=4 * site.batch * site.q_heads * site.token_hint**2 * site.head_dim,
         )
 
 

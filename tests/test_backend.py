@@ -367,6 +367,18 @@ def test_float64_stays_dense_with_a_reason():
     assert plans == ["float64 attention"] * 2
 
 
+def test_layers_that_share_a_graph_without_any_site_are_all_reported():
+    model = compile_model(wan(), EAGER | {"min_tokens": 10_000}, regional=True)
+    forward(model, 900, **wan_inputs())
+    reasons = {site.path: site.plan for site in svg2_compile.report(model).sites}
+    assert reasons == {
+        f"blocks.{layer}.{name}": reason
+        for layer in (0, 1)
+        for name, reason in (("attn1", "short: 128 tokens"), ("attn2", "cross-attention: 128 queries, 12 keys"))
+    }
+    assert svg2_compile.report(wan()).sites == ()
+
+
 def test_on_unsupported_error_names_the_layer_and_the_way_out():
     compiled = compile_model(wan().double(), SPARSE | EAGER | {"on_unsupported": "error"})
     inputs = {name: value.double() for name, value in wan_inputs().items()}

@@ -303,9 +303,11 @@ def log(monkeypatch) -> list[Entry]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("neighbour", NEIGHBOURS, ids=lambda neighbour: neighbour.name)
-def test_cell(neighbour, way, log):
+def test_cell(neighbour, way, log, monkeypatch):
     pytest.importorskip(neighbour.package)
     family = FAMILY[neighbour.family]
+    if neighbour.verdicts[WAYS.index(way)] != DENSE:
+        monkeypatch.setitem(OPTIONS, "on_unsupported", "error")  # nothing is left to complain about
     outcome = run(neighbour, way, family)
     assert outcome.verdict == neighbour.verdicts[WAYS.index(way)]
     if outcome.verdict == REFUSED:
@@ -316,6 +318,47 @@ def test_cell(neighbour, way, log):
     if neighbour.keeps_output:
         torch._dynamo.reset()
         assert torch.equal(run(None, way, family).output, outcome.output)
+
+
+HIDDEN = [(each, way) for each in NEIGHBOURS for way, verdict in zip(WAYS, each.verdicts) if verdict == DENSE]
+
+
+@pytest.mark.parametrize(("neighbour", "way"), HIDDEN, ids=lambda each: each if isinstance(each, str) else each.name)
+def test_attention_that_hooks_hide_is_an_error_for_those_who_ask(neighbour, way, monkeypatch):
+    monkeypatch.setitem(OPTIONS, "on_unsupported", "error")
+    if (neighbour.name, way) == NEVER_ASKED:
+        assert run(neighbour, way, FAMILY[neighbour.family]).verdict == DENSE
+        return
+    with pytest.raises(
+        torch._dynamo.exc.BackendCompilerFailed, match=r"hook.*; (compile|choose) .*, or set on_unsupported"
+    ):
+        run(neighbour, way, FAMILY[neighbour.family])
+
+
+NEVER_ASKED = ("MagCache", "blocks")
+"""The hook keeps all of each compiled block away from Dynamo, so no graph ever reaches the backend."""
+
+
+def test_the_report_of_attention_between_hooked_projections_gives_the_true_reason():
+    outcome = run(next(each for each in NEIGHBOURS if "leaf" in each.name), "blocks", FAMILY["Wan 2.1"])
+    reasons = {
+        site.path.split(".out")[0]: site.plan for site in svg2_compile.report(outcome.pipeline.transformer).sites
+    }
+    assert reasons["blocks.0.attn1"].startswith("its queries and values are computed outside this graph")
+    assert reasons["blocks.0.attn2"].startswith("cross-attention: 128 queries, ")
+    assert any(reason.startswith("hooks on each layer ('group_offloading')") for reason in reasons.values())
+
+
+def test_the_first_layer_alone_stays_dense_where_a_cache_breaks_the_graph_in_its_hooks(monkeypatch):
+    """After the break, the hook of the first block holds no module: its parameters tell which block it runs."""
+    monkeypatch.setitem(OPTIONS, "dense_layers", 1)
+    pipeline = wan_pipeline()
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    compile_as("model", pipeline, "")
+    generate_wan(pipeline)
+    first, second = svg2_compile.report(pipeline.transformer).sparse_sites
+    assert (first.path, first.sparse_calls, first.dense_calls) == ("blocks.0.attn1", 0, 2 * STEPS)
+    assert (second.path, second.sparse_calls, second.dense_calls) == ("blocks.1.attn1", 2 * (STEPS - 2), 2 * 2)
 
 
 def assert_calls_follow_the_schedule(
@@ -420,7 +463,9 @@ TAIL = """
   a second generation is the same, bit by bit. A step that a cache skips costs nothing and keeps the centroids.
 - **refused**: Dynamo raises, and says what it cannot trace. Compile without `fullgraph=True`, or by blocks.
 - **dense, with a reason**: it runs, the attention is not seen by the compiler, and `svg2_compile.report(model)` says
-  which hooks are in the way and what to do.
+  which hooks are in the way and what to do. With `on_unsupported="error"` it is an error that says the same, but for
+  MagCache with *blocks*: its hooks keep all of a compiled block away from the compiler, which never asks the backend
+  for anything. Look at the report then, or at a timing.
 
 *Blocks* is `model.compile_repeated_blocks(backend=svg2_backend)`, after the other is enabled. *Forwards of blocks* is
 

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 import tiny_pipelines
 from svg2_compile.cli import app
 from svg2_compile.empty_pipeline import ExplainError, first_call, load_empty
-from svg2_compile.explaining import ExplainSettings, explain_model, parse_options
-from svg2_compile.passes.errors import ConfigError
+from svg2_compile.explaining import ExplainSettings, explain_model
 from svg2_compile.passes.records import AttentionSite, Rejection
 from svg2_compile.prediction import GPUS, Prediction, SparseWork, Work, predict
 
@@ -144,23 +143,25 @@ def test_a_short_sequence_does_not_pay():
     assert predict(Work((SparseWork(1, 12, 12, 256, 64, 16, 16, 2),), 0.0, 0.0, 1.0), GPUS["h100"]).highest_density <= 0
 
 
-def test_options_are_words_with_values():
-    assert parse_options(["top_p=0.5", "q_clusters=auto", "self_check=false"]) == {
-        "top_p": 0.5,
-        "q_clusters": "auto",
-        "self_check": False,
-    }
-    with pytest.raises(ConfigError, match=r"must look like top_p=0\.9, got 'top_p'"):
-        parse_options(["top_p"])
-
-
 def run(*arguments):
     done = CliRunner().invoke(app, ["explain", *map(str, arguments)], env={"COLUMNS": "200"})
     return done.exit_code, " ".join(done.output.split())
 
 
 def test_the_command_prints_decisions_and_a_prediction(tmp_path):
-    code, text = run(real_wan(tmp_path, layers=2), "--frames", 81, "--height", 480, "--width", 832, "--gpu", "a100")
+    code, text = run(
+        real_wan(tmp_path, layers=2),
+        "--frames",
+        81,
+        "--height",
+        480,
+        "--width",
+        832,
+        "--gpu",
+        "a100",
+        "--preset",
+        "turbo",
+    )
     assert code == 0
     for words in (
         "WanPipeline, 50 steps",
@@ -169,6 +170,7 @@ def test_the_command_prints_decisions_and_a_prediction(tmp_path):
         "dense: cross-attention: 32760 queries, 512 keys",
         "NVIDIA A100",
         "not measured",
+        "top_p=0.7",
         "It pays below a density of",
         "20% of the steps stay dense",
         "Predicted speed-up",
@@ -188,7 +190,9 @@ def test_the_command_prints_decisions_and_a_prediction(tmp_path):
             "WanPipeline did not reach its transformer: `height` and `width` have to be divisible",
         ),
         (["{wan}", "--config", "top_q=0.5"], "did you mean 'top_p'?"),
-        (["{wan}", "--config", "top_p=7"], "top_p must be in (0, 1], got 7"),
+        (["{wan}", "--preset", "fast"], "unknown preset 'fast'; there are quality"),
+        (["{wan}", "--config", "top_p"], "--config must look like top_p=0.9"),
+        (["{wan}", "--preset", "turbo", "--config", "top_p=7"], "top_p must be in (0, 1], got 7"),
         (["{other}"], "StableVideoDiffusionPipeline has no transformer"),
         (["{image}"], "WanImageToVideoPipeline needs image, which cannot be made up"),
         (["{unknown}"], "names no pipeline of diffusers"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -66,7 +68,6 @@ def test_a_mask_that_follows_the_prompt_needs_one_compilation(name):
         inputs = CASE[name].inputs() | {"encoder_attention_mask": text_mask(valid=valid)}
         assert_close_to_rounding(output_of(compiled, inputs), output_of(eager, inputs))
     assert graphs() == 1
-    assert not any(site.masked_video_keys for site in svg2_compile.report(compiled).sites)
 
 
 @pytest.mark.parametrize("name", ["HunyuanVideoTransformer3DModel", "QwenImageTransformer2DModel"])
@@ -77,6 +78,22 @@ def test_padding_of_the_prompt_cannot_influence_a_sparse_output(name):
     svg2_compile.reset()
     inputs["encoder_hidden_states"][:, 7:] = 100 * Noise()(1, 5, 16)
     assert_close_to_rounding(output_of(compiled, inputs), before)
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "blocks"])
+def test_padding_of_the_smaller_image_of_a_batch_is_hidden_from_the_sparse_attention(regional):
+    """JoyImage edits images of different sizes in one batch; its mask hides image rows, beside those of the prompt."""
+    case = CASE["JoyImageEditPlusTransformer3DModel"]
+    inputs = case.inputs() | {"timestep": torch.tensor([500.0, 500.0])}
+    for name in ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask"):
+        inputs[name] = inputs[name].repeat(2, *[1] * (inputs[name].dim() - 1))
+    inputs["shape_list"] = [[(1, 8, 8), (1, 8, 8)], [(1, 8, 8), (1, 4, 8)]]
+    model = case.make()
+    (model.compile_repeated_blocks if regional else model.compile)(backend=svg2_backend, options=FULL)
+    assert_close_to_rounding(output_of(model, inputs), output_of(case.make(), inputs))
+    assert len(svg2_compile.report(model).sparse_sites) == 2
+    without_mask = inputs | {"encoder_hidden_states_mask": None}
+    assert not torch.allclose(output_of(case.make(), without_mask), output_of(case.make(), inputs), atol=1e-3)
 
 
 @pytest.mark.parametrize("image", [True, False], ids=["image to video", "text to video"])
@@ -234,5 +251,79 @@ def test_a_model_that_runs_flex_attention_is_reported_with_the_way_out():
     assert "runs flex_attention, not SDPA" in text and 'model.set_attention_backend("native")' in text
     model.set_attention_backend("native")
     torch._dynamo.reset()
+    output_of(compiled, case.inputs())
+    assert len(svg2_compile.report(compiled).sparse_sites) == 2
+
+
+KERNEL = """
+import torch
+
+torch.library.define("{namespace}::fwd", "(Tensor q, Tensor k, Tensor v) -> Tensor")
+
+@torch.library.impl("{namespace}::fwd", "cpu")
+def forward(q, k, v):
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+torch.library.register_fake("{namespace}::fwd", lambda q, k, v: q.new_empty(q.shape))
+
+{decorator}
+def {function}(q, k, v, **options):
+    return torch.ops.{namespace}.fwd(q, k, v)
+
+class flash_attn_interface:
+    _flash_attn_forward = _flash_attn_backward = None
+"""
+
+
+@pytest.mark.parametrize("is_operator", [True, False], ids=["operator", "opaque"])
+@pytest.mark.parametrize(
+    ("backend", "repository", "function"),
+    [
+        ("flash_hub", "kernels-community/flash-attn2", "flash_attn_func"),
+        ("sage_hub", "SageAttention/sage-attention", "sageattn"),
+    ],
+)
+def test_a_hub_kernel_as_attention_backend_is_reported_with_the_way_out(
+    backend, repository, function, is_operator, tmp_path, monkeypatch
+):
+    """A repository of our own stands in for the Hub's, by the variable that the package ``kernels`` has for that."""
+    dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
+    pytest.importorskip("kernels")
+    name = repository.split("/")[1]
+    namespace = f"_{name.replace('-', '_')}_{'operator' if is_operator else 'opaque'}"
+    variant = tmp_path / "build" / "torch-cpu"
+    variant.mkdir(parents=True)
+    facts = {"id": namespace, "name": name, "version": 3, "license": "Apache-2.0", "python-depends": []}
+    (variant / "metadata.json").write_text(json.dumps(facts | {"backend": {"type": "cpu"}}))
+    decorator = "" if is_operator else "@torch.compiler.disable"
+    (variant / "__init__.py").write_text(KERNEL.format(namespace=namespace, decorator=decorator, function=function))
+    monkeypatch.setenv("LOCAL_KERNELS", f"{repository}={tmp_path}")
+    monkeypatch.setattr(dispatch, "HF_HUB_OFFLINE", True)
+    key = dispatch.AttentionBackendName(backend)
+    monkeypatch.setitem(dispatch._HUB_KERNELS_REGISTRY, key, dataclasses.replace(dispatch._HUB_KERNELS_REGISTRY[key]))
+
+    case = CASE["WanTransformer3DModel"]
+    model = case.make()
+    expected = output_of(model, case.inputs())
+    model.set_attention_backend(backend)
+    try:
+        for on_unsupported in ("dense", "error"):
+            torch._dynamo.reset()
+            options = SPARSE | {"on_unsupported": on_unsupported}
+            compiled = torch.compile(model, backend=svg2_backend, options=options, fullgraph=is_operator)
+            if on_unsupported == "error":
+                with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="set_attention_backend"):
+                    output_of(compiled, case.inputs())
+            else:
+                assert_close_to_rounding(output_of(compiled, case.inputs()), expected)
+                report = svg2_compile.report(compiled)
+                wanted = f"runs {namespace}::fwd, not" if is_operator else f"the attention backend '{backend}' is not"
+                assert report.sites and all(site.plan.startswith(wanted) for site in report.sites)
+                assert all('model.set_attention_backend("native")' in site.hint for site in report.sites)
+    finally:
+        model.set_attention_backend("native")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=svg2_backend, options=SPARSE, fullgraph=True)
     output_of(compiled, case.inputs())
     assert len(svg2_compile.report(compiled).sparse_sites) == 2

@@ -151,20 +151,106 @@ def test_the_site_describes_the_attention():
     ]
 
 
-def test_a_masked_site_counts_hidden_video_keys():
-    mask = torch.ones(BATCH, 1, 1, TEXT + VIDEO, dtype=torch.bool)
-    found = site(
-        lambda text, video, m: self_attention(torch.cat((text, video), 1), attn_mask=m), rows(TEXT), rows(VIDEO), mask
-    )
-    assert found.has_mask
-    assert found.state_specs()[-1].name == "masked_video_keys"
+def beside(make_mask: Callable[[Tensor, Any], Tensor]) -> Callable[..., Tensor]:
+    """Attend in video before text, under what is made of a mask of the text and the length of the video."""
+
+    def attention(video: Tensor, text: Tensor) -> Tensor:
+        return self_attention(torch.cat((video, text), 1), attn_mask=make_mask(text[:, :, 0] > 0, video.shape[1]))
+
+    return attention
 
 
-def test_a_mask_over_a_sequence_without_context_may_hide_any_row_and_is_not_counted():
+def counted(
+    m: Tensor, n: Any, bound: Callable[[Tensor], Tensor], places: Callable[..., Tensor] = torch.arange
+) -> Tensor:
+    keys = n + m.shape[1]
+    ones = torch.ones(BATCH, keys, dtype=torch.bool)
+    hidden = places(keys).unsqueeze(0) >= bound(m.sum(1)).unsqueeze(1)
+    return ones.masked_fill(hidden, False).unsqueeze(1).unsqueeze(1)
+
+
+def joined(m: Tensor, n: Any, spoil: Callable[[Tensor], object] = lambda ones: None) -> Tensor:
+    ones = m.new_ones(BATCH, n)
+    spoil(ones)
+    return torch.cat((ones, m), 1)[:, None, None]
+
+
+SHOWS_VIDEO = {
+    "cat": joined,
+    "cat, then converted": lambda m, n: torch.cat((torch.ones(BATCH, n), m.float()), -1).bool().view(BATCH, 1, 1, -1),
+    "cat, for each query": lambda m, n: joined(m, n).expand(-1, 1, n + m.shape[1], -1),
+    "pad": lambda m, n: F.pad(m, (n, 0), value=True).unsqueeze(1).unsqueeze(1),
+    "pad of numbers": lambda m, n: F.pad(m.float(), (n, 0), value=1.0).bool()[:, None, None, :],
+    "count": lambda m, n: counted(m, n, lambda text: n + text),
+    "count, the other way round": lambda m, n: counted(m, n, lambda text: text + n),
+}
+MAY_HIDE_VIDEO = {
+    "other order": lambda m, n: torch.cat((m, m.new_ones(BATCH, n)), 1)[:, None, None],
+    "cat, too few": lambda m, n: torch.cat((m.new_ones(BATCH, n - 1), m, m[:, :1]), 1)[:, None, None],
+    "cat, overwritten": lambda m, n: joined(m, n, spoil=lambda ones: ones[:, 3].zero_()),
+    "cat, overwritten afterwards": lambda m, n: spoilt(joined(m, n)),
+    "zeros": lambda m, n: torch.cat((m.new_zeros(BATCH, n), m), 1)[:, None, None],
+    "pad on the other side": lambda m, n: F.pad(m, (0, n), value=True)[:, None, None],
+    "pad, too few": lambda m, n: F.pad(torch.cat((m[:, :1], m), 1), (n - 1, 0), value=True)[:, None, None],
+    "pad with zeros": lambda m, n: F.pad(m, (n, 0))[:, None, None],
+    "pad with its edge": lambda m, n: F.pad(m.float(), (n, 0), mode="replicate").bool()[:, None, None],
+    "count, fewer": lambda m, n: counted(m, n, lambda text: n - 1 + text),
+    "count, of text alone": lambda m, n: counted(m, n, lambda text: m.shape[1] + text),
+    "count, subtracted": lambda m, n: counted(m, n, lambda text: torch.add(n, text, alpha=-1)),
+    "count, negated": lambda m, n: counted(m, n, lambda text: n + text.neg()),
+    "count, from elsewhere": lambda m, n: counted(m, n, lambda text: n + text, lambda keys: torch.arange(1, keys + 1)),
+    "count, backwards": lambda m, n: counted(m, n, lambda text: n + text, lambda keys: torch.arange(keys).flip(0)),
+    "count, of numbers": lambda m, n: counted(m.float() - 9, n, lambda text: n + text),
+    "count, overwritten": lambda m, n: counted(m, n, lambda text: spoilt(n + text, -9)),
+}
+
+
+def spoilt(x: Tensor, value: int = 0) -> Tensor:
+    x[..., 1:2] = value
+    return x
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [*SHOWS_VIDEO, *MAY_HIDE_VIDEO])
+def test_a_mask_may_hide_video_unless_the_graph_shows_that_it_does_not(name, dynamic):
+    make = (SHOWS_VIDEO | MAY_HIDE_VIDEO)[name]
+    found = site(beside(make), rows(VIDEO), rows(TEXT), dynamic=dynamic)
+    assert found.has_mask and summary(found)[0] == (VIDEO, True)
+    assert found.may_hide_video == (name in MAY_HIDE_VIDEO)
+    shown = make(torch.zeros(BATCH, TEXT, dtype=torch.bool), VIDEO)[0, 0, -1, :VIDEO].all()
+    assert shown or found.may_hide_video
+
+
+def test_a_mask_from_outside_may_hide_video_and_leaves_room_for_a_cluster_of_what_it_hides():
+    """The kernels take 1024 clusters at most."""
+    mask = torch.ones(BATCH, 1, 1, 1100 + TEXT, dtype=torch.bool)
+    config = SparseConfig(min_tokens=40, dense_layers=0, q_clusters=1024, k_clusters=1024)
+
+    def attention(video, text, m):
+        return self_attention(torch.cat((video, text), 1), attn_mask=m)
+
+    found = site(attention, rows(1100), rows(TEXT), mask, config=config)
+    assert found.may_hide_video and (found.q_clusters, found.k_clusters) == (1024, 1023)
+    without = site(lambda video, text: attention(video, text, None), rows(1100), rows(TEXT), config=config)
+    assert (without.q_clusters, without.k_clusters) == (1024, 1024)
+
+
+def test_a_mask_over_a_sequence_without_context_may_hide_any_row():
     mask = torch.ones(BATCH, 1, 1, VIDEO, dtype=torch.bool)
     found = site(lambda x, m: self_attention(x, attn_mask=m), rows(VIDEO), mask)
-    assert found.has_mask and summary(found) == [(VIDEO, True)]
-    assert "masked_video_keys" not in [spec.name for spec in found.state_specs()]
+    assert found.has_mask and found.may_hide_video and summary(found) == [(VIDEO, True)]
+
+
+def test_operands_projected_in_another_graph_are_declined_with_that_reason():
+    """Nothing in the graph tells rows of one sequence from rows of two."""
+
+    def attention(query, key, value):
+        return attend(heads(query * 2), heads(key + 1), heads(value))
+
+    (found,) = decide(attention, rows(VIDEO), rows(VIDEO), rows(VIDEO))
+    assert isinstance(found, Rejection) and not found.by_design
+    assert found.reason == "its queries and values are computed outside this graph, so what their rows are is unknown"
+    assert "hooks on each layer" in found.hint
 
 
 def cross(q, kv):

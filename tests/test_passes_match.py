@@ -482,6 +482,7 @@ for library in LIBRARIES:
     ("target", "name"),
     [
         (torch.ops._flash_attn3_b4a2d0f.fwd.default, "_flash_attn3_b4a2d0f::fwd"),
+        (torch.ops._flash_attn3_b4a2d0f.fwd, "_flash_attn3_b4a2d0f::fwd"),
         (torch.ops.sageattention.fwd.default, "sageattention::fwd"),
         (
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -192,7 +192,8 @@ class Case:
     build: Callable[[], tuple[nn.Module, dict[str, Any]]]
     sites: int
     context: int
-    masked: bool = False
+    hides: bool = False
+    """A mask from outside may hide video keys."""
 
 
 def joint(mask: Tensor | None = None, **options: Any) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
@@ -209,18 +210,18 @@ CASES = {
     "both ends": Case(joint(order="both ends"), sites=2, context=2),
     "video only": Case(joint(order="video only"), sites=2, context=0),
     "video asks": Case(joint(order="video asks"), sites=2, context=0),
-    "masked video asks": Case(joint(key_mask(slice(2, 5)), order="video asks"), sites=2, context=0, masked=True),
+    "masked video asks": Case(joint(key_mask(slice(2, 5)), order="video asks"), sites=2, context=0, hides=True),
     "grouped heads": Case(joint(key_heads=1), sites=2, context=1),
     "own scale": Case(joint(scale=0.9), sites=2, context=1),
-    "masked text first": Case(joint(key_mask(slice(4, 9))), sites=2, context=1, masked=True),
-    "masked text last": Case(joint(key_mask(slice(-4, None)), order="video first"), sites=2, context=1, masked=True),
-    "masked grouped heads": Case(joint(key_mask(slice(0, 3)), key_heads=1), sites=2, context=1, masked=True),
-    "one mask for the batch": Case(joint(key_mask(slice(0, 3), batch=1)), sites=2, context=1, masked=True),
+    "masked text first": Case(joint(key_mask(slice(4, 9))), sites=2, context=1, hides=True),
+    "masked text last": Case(joint(key_mask(slice(-4, None)), order="video first"), sites=2, context=1, hides=True),
+    "masked grouped heads": Case(joint(key_mask(slice(0, 3)), key_heads=1), sites=2, context=1, hides=True),
+    "one mask for the batch": Case(joint(key_mask(slice(0, 3), batch=1)), sites=2, context=1, hides=True),
     "masked both ends": Case(
-        joint(key_mask(slice(-3, None), keys=2 * TEXT + VIDEO), order="both ends"), sites=2, context=2, masked=True
+        joint(key_mask(slice(-3, None), keys=2 * TEXT + VIDEO), order="both ends"), sites=2, context=2, hides=True
     ),
     "Wan": Case(wan, sites=2, context=0),
-    "HunyuanVideo": Case(hunyuan_video, sites=2, context=1, masked=True),
+    "HunyuanVideo": Case(hunyuan_video, sites=2, context=1),
     "CogVideoX": Case(cogvideox, sites=2, context=1),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -303,21 +304,21 @@ def test_every_site_becomes_the_same_nodes(name):
     plan = sparsify(gm, SPARSE)
     after = ops(plan.gm)
     per_site = {
-        "cluster_tokens_": 1,
-        "kmeans_": 0,
-        "sort_labels": 0,
-        "permute_tokens": 0,
+        "cluster_tokens_": int(not case.hides),
+        "kmeans_": 2 * case.hides,
+        "sort_labels": 2 * case.hides,
+        "permute_tokens": 2 * case.hides,
+        "masked_fill": int(case.hides),
         "select_blocks": 1,
         "block_sparse_attention": 1,
         "unpermute_tokens": 0,
         "context_attention": case.context,
-        "add_": int(case.masked),
     }
     assert {op: after[op] - before[op] for op in per_site} == {op: case.sites * count for op, count in per_site.items()}
     assert before["scaled_dot_product_attention"] - after["scaled_dot_product_attention"] == case.sites
 
 
-@every_case
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.hides])
 def test_queries_and_keys_go_in_their_own_order(name):
     gm, _, _ = traced(name)
     plan = sparsify(gm, SPARSE)
@@ -486,16 +487,40 @@ def test_hidden_text_cannot_influence_hunyuan_video():
     assert_equal_within_rounding(run(plan, noisy), run(plan, inputs), len(plan.sites))
 
 
-@pytest.mark.parametrize(("hidden", "count"), [(slice(4, 9), 0), (slice(4, 12), 3), (slice(20, 25), 5)])
-def test_video_keys_that_a_mask_hides_are_counted(hidden, count):
-    gm, inputs, _ = traced("masked text first")
-    inputs = [key_mask(hidden) if isinstance(x, Tensor) and x.dtype is torch.bool else x for x in inputs]
+EVERY_VIDEO_KEY_OF_ONE = slice(TEXT, None)
+
+
+@pytest.mark.parametrize("hidden", [slice(4, 12), slice(20, 25), EVERY_VIDEO_KEY_OF_ONE], ids=str)
+@pytest.mark.parametrize("order", ["text first", "video asks"])
+@pytest.mark.parametrize("key_heads", [HEADS, 1])
+def test_video_keys_that_a_mask_hides_beside_context_mean_what_they_mean_densely(hidden, order, key_heads):
+    text, video = joint_inputs()
+    inputs = {"text": text, "video": video, "mask": key_mask(hidden)}
+    gm, args, expected = trace(Joint(order=order, key_heads=key_heads).eval(), inputs)
+    plan = sparsify(gm, DENSE)
+    assert [len(site.segments) for site in plan.sites] == [2, 2]
+    assert_equal_within_rounding(run(plan, args), expected, len(plan.sites))
+
+
+def test_hidden_video_values_beside_context_cannot_influence_a_sparse_output():
+    """All keys alike: every cluster mixes hidden and visible ones, and only the values tell them apart."""
+
+    class Attend(nn.Module):
+        def forward(self, q, text_k, video_k, text_v, video_v, m):
+            return attend(q, torch.cat((text_k, video_k), 2), torch.cat((text_v, video_v), 2), attn_mask=m)
+
+    mask = key_mask(slice(TEXT - 2, TEXT + 30), batch=1)
+    values = torch.where(mask.transpose(2, 3), 1.0, float("nan")).expand(-1, -1, -1, CHANNELS)
+    q = torch.randn(1, 1, TEXT + VIDEO, CHANNELS)
+    keys = torch.ones(1, 1, TEXT, CHANNELS), torch.ones(1, 1, VIDEO, CHANNELS)
+    given = dict(
+        zip(("q", "text_k", "video_k", "text_v", "video_v", "m"), (q, *keys, *values.split([TEXT, VIDEO], 2), mask))
+    )
+    gm, inputs, _ = trace(Attend(), given)
     plan = sparsify(gm, SPARSE)
-    state = zeros(plan)
-    run(plan, inputs, state)
-    run(plan, inputs, state)
-    counters = [tensor for tensor, spec in zip(state, plan.state_specs) if spec.name == "masked_video_keys"]
-    assert [counter.tolist() for counter in counters] == [[2 * count]] * 2
+    assert len(plan.sites[0].segments) == 2
+    video = run(plan, inputs)[:, :, TEXT:]
+    assert_equal_within_rounding(video, torch.ones_like(video), 1)
 
 
 def masked_video(hidden: slice, batch: int = BATCH, key_heads: int = HEADS) -> tuple[GraphModule, list[Any], Tensor]:

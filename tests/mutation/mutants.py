@@ -51,6 +51,7 @@ MASKED = "kernels/masked_attention.py"
 REWRITING = "passes/rewrite.py"
 TRACING = "passes/trace_axis.py"
 MATCHING = "passes/match.py"
+READING = "passes/read_mask.py"
 CLASSIFYING = "passes/classify.py"
 
 MUTANTS = (
@@ -348,8 +349,8 @@ MUTANTS = (
     Mutant(
         "values left in their own order",
         REWRITING,
-        "self.emit(permute, v, k_order),",
-        "v,",
+        "v_clustered = self.emit(permute, v, k_order)",
+        "v_clustered = v",
         REWRITE,
     ),
     Mutant(
@@ -395,11 +396,46 @@ MUTANTS = (
         REWRITE,
     ),
     Mutant(
-        "visible video keys counted as masked",
+        "hidden video keys beside context rows attended to",
         REWRITING,
-        "self.emit(aten.logical_not.default, video_mask)",
-        "video_mask",
+        "self.cut(self.mask, 3, *video) if self.site.may_hide_video else None",
+        "None",
         REWRITE,
+    ),
+    Mutant(
+        "every mask thought to show the video",
+        CLASSIFYING,
+        "return not is_true(candidate.key_mask, candidate.node, (first, segment.length))",
+        "return False",
+        (*CLASSIFY, *REWRITE),
+    ),
+    Mutant(
+        "rows of a mask looked for at its front only",
+        READING,
+        "if same_size(start, rows[0]) and same_size(shape[-1], rows[1]):",
+        "if same_size(shape[-1], rows[1]):",
+        CLASSIFY,
+    ),
+    Mutant(
+        "padding on the other side of a mask taken for the video's",
+        READING,
+        "is_front = same_size(first, 0) and same_size(length, before)",
+        "is_front = same_size(length, before) or same_size(length, after)",
+        CLASSIFY,
+    ),
+    Mutant(
+        "a sum of any numbers is a count",
+        READING,
+        "tensor is not None and not tensor.is_floating_point()",
+        "tensor is not None",
+        CLASSIFY,
+    ),
+    Mutant(
+        "no room left for the cluster of hidden keys",
+        CLASSIFYING,
+        "min(k_clusters, MAX_CLUSTERS - 1)",
+        "k_clusters",
+        CLASSIFY,
     ),
     Mutant("state of two sites shared", REWRITING, "if index == site.index}", "}", REWRITE),
     Mutant(
@@ -429,14 +465,14 @@ MUTANTS = (
     Mutant("mask ignored", MATCHING, "if call.attn_mask is not None and", "if False and", MATCH),
     Mutant(
         "any product of masks is an outer product",
-        MATCHING,
+        READING,
         "and other.args[0] is factor",
         "",
         MATCH,
     ),
     Mutant(
         "transpose along any axes makes an outer product",
-        MATCHING,
+        READING,
         "{int(str(axis)) % 4 for axis in other.args[1:3]} == {2, 3}",
         "True",
         MATCH,
@@ -584,9 +620,9 @@ MUTANTS = (
     ),
     Mutant(
         "overwritten ones taken for all true",
-        MATCHING,
-        "if node is None or is_inplace(node) or is_written(node, node, end):",
-        "if node is None:",
+        READING,
+        "return not any(is_written(each, each, end) for each in trail)",
+        "return True",
         MATCH,
     ),
     Mutant(
