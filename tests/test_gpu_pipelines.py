@@ -23,7 +23,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 
-FULL = {"top_p": 1.0, "dense_steps": 1, "dense_layers": 0, "min_tokens": 1024}
+# launches are counted, and the self-check makes some
+FULL = {"top_p": 1.0, "dense_steps": 1, "dense_layers": 0, "min_tokens": 1024, "self_check": False}
 SPARSE = FULL | {"top_p": 0.9}
 ALWAYS_SPARSE = SPARSE | {"dense_steps": 0}
 CUDA_GRAPHS = {"triton.cudagraphs": True}
@@ -257,10 +258,11 @@ def tokens(seed: int) -> torch.Tensor:
     return torch.randn(1, 3, 4099, 64, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.bfloat16)
 
 
-def test_a_captured_step_replays_with_new_inputs_and_the_state_moves_on():
+@pytest.mark.parametrize("guard", [{}, {"min_recall": 0.9}], ids=["unguarded", "guarded"])
+def test_a_captured_step_replays_with_new_inputs_and_the_state_moves_on(guard):
     """A graph of our own for each CFG branch, as a serving loop captures them."""
     layer = Layer().to(DEVICE, torch.bfloat16)
-    compiled = torch.compile(layer, backend=svg2_backend, options=ALWAYS_SPARSE, fullgraph=True)
+    compiled = torch.compile(layer, backend=svg2_backend, options=ALWAYS_SPARSE | guard, fullgraph=True)
     warm, steps = 2, 5
     inputs = {stream: [tokens(10 * step + each) for step in range(steps)] for each, stream in enumerate(STREAMS)}
 
@@ -326,9 +328,10 @@ def test_a_warm_sparse_step_waits_for_the_device_no_more_often_than_a_dense_one(
         assert len(sparse) == 1, sparse
 
 
-def test_a_layer_without_a_timestep_never_waits():
+@pytest.mark.parametrize("guard", [{}, {"min_recall": 0.9}], ids=["unguarded", "guarded"])
+def test_a_layer_without_a_timestep_never_waits(guard):
     compiled = torch.compile(
-        Layer().to(DEVICE, torch.bfloat16), backend=svg2_backend, options=ALWAYS_SPARSE, fullgraph=True
+        Layer().to(DEVICE, torch.bfloat16), backend=svg2_backend, options=ALWAYS_SPARSE | guard, fullgraph=True
     )
     inputs = [tokens(seed) for seed in range(3)]
     for x in inputs[:2]:

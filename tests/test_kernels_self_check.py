@@ -167,6 +167,19 @@ def test_the_kernels_are_right(op):
     assert why_wrong(op, kind, launchers[op]) is None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_nothing_is_wrong_on_this_gpu(dtype, dim, monkeypatch):
+    monkeypatch.setattr(launch, "wrong_kernels", {})
+    monkeypatch.setattr(self_check, "_checked", set())
+    kind = Kind(GPU, dtype, dim, q_clusters=100, k_clusters=500, has_context=True, has_context_mask=True)
+    check_kernels(list(CHECKS), kind)
+    assert launch.wrong_kernels == {}
+    assert {key[0] for key in self_check._checked} == set(CHECKS)
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     """A GPU of compute capability 9.0, as far as Python can tell, on which nothing was checked."""
