@@ -145,6 +145,12 @@ def write_page(evaluation: Evaluation) -> Path:
         pairs=[_pair(evaluation, *pair) for pair in evaluation.pairs[:PAIRS_SHOWN]],
         pairs_left_out=max(len(evaluation.pairs) - PAIRS_SHOWN, 0),
         options=_options(evaluation),
+        on_cpu=settings.torch_device.type == "cpu",
+        run=[
+            ("compiled", "one block for all" if settings.blocks else "whole models"),
+            ("recall", f"on {settings.recall_rows} rows a head; not while speed is measured"),
+            ("speed", f"in {min(settings.speed_steps, rehearsal['steps'])} steps"),
+        ],
     )
     path = settings.out / PAGE
     path.write_text(page, encoding="utf-8")
@@ -363,7 +369,7 @@ def _by_frame(qualities: dict[str, dict[str, Any]]) -> Any:
 
     names = {"psnr_db_per_frame": "PSNR, dB", "ssim_per_frame": "SSIM", "lpips_per_frame": "LPIPS"}
     names = {name: label for name, label in names.items() if any(each[name] for each in qualities.values())}
-    figure = Figure(figsize=(12.6, 2.3), layout="constrained")
+    figure = Figure(figsize=(12.6, 2.6), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(1, len(names), squeeze=False)[0], names.items()):
         for colour, (configuration, quality) in zip(_colours(list(qualities)), qualities.items()):
             values = [float("nan") if each is None else each for each in quality[name]]
@@ -374,7 +380,7 @@ def _by_frame(qualities: dict[str, dict[str, Any]]) -> Any:
         axis.set_xlabel("frame")
         axis.set_ylabel(label)
         _plain(axis)
-    axis.legend(frameon=False, fontsize=9)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 
