@@ -339,10 +339,13 @@ def test_a_size_that_the_pipeline_refuses_is_found_before_any_work(folder, tmp_p
     assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
-def test_frames_for_a_pipeline_of_images_are_refused(tmp_path):
+def test_what_a_pipeline_of_images_does_not_have_is_refused(tmp_path):
     image = tiny_folders.save(tiny_folders.auraflow, tmp_path / "model")
     done = run(image, *SIZE, "--config", "min_tokens=64", "--out", tmp_path / "out")
     assert done.exit_code == 2 and "AuraFlowPipeline takes no num_frames; leave --frames away" in message(done)
+    done = run(image, *SIZE[2:], "--config", "min_tokens=64", "--blocks", "--out", tmp_path / "out")
+    expected = "AuraFlowTransformer2DModel names no repeated blocks; leave --blocks away"
+    assert done.exit_code == 2 and expected in message(done)
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path, monkeypatch):
