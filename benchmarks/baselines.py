@@ -54,7 +54,7 @@ from swapped_ops import (
     svg2,
 )
 
-from svg2_compile import tiny_wan
+from svg2_compile import svg2_backend, tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.measure import TINY_OPTIONS, Video, generate
 from svg2_compile.presets import preset
@@ -163,7 +163,7 @@ def check(bench: Workbench, options: dict[str, Any]) -> float:
     ops = bench.compile(**options)
     ops_pixels = generate(bench.pipeline, bench.videos[0]).pixels
     torch._dynamo.reset()
-    bench.pipeline.transformer = torch.compile(bench.eager, backend="svg2", options=options, fullgraph=True)
+    bench.pipeline.transformer = torch.compile(bench.eager, backend=svg2_backend, options=options, fullgraph=True)
     found = psnr(ops_pixels, generate(bench.pipeline, bench.videos[0]).pixels)
     print(
         f"through the replaced ops and through the backend left alone, compiled: {found:.1f} dB, {ops.kept.density:.4f}"
