@@ -73,6 +73,7 @@ TRITON_LIMITS = {
     "permute_tokens": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM),
     "select_blocks": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
     "block_sparse_attention": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS, MAX_KEYS - 1),
+    "measure_recall_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM),
 }
 
 

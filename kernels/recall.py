@@ -1,7 +1,6 @@
-"""``svg2::measure_recall_``: how much of the true attention mass the selection keeps, on a few rows.
+"""``svg2::measure_recall_``: how much of the true attention mass the selection keeps, on a few rows."""
 
-Plain PyTorch on every device: a few rows cost little beside all of them.
-"""
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
+from svg2_compile.kernels.launch import why_not_triton
 from svg2_compile.kernels.work_list import COUNTS, kept_keys
 
 RECALL = ("calls", "recall_sum")
@@ -143,9 +143,10 @@ def measure_recall_reference(
         ValueError: shapes disagree, H is no multiple of G, or a number is out of range.
 
     Promises:
-        Deterministic, in fp32 (fp64 for fp64), no synchronisation with a GPU, at most about ``CHUNK_BYTES`` or what one
-        key head takes of memory. 1 where everything is kept, and for a row that attends to nothing. Hidden keys and
-        values do not influence it. A GPU does the work at every call, whatever the interval.
+        Deterministic, in fp32 (fp64 for fp64), no synchronisation with a GPU. Plain PyTorch takes at most about
+        ``CHUNK_BYTES`` or what one key head takes of memory, and on a GPU works at every call, whatever the interval;
+        the kernel takes a byte for every row and key, and between two looks reads nothing. 1 where everything is kept,
+        and for a row that attends to nothing. Hidden keys and values do not influence it.
     """
     _check(
         q,
@@ -163,37 +164,74 @@ def measure_recall_reference(
         rows,
         interval,
     )
-    is_measured = (k_calls - 1) % interval == 0
-    if not k_calls.is_cuda and not is_measured:
+    if not k_calls.is_cuda and not bool((k_calls - 1) % interval == 0):
         return
+    _measure(
+        key_masses_reference,
+        q,
+        k,
+        q_order,
+        q_sizes,
+        k_sizes,
+        runs,
+        counts,
+        context_k,
+        context_mask,
+        k_calls,
+        recall,
+        dense_heads,
+        scale,
+        rows,
+        interval,
+        seed,
+        min_recall,
+    )
+
+
+KeyMasses = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def _measure(
+    key_masses: KeyMasses,
+    q: Tensor,
+    k: Tensor,
+    q_order: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    runs: Tensor,
+    counts: Tensor,
+    context_k: Tensor | None,
+    context_mask: Tensor | None,
+    k_calls: Tensor,
+    recall: Tensor,
+    dense_heads: Tensor | None,
+    scale: float,
+    rows: int,
+    interval: int,
+    seed: int,
+    min_recall: float,
+) -> None:
+    """Compute the op, the masses of the keys by ``key_masses``."""
     batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
+    is_measured = (k_calls - 1) % interval == 0
     positions = _sampled_positions(tokens, min(rows, tokens), k_calls, seed)
     sampled = q.gather(2, q_order[:, :, positions].long().unsqueeze(-1).expand(-1, -1, -1, dim))
     clusters = torch.searchsorted(q_sizes.cumsum(-1), positions.expand(batch, heads, -1).contiguous(), right=True)
     runs = runs.gather(2, clusters[..., None, None].expand(-1, -1, -1, *runs.shape[3:]))
     counts = counts.gather(2, clusters.unsqueeze(-1).expand(-1, -1, -1, counts.shape[3]))
     # the rows of all query heads of a key head stand beside each other from here on
-    sampled, runs, counts = (x.reshape(batch * groups, 1, -1, *x.shape[3:]) for x in (sampled, runs, counts))
-    keys, hidden = k.flatten(0, 1), _hidden(k.shape[2], k_sizes.flatten(0, 1).sum(-1))
-    context, context_hidden = None, None
-    if context_k is not None:
-        context = context_k.flatten(0, 1)
-        if context_mask is not None:
-            context_hidden = ~context_mask.expand(batch, groups, 1, -1).flatten(0, 1)
-    shares = [
-        _kept_shares(
-            sampled[part, 0],
-            keys[part],
-            hidden[part],
-            kept_keys(runs[part], counts[part], k.shape[2])[:, 0],
-            None if context is None else context[part],
-            None if context_hidden is None else context_hidden[part],
-            scale,
-        )
-        for part in _parts(batch * groups, k.shape[2] * (4 * dim + 24 * sampled.shape[2]))
-    ]
-    of_heads = torch.cat(shares).reshape(batch, heads, -1).mean(-1)
+    sampled, runs, counts = (x.reshape(batch * groups, -1, *x.shape[3:]) for x in (sampled, runs, counts))
+    visible = k_sizes.flatten(0, 1).sum(-1, dtype=torch.int32)
+    # a model under autocast would have the scores rounded
+    with torch.autocast(q.device.type, enabled=False):
+        total, mass = key_masses(sampled, k, visible, runs, counts, scale, k_calls, interval)
+        if context_k is not None:
+            always = _context_mass(sampled, context_k, context_mask, scale)
+            total, mass = total.logaddexp(always), mass.logaddexp(always)
+    attends_to_nothing = total == float("-inf")
+    shares = (mass - total).exp().masked_fill(attends_to_nothing, 1.0).clamp(max=1.0)
+    of_heads = shares.reshape(batch, heads, -1).mean(-1).to(recall.dtype)
     if dense_heads is not None:
         falls = is_measured & (dense_heads[..., 0] == 0) & (of_heads < min_recall)
         since_now = torch.stack((k_calls.expand_as(of_heads), of_heads), dim=-1).to(dense_heads.dtype)
@@ -202,15 +240,45 @@ def measure_recall_reference(
     recall += torch.stack((torch.ones_like(of_heads), of_heads), dim=-1).where(is_measured, 0)
 
 
+def key_masses_reference(
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    runs: Tensor,
+    counts: Tensor,
+    scale: float,
+    k_calls: Tensor,
+    interval: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-sum-exp of the scores of every row [X, R], X = B * G: over visible keys, and over kept ones.
+
+    The arguments are those of ``recall_triton.key_masses_triton``; this one measures at every call.
+    """
+    dtype, tokens = accumulation_dtype(q), k.shape[2]
+    keys, hidden = k.flatten(0, 1), torch.arange(tokens, device=k.device) >= visible[:, None, None]
+    masses = []
+    for part in _parts(len(q), tokens * (4 * q.shape[2] + 24 * q.shape[1])):
+        kept = kept_keys(runs[part].unsqueeze(1), counts[part].unsqueeze(1), tokens)[:, 0]
+        scores = (q[part].to(dtype) @ keys[part].to(dtype).mT * scale).masked_fill_(hidden[part], float("-inf"))
+        masses.append((scores.logsumexp(-1), scores.masked_fill(~kept, float("-inf")).logsumexp(-1)))
+    total, mass = (torch.cat(each) for each in zip(*masses))
+    return total, mass
+
+
+def _context_mass(q: Tensor, context_k: Tensor, context_mask: Tensor | None, scale: float) -> Tensor:
+    """Return the log-sum-exp of the scores of rows [X, R, D] over the context keys [B, G, M, D]: [X, R]."""
+    dtype = accumulation_dtype(q)
+    scores = q.to(dtype) @ context_k.flatten(0, 1).to(dtype).mT * scale
+    if context_mask is not None:
+        hidden = ~context_mask.expand(*context_k.shape[:2], 1, -1).flatten(0, 1)
+        scores = scores.masked_fill_(hidden, float("-inf"))
+    return scores.logsumexp(-1)
+
+
 def _sampled_positions(tokens: int, rows: int, calls: Tensor, seed: int) -> Tensor:
     """Return ``rows`` different positions in 0 ... tokens - 1, int64 [rows], equally far apart."""
     phase = (calls.long() + seed) * GOLDEN_STEP % 2**32
     return (torch.arange(rows, device=calls.device) * tokens + (phase * tokens >> 32)) // rows
-
-
-def _hidden(tokens: int, visible: Tensor) -> Tensor:
-    """Return bool [..., 1, tokens], False for the first ``visible`` tokens."""
-    return torch.arange(tokens, device=visible.device) >= visible[..., None, None]
 
 
 def _parts(count: int, bytes_each: int) -> list[slice]:
@@ -219,33 +287,38 @@ def _parts(count: int, bytes_each: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def _kept_shares(
+def _measure_recall_cuda(
     q: Tensor,
     k: Tensor,
-    hidden: Tensor,
-    kept: Tensor,
+    q_order: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    runs: Tensor,
+    counts: Tensor,
     context_k: Tensor | None,
-    context_hidden: Tensor | None,
+    context_mask: Tensor | None,
+    k_calls: Tensor,
+    recall: Tensor,
+    dense_heads: Tensor | None,
     scale: float,
-) -> Tensor:
-    """Return the kept share of the mass of rows [X, R, D] over keys [X, N, D] and context keys: [X, R]."""
-    dtype = accumulation_dtype(q)
-    # a model under autocast would have the scores rounded
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (q.to(dtype) @ k.to(dtype).mT * scale).masked_fill_(hidden, float("-inf"))
-        total = scores.logsumexp(-1)
-        mass = scores.masked_fill_(~kept, float("-inf")).logsumexp(-1)
-        if context_k is not None:
-            scores = q.to(dtype) @ context_k.to(dtype).mT * scale
-            if context_hidden is not None:
-                scores = scores.masked_fill_(context_hidden, float("-inf"))
-            always = scores.logsumexp(-1)
-            total, mass = total.logaddexp(always), mass.logaddexp(always)
-    attends_to_nothing = total == float("-inf")
-    return (mass - total).exp().masked_fill(attends_to_nothing, 1.0).clamp(max=1.0)
+    rows: int,
+    interval: int,
+    seed: int,
+    min_recall: float,
+) -> None:
+    arguments = (q, k, q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls, recall, dense_heads)
+    numbers = (scale, rows, interval, seed, min_recall)
+    if why_not_triton("measure_recall_", q.device, q.dtype, dim=q.shape[3]) is not None or k.numel() == 0:
+        measure_recall_reference(*arguments, *numbers)
+        return
+    _check(*arguments, rows, interval)
+    from svg2_compile.kernels.recall_triton import key_masses_triton
+
+    _measure(key_masses_triton, *arguments, *numbers)
 
 
-torch.library.impl("svg2::measure_recall_", ("cpu", "cuda"), measure_recall_reference)
+torch.library.impl("svg2::measure_recall_", "CPU", measure_recall_reference)
+torch.library.impl("svg2::measure_recall_", "CUDA", _measure_recall_cuda)
 
 
 def _measure_recall_fake(

@@ -23,6 +23,7 @@ from svg2_compile.kernels.launch import (
     why_not_triton,
 )
 from svg2_compile.kernels.permute import permute_tokens_reference, unpermute_tokens_reference
+from svg2_compile.kernels.recall import RECALL, measure_recall_reference
 from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 HEADS = 2
 CONTEXT = 17
+ROWS = 19
 # Of near equals, rounding may choose another cluster.
 MAX_OTHER_KEYS_RATIO = 0.01
 # fp32 sums in another order; 16-bit results err by their own rounding, and by that of the weights.
@@ -298,6 +300,22 @@ def _check_attention(call: Callable[..., Any], kind: Kind) -> str | None:
     return _far(got[0], out, tolerance) or _far(got[1], lse, 10 * MIN_TOLERANCE)
 
 
+def _check_measure_recall(call: Callable[..., Any], kind: Kind) -> str | None:
+    q, k = (_random(seed, kind.tokens, kind.dim, kind.dtype) for seed in range(2))
+    (q_order, q_sizes), (_, k_sizes) = (
+        sort_labels_reference(_random_labels(kind, c), c) for c in (kind.q_clusters, kind.k_clusters)
+    )
+    keep = _random(3, kind.q_clusters, kind.k_clusters, torch.float32) < 0
+    kept = kept_runs_reference(keep, k_sizes)
+    calls = torch.ones(1, dtype=torch.int32)
+    arguments = (q, k, q_order, q_sizes, k_sizes, kept.runs, kept.counts, None, None, calls)
+    numbers = (4 * kind.dim**-0.5, ROWS, 1, 0, 0.0)
+    on_device, wanted = (torch.zeros(1, HEADS, len(RECALL), device=each) for each in (kind.device, "cpu"))
+    call(*_on(kind.device, arguments), on_device, None, *numbers)
+    measure_recall_reference(*arguments, wanted, None, *numbers)
+    return _far(on_device, wanted, 10 * MIN_TOLERANCE)
+
+
 def _on(device: torch.device, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if each is None else each.to(device) for each in tensors]
 
@@ -309,5 +327,6 @@ CHECKS: dict[str, Callable[[Callable[..., Any], Kind], str | None]] = {
     "permute_tokens": _check_permute_tokens,
     "select_blocks": _check_select_blocks,
     "block_sparse_attention": _check_attention,
+    "measure_recall_": _check_measure_recall,
 }
 """The check of each op that has kernels."""

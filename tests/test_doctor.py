@@ -66,13 +66,30 @@ def test_clustering_says_why_gluon_does_not_assign(hopper):
 @pytest.mark.parametrize(
     ("changes", "slow"),
     [
-        ({"dim": 257}, {"cluster_tokens_", "kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"}),
+        (
+            {"dim": 257},
+            {
+                "cluster_tokens_",
+                "kmeans_",
+                "permute_tokens",
+                "select_blocks",
+                "block_sparse_attention",
+                "measure_recall_",
+            },
+        ),
         ({"clusters": 1025}, {"cluster_tokens_", "kmeans_", "sort_labels", "select_blocks", "block_sparse_attention"}),
         ({"tokens": 2**31}, {"block_sparse_attention"}),
         ({"tokens": 2**31 - 2, "dim": 256, "clusters": 1024}, set()),
         (
             {"dtype": torch.float64},
-            {"cluster_tokens_", "kmeans_", "permute_tokens", "select_blocks", "block_sparse_attention"},
+            {
+                "cluster_tokens_",
+                "kmeans_",
+                "permute_tokens",
+                "select_blocks",
+                "block_sparse_attention",
+                "measure_recall_",
+            },
         ),
     ],
 )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -107,6 +108,9 @@ WRONG = [
     ("block_sparse_attention", with_argument(2, lambda arguments: arguments[2].roll(1, 2))),
     ("block_sparse_attention", with_result(0, set_at(LAST, math.nan))),
     ("block_sparse_attention", with_result(1, lambda lse: lse.add_(0.1))),
+    ("measure_recall_", with_argument(12, lambda arguments: 1.1 * arguments[12])),
+    ("measure_recall_", with_argument(6, lambda arguments: (arguments[6] - 1).clamp(min=0))),
+    ("measure_recall_", with_state(10, lambda recall: recall.mul_(0.99))),
 ]
 
 
@@ -151,6 +155,8 @@ def test_the_kernels_are_right(op):
         cluster_tokens_triton,
         kmeans_triton,
         permute_triton,
+        recall,
+        recall_triton,
         select_blocks_triton,
         sort_labels_triton,
     )
@@ -162,6 +168,7 @@ def test_the_kernels_are_right(op):
         "permute_tokens": permute_triton.permute_tokens_triton,
         "select_blocks": select_blocks_triton.select_blocks_triton,
         "block_sparse_attention": block_sparse_attention_triton.block_sparse_attention_triton,
+        "measure_recall_": partial(recall._measure, recall_triton.key_masses_triton),
     }
     kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, has_context=True)
     assert why_wrong(op, kind, launchers[op]) is None
