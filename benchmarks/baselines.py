@@ -12,7 +12,9 @@ Every method runs in the same rewritten graph, with the same attention op and th
   oracle         k-means clusters; top-p over the exact softmax mass of every pair of clusters
   blocks oracle  ``blocks``, chosen by the exact masses
   boxes oracle   ``boxes``, chosen by the exact masses
-  spread         k-means clusters; top-p over masses estimated from the centroids and the variance of the keys
+  queries        k-means clusters; masses estimated from every query and the centroids of the keys
+  keys           k-means clusters; masses estimated from the centroids of the queries and every key
+  spread         k-means clusters; masses estimated from the centroids and the variance of the keys
 
 The video is compared with the dense one of the same seed. A method's curve runs over ``top_p``; at the density of an
 SVG2 point its PSNR is read from its own curve, linear in the logarithm of the density between two points of the same
@@ -44,13 +46,15 @@ from swapped_ops import (
     Workbench,
     at_density,
     by_centroids,
+    by_keys,
+    by_queries,
     by_spread,
     by_true_mass,
     density_at,
     svg2,
 )
 
-from svg2_compile import tiny_wan
+from svg2_compile import svg2_backend, tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.measure import TINY_OPTIONS, Video, generate
 from svg2_compile.presets import preset
@@ -60,7 +64,7 @@ TOP_P = (0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 PROMPTS = ("rabbit_wakes", "rabbit_stretches", "passenger_talks", "passenger_sings")
 PRESETS = ("quality", "balanced", "turbo")
 RIVALS = ("svg2", "random", "blocks", "boxes", "oracle")
-METHODS = (*RIVALS, "blocks oracle", "boxes oracle", "spread")
+METHODS = (*RIVALS, "blocks oracle", "boxes oracle", "queries", "keys", "spread")
 KEYS = tuple(field.name for field in fields(Point))
 TOKENS_PER_CLUSTER = (128, 32)
 """Of queries and keys: 64 and 256 clusters of 8192 tokens, as in ``TINY_OPTIONS``."""
@@ -117,7 +121,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     result["noise_floor_psnr_db"] = bench.measure(ops, 0).psnr_db
     print(f"everything kept: {result['noise_floor_psnr_db']:.1f} dB", flush=True)
     grid = (base.frames, base.height // tiny_wan.model.TOKEN_SIZE, base.width // tiny_wan.model.TOKEN_SIZE)
-    selections = {"oracle": by_true_mass, "spread": by_spread}
+    selections = {"oracle": by_true_mass, "queries": by_queries, "keys": by_keys, "spread": by_spread}
     for method in arguments.methods:
         clusters, _, selection = method.partition(" ")
         by_position = {"blocks": ByPosition(grid, boxes=False), "boxes": ByPosition(grid, boxes=True)}
@@ -159,7 +163,7 @@ def check(bench: Workbench, options: dict[str, Any]) -> float:
     ops = bench.compile(**options)
     ops_pixels = generate(bench.pipeline, bench.videos[0]).pixels
     torch._dynamo.reset()
-    bench.pipeline.transformer = torch.compile(bench.eager, backend="svg2", options=options, fullgraph=True)
+    bench.pipeline.transformer = torch.compile(bench.eager, backend=svg2_backend, options=options, fullgraph=True)
     found = psnr(ops_pixels, generate(bench.pipeline, bench.videos[0]).pixels)
     print(
         f"through the replaced ops and through the backend left alone, compiled: {found:.1f} dB, {ops.kept.density:.4f}"

@@ -335,6 +335,8 @@ def without_full_masks(spec: Model) -> Iterator[None]:
 class Forced:
     """While entered, clustering and selection run, and what they return is replaced.
 
+    Queries and keys are clustered together, or, where a mask hides keys, each on its own and then sorted by label.
+
     The replacement stays at its place in memory, so that CUDA graphs see another density without being recorded again.
     """
 
@@ -343,7 +345,12 @@ class Forced:
         self.q_sizes, self.k_sizes = (
             lognormal_sizes(generator, 1, heads, count, tokens) for count in (q_clusters, k_clusters)
         )
-        self.q_order, _ = torch.ops.svg2.sort_labels(shuffled_labels(generator, self.q_sizes), q_clusters)
+        (self.q_order, _), (self.k_order, _) = (
+            torch.ops.svg2.sort_labels(shuffled_labels(generator, sizes), sizes.shape[2])
+            for sizes in (self.q_sizes, self.k_sizes)
+        )
+        # behind the last cluster: the keys that the mask hides, none
+        self.k_sizes_and_hidden = torch.nn.functional.pad(self.k_sizes, (0, 1))
         everything = torch.ones((1, heads, q_clusters, k_clusters), dtype=torch.bool, device=DEVICE)
         self.runs, self.counts = (x.contiguous() for x in self._kept(everything))
 
@@ -363,12 +370,20 @@ class Forced:
     def __enter__(self) -> Forced:
         from svg2_compile.kernels import cluster_tokens_triton as clustering
         from svg2_compile.kernels import select_blocks_triton as selecting
+        from svg2_compile.kernels import sort_labels_triton as sorting
 
         cluster, select = clustering.cluster_tokens_triton, selecting.select_blocks_triton
+        sort = sorting.sort_labels_triton
 
         def cluster_then_pretend(*args: Any) -> tuple[Tensor, ...]:
             *_, keys, values = cluster(*args)
             return self.q_order, self.q_sizes, self.k_sizes, keys, values
+
+        def sort_then_pretend(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+            sort(labels, clusters)
+            if clusters == self.q_sizes.shape[2]:
+                return self.q_order, self.q_sizes
+            return self.k_order, self.k_sizes_and_hidden
 
         def select_then_pretend(*args: Any) -> tuple[Tensor, Tensor]:
             select(*args)
@@ -376,9 +391,11 @@ class Forced:
 
         def restore() -> None:
             clustering.cluster_tokens_triton, selecting.select_blocks_triton = cluster, select
+            sorting.sort_labels_triton = sort
 
         self._restore = restore
         clustering.cluster_tokens_triton, selecting.select_blocks_triton = cluster_then_pretend, select_then_pretend
+        sorting.sort_labels_triton = sort_then_pretend
         return self
 
     def __exit__(self, *error: object) -> None:

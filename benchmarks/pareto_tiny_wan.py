@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from svg2_compile import tiny_wan
+from svg2_compile import svg2_backend, tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.measure import (
     TINY_OPTIONS,
@@ -67,7 +67,7 @@ def main() -> None:
         for top_p in arguments.top_p:
             chosen = {**options, "top_p": top_p}
             # a copy each: the report adds up whatever ran on the same parameters
-            models.append(torch.compile(copy.deepcopy(eager), backend="svg2", options=chosen, fullgraph=True))
+            models.append(torch.compile(copy.deepcopy(eager), backend=svg2_backend, options=chosen, fullgraph=True))
         for model in models:
             pipeline.transformer = model
             warm_up(pipeline, video)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import svg2_compile
-from svg2_compile import tiny_wan
+from svg2_compile import svg2_backend, tiny_wan
 from svg2_compile.measure import Video, generate
 from svg2_compile.quality import psnr, ssim
 
@@ -70,7 +70,7 @@ def main() -> None:
                     print("out of time")
                     return
                 torch._dynamo.reset()
-                pipeline.transformer = torch.compile(eager, backend="svg2", options=BASE | point)
+                pipeline.transformer = torch.compile(eager, backend=svg2_backend, options=BASE | point)
                 sparse = generate(pipeline, video)
                 report = svg2_compile.report(pipeline.transformer)
                 line = {

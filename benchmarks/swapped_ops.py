@@ -175,9 +175,28 @@ def by_centroids(blocks: Blocks) -> tuple[Tensor, Tensor]:
 
 def by_true_mass(blocks: Blocks) -> tuple[Tensor, Tensor]:
     """The oracle: the same rule over the exact masses."""
-    mass = block_masses(blocks).clamp(min=1e-30)
+    return _by_masses(block_masses(blocks), blocks)
+
+
+def by_queries(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """The same rule, the queries taken one by one and the keys by their centroids: a softmax each, then the mean."""
+    q = svg2.permute_tokens(blocks.q, blocks.q_order).float()
+    sizes = blocks.k_sizes.float().log().unsqueeze(2)
+    probability = (q @ blocks.k_centroids.transpose(-1, -2) * blocks.scale + sizes).softmax(-1)
+    members = membership(blocks.q_sizes, q.shape[2])
+    masses = members.transpose(-1, -2) @ probability / blocks.q_sizes.clamp(min=1).unsqueeze(-1)
+    return _by_masses(masses, blocks)
+
+
+def by_keys(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """The same rule, the keys taken one by one and the queries by their centroids."""
+    probability = (blocks.q_centroids @ blocks.k.float().transpose(-1, -2) * blocks.scale).softmax(-1)
+    return _by_masses(probability @ membership(blocks.k_sizes, blocks.k.shape[2]), blocks)
+
+
+def _by_masses(masses: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
     # scores that, weighted by the sizes as the rule does, are the masses
-    scores = (mass / blocks.k_sizes.clamp(min=1).unsqueeze(2)).log()
+    scores = (masses.clamp(min=1e-30) / blocks.k_sizes.clamp(min=1).unsqueeze(2)).log()
     axes = torch.eye(scores.shape[3], device=scores.device).expand(*scores.shape[:2], -1, -1)
     keep, _ = kept_clusters(scores, axes, blocks.k_sizes, 1.0, blocks.top_p, blocks.min_keep_ratio)
     return _runs(keep, blocks)

@@ -195,7 +195,7 @@ class Evaluation:
 
     def _run(self, console: Any) -> None:
         with Progress(console) as self._progress, fastest_attention(self.settings.torch_device):
-            self._check_schedules()
+            self._check()
             self._do(self.rehearsal_key, self._rehearse)
             self._generations(EAGER, lambda: (self.pipeline, 0.0))
             self._generations(DENSE, lambda: self._compiled(None))
@@ -230,7 +230,12 @@ class Evaluation:
         stamps = [f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
         return f"{folder.resolve()} {hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]}"
 
-    def _check_schedules(self) -> None:
+    def _check(self) -> None:
+        """Refuse what cannot go well to the end."""
+        models = [getattr(self.pipeline, name) for name in denoiser_names(self.pipeline)]
+        for model in models if self.settings.blocks else []:
+            if not getattr(model, "_repeated_blocks", None):
+                raise EvaluationError(f"{type(model).__name__} names no repeated blocks; leave --blocks away")
         steps = self.request(*self.pairs[0]).steps
         for each in self.settings.configurations:
             if self.dense_steps(each, steps) >= steps:
@@ -253,8 +258,9 @@ class Evaluation:
         except (ConfigError, tiny_wan.TinyWanError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # pipelines, models and VAEs raise many kinds
+            given = ", ".join(f"{name} {value}" for name, value in self.settings.size.given.items())
             raise EvaluationError(
-                f"{type(self.pipeline).__name__} cannot do one step with {asdict(self.settings.size)}: "
+                f"{type(self.pipeline).__name__} cannot do one step with {given or 'its own sizes'}: "
                 f"{type(error).__name__}: {error}; change --height, --width or --frames to what it accepts"
             ) from error
         _check_numbers(pixels, EAGER)

@@ -23,6 +23,8 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 PAIRS_SHOWN = 4
 """Prompts and seeds whose frames are put into the page, which would grow too large with all."""
 WEAKEST_SHOWN = 8
+FLOOR_GAP_DB = 20
+"""A noise floor this far above all configurations is named and not drawn."""
 FIGURES = (
     "step faster", "loop faster", "predicted", "PSNR, dB", "SSIM", "LPIPS", "density", "with dense steps", "recall",
 )  # fmt: skip
@@ -143,6 +145,12 @@ def write_page(evaluation: Evaluation) -> Path:
         pairs=[_pair(evaluation, *pair) for pair in evaluation.pairs[:PAIRS_SHOWN]],
         pairs_left_out=max(len(evaluation.pairs) - PAIRS_SHOWN, 0),
         options=_options(evaluation),
+        on_cpu=settings.torch_device.type == "cpu",
+        run=[
+            ("compiled", "one block for all" if settings.blocks else "whole models"),
+            ("recall", f"on {settings.recall_rows} rows a head; not while speed is measured"),
+            ("speed", f"in {min(settings.speed_steps, rehearsal['steps'])} steps"),
+        ],
     )
     path = settings.out / PAGE
     path.write_text(page, encoding="utf-8")
@@ -293,42 +301,36 @@ def _fields(resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pareto(noise: Summary, summaries: Sequence[Summary]) -> Any:
+    """Speed against quality; a configuration that differs in no pixel has no place in it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.2, 3.9), layout="constrained")
     axis = figure.subplots()
-    shown = [each for each in summaries if each.speed and each.psnr_db.mean is not None]
+    speedups, bounds = [1.0], []
     for colour, each in zip(_colours(summaries), summaries):
-        if each not in shown or each.speed is None:
+        mean, least, greatest = each.psnr_db.mean, each.psnr_db.least, each.psnr_db.greatest
+        if each.speed is None or mean is None or least is None or greatest is None:
             continue
-        spread = each.psnr_db
-        assert spread.mean is not None and spread.least is not None and spread.greatest is not None
-        whiskers = [[spread.mean - spread.least], [spread.greatest - spread.mean]]
-        speedup = each.speed["step_speedup"]
-        axis.errorbar(speedup, spread.mean, yerr=whiskers, fmt="o", color=colour, capsize=3, markersize=7)
-        axis.annotate(
-            shortened(each.name, 40), (speedup, spread.mean), (8, 6), textcoords="offset points", fontsize=9, color=INK
-        )
-    means = [each.psnr_db.mean or 0.0 for each in shown]
-    if means:
-        axis.set_ylim(
-            min(each.psnr_db.least or 0.0 for each in shown) - 4,
-            max(each.psnr_db.greatest or 0.0 for each in shown) + 6,
-        )
-        speedups = [1.0] + [each.speed["step_speedup"] for each in shown if each.speed]
-        margin = 0.25 * (max(speedups) - min(speedups)) + 0.05
-        axis.set_xlim(min(speedups) - margin / 2, max(speedups) + margin)
+        place = (each.speed["step_speedup"], mean)
+        whiskers = [[mean - least], [greatest - mean]]
+        axis.errorbar(*place, yerr=whiskers, fmt="o", color=colour, capsize=3, markersize=7)
+        axis.annotate(shortened(each.name, 40), place, (8, 6), textcoords="offset points", fontsize=9, color=INK)
+        speedups.append(place[0])
+        bounds += [least, greatest]
+    margin = 0.25 * (max(speedups) - min(speedups)) + 0.05
+    axis.set_xlim(min(speedups) - margin / 2, max(speedups) + margin)
     floor = noise.psnr_db.mean
-    if floor is None:
-        text = "noise floor: no difference at all"
-    else:
-        text = f"noise floor {floor:.1f} dB"
-        if means and floor > axis.get_ylim()[1]:
-            text += ", far above"
-        else:
-            axis.axhline(floor, color=GREY, linestyle="--", linewidth=1)
-    axis.text(0.99, 0.97, text, transform=axis.transAxes, ha="right", va="top", fontsize=9, color=GREY)
+    text = "noise floor: no difference at all" if floor is None else f"noise floor {floor:.1f} dB"
+    if floor is not None and bounds and floor > max(bounds) + FLOOR_GAP_DB:
+        text += ", far above"
+    elif floor is not None:
+        bounds.append(floor)
+        axis.axhline(floor, color=GREY, linestyle="--", linewidth=1)
+    if bounds:
+        axis.set_ylim(min(bounds) - 4, max(bounds) + 6)
     axis.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+    axis.text(0.99, 0.97, text, transform=axis.transAxes, ha="right", va="top", fontsize=9, color=GREY, bbox=paper)
     axis.set_xlabel("measured speed-up of a sparse step over a compiled dense step")
     axis.set_ylabel("PSNR to dense, dB")
     _plain(axis)
@@ -367,7 +369,7 @@ def _by_frame(qualities: dict[str, dict[str, Any]]) -> Any:
 
     names = {"psnr_db_per_frame": "PSNR, dB", "ssim_per_frame": "SSIM", "lpips_per_frame": "LPIPS"}
     names = {name: label for name, label in names.items() if any(each[name] for each in qualities.values())}
-    figure = Figure(figsize=(12.6, 2.3), layout="constrained")
+    figure = Figure(figsize=(12.6, 2.6), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(1, len(names), squeeze=False)[0], names.items()):
         for colour, (configuration, quality) in zip(_colours(list(qualities)), qualities.items()):
             values = [float("nan") if each is None else each for each in quality[name]]
@@ -378,7 +380,7 @@ def _by_frame(qualities: dict[str, dict[str, Any]]) -> Any:
         axis.set_xlabel("frame")
         axis.set_ylabel(label)
         _plain(axis)
-    axis.legend(frameon=False, fontsize=9)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

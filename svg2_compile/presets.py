@@ -40,28 +40,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str) -> dict[str, Any]:
     """Return the options that a name stands for, fields of ``SparseConfig``, to give to ``torch.compile``.
 
-    Ours, on the curve of quality over density of the tiny Wan (docs/measurements.md, 20): ``quality``, ``balanced``
-    (the defaults) and ``turbo``. They leave the cluster counts to ``auto``, so they fit any model.
+    Ours are ``quality``, ``balanced`` (the defaults) and ``turbo``. They leave the cluster counts to ``auto``, so they
+    fit any model. ``presets`` in docs/images/baselines.json has their place on the tiny Wan's curve.
 
-    The paper's are fixed to a model and a size. Two of its settings are nobody's default: clusters are counted, not
-    scaled with the sequence, and the first clustering takes 50 iterations.
+    The published ones are fixed to a model and a size; docs/method.md has their table:
 
-    ==========================  ==========================================================================
-    name                        source
-    ==========================  ==========================================================================
-    ``paper-wan-2.1``           text to video, 720p: the scripts of svg-project/Sparse-VideoGen, 5ce7b01
-    ``paper-wan-2.1-i2v``       image to video, 720p: the same
-    ``paper-wan-2.1-i2v-480p``  image to video, 480p: the same
-    ``paper-wan-2.2``           the SVG2 baseline of SVG-EAR, arXiv 2603.08982; iterations and floor not given
-                                there, so those of the scripts
-    ``paper-wan-2.2-turbo``     SVG2-Turbo, text to video, of SVG-EAR; likewise
-    ``paper-wan-2.2-i2v-turbo`` SVG2-Turbo, image to video, of SVG-EAR; likewise
-    ``paper-hunyuan-video``     720p: the scripts
-    ``paper-hunyuan-video-480p``  480p: the scripts
-    ``paper-cosmos``            Cosmos 1.0: the scripts
-    ==========================  ==========================================================================
-
-    The text of the paper (arXiv 2505.18875) names 100 and 500 clusters and 30 % dense steps; its scripts do not.
+    - ``paper-wan-2.1``, ``paper-wan-2.1-i2v``, ``paper-wan-2.1-i2v-480p``, ``paper-hunyuan-video``,
+      ``paper-hunyuan-video-480p``, ``paper-cosmos``: the scripts of svg-project/Sparse-VideoGen, 5ce7b01. The text of
+      the paper (arXiv 2505.18875) names others, 100 and 500 clusters and 30 % dense steps.
+    - ``paper-wan-2.2``, ``paper-wan-2.2-turbo``, ``paper-wan-2.2-i2v-turbo``: SVG2 and SVG2-Turbo as SVG-EAR
+      (arXiv 2603.08982) measures them; iterations and floor, not given there, are those of the scripts.
 
     Args:
         name: one of ``preset_names()``.

@@ -339,10 +339,13 @@ def test_a_size_that_the_pipeline_refuses_is_found_before_any_work(folder, tmp_p
     assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
-def test_frames_for_a_pipeline_of_images_are_refused(tmp_path):
+def test_what_a_pipeline_of_images_does_not_have_is_refused(tmp_path):
     image = tiny_folders.save(tiny_folders.auraflow, tmp_path / "model")
     done = run(image, *SIZE, "--config", "min_tokens=64", "--out", tmp_path / "out")
     assert done.exit_code == 2 and "AuraFlowPipeline takes no num_frames; leave --frames away" in message(done)
+    done = run(image, *SIZE[2:], "--config", "min_tokens=64", "--blocks", "--out", tmp_path / "out")
+    expected = "AuraFlowTransformer2DModel names no repeated blocks; leave --blocks away"
+    assert done.exit_code == 2 and expected in message(done)
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path, monkeypatch):
@@ -386,6 +389,23 @@ def test_a_twin_shares_the_weights_and_nothing_else():
         assert ours is not theirs and ours.data_ptr() == theirs.data_ptr()
     twin.proj_out = torch.nn.Identity()
     assert isinstance(model.proj_out, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_warming_up_compiles_for_both_models_and_leaves_the_originals_alone(folder, tmp_path, blocks):
+    """The second model begins later, and runs the graphs of the first, which is of the same class."""
+    options = {"min_tokens": 64, "dense_layers": 0, "dense_steps": 0, "lowering": "eager"}
+    configurations = (evaluate.Configuration("a", options),)
+    evaluation = evaluate.Evaluation(settings(folder, tmp_path, blocks=blocks, configurations=configurations))
+    evaluation._progress = SimpleNamespace(call=lambda _, action: action())
+    pipeline, _ = evaluation._compiled(configurations[0])
+    traced = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    generation = measure.generate(pipeline, evaluation.request(PROMPTS[0], 0))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == traced
+    paths = {site.path for site in generation.report.sparse_sites if site.sparse_calls}
+    assert paths == {f"{model}blocks.{block}.attn1" for model in ("", "transformer_2.") for block in (0, 1)}
+    originals = (evaluation.pipeline.transformer, evaluation.pipeline.transformer_2)
+    assert all(part._compiled_call_impl is None for model in originals for part in model.modules())
 
 
 def test_operations_are_counted_as_by_hand():

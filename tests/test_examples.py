@@ -66,6 +66,15 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in walk.splitlines() if line.startswith("svg2 ")]
 
 
+def test_the_question_of_the_walk_is_understood(monkeypatch):
+    asked = []
+    monkeypatch.setattr("svg2_compile.explaining.explain_model", asked.append)
+    monkeypatch.setattr("svg2_compile.explaining.print_explanation", lambda *_: None)
+    done = CliRunner().invoke(app, commands()[0])
+    assert done.exit_code == 0, done.output
+    assert (asked[0].frames, asked[0].height, asked[0].gpu) == (81, 480, "h100")
+
+
 @pytest.mark.parametrize("command", commands()[1:], ids=" ".join)
 def test_an_evaluation_of_the_walk_is_understood(command, tmp_path, monkeypatch):
     seen = []

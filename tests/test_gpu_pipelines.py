@@ -203,17 +203,17 @@ def replays(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def launches(monkeypatch) -> list[None]:
-    """Return a list that gets an entry whenever the host launches the clustering of one attention."""
-    from svg2_compile.kernels import cluster_tokens_triton as clustering
+    """Return a list that gets an entry whenever the host launches the selection of one attention."""
+    from svg2_compile.kernels import select_blocks_triton as selecting
 
     seen: list[None] = []
-    launch = clustering.cluster_tokens_triton
+    launch = selecting.select_blocks_triton
 
-    def cluster_tokens_triton(*arguments):
+    def select_blocks_triton(*arguments):
         seen.append(None)
         return launch(*arguments)
 
-    monkeypatch.setattr(clustering, "cluster_tokens_triton", cluster_tokens_triton)
+    monkeypatch.setattr(selecting, "select_blocks_triton", select_blocks_triton)
     return seen
 
 
