@@ -1,7 +1,9 @@
 """``svg2 explain`` needs no weights, says what would be sparse, and predicts what was measured."""
 
+import importlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from svg2_compile.explaining import ExplainSettings, explain_model
 from svg2_compile.passes.records import AttentionSite, Rejection
 from svg2_compile.prediction import GPUS, Prediction, SparseWork, Work, predict
 
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 OPTIONS = {"min_tokens": 64, "dense_layers": 0}
 SIZE = {"frames": 5, "height": 128, "width": 128}
 
@@ -99,21 +102,12 @@ def test_products_are_counted_as_torch_counts_them(folders):
     assert work.dense_attention_flops == 2 * 4 * 2 * 128 * 512 * 12
 
 
-def real_wan(path, layers, **changes):
+def real_wan(path, layers):
     """Write the folder of a Wan 2.1 with its real widths, which are the defaults of its class."""
-    parts = {
-        "transformer": ["diffusers", "WanTransformer3DModel"],
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-    }
-    absent = {name: [None, None] for name in ("vae", "text_encoder", "tokenizer")}
-    files = {
-        "model_index.json": {"_class_name": "WanPipeline", **parts, **absent},
-        "transformer/config.json": {"_class_name": "WanTransformer3DModel", "num_layers": layers, **changes},
-        "scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler"},
-    }
-    for name, content in files.items():
-        (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_text(json.dumps(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        script = importlib.import_module("predicted_steps")
+    script.write_pipeline(path, *script.WAN, {"num_layers": layers})
     return path
 
 

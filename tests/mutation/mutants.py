@@ -24,6 +24,9 @@ TUNING = ("tests/test_kernels_tuning.py",)
 AUTOTUNE = ("tests/test_kernels_autotune.py",)
 LAUNCH_ATTENTION = ("tests/test_kernels_launch_attention.py",)
 KERNEL_CONFIG = ("tests/test_kernel_config.py",)
+RECALL = ("tests/test_kernels_recall.py",)
+GUARD = ("tests/test_guard.py",)
+SELF_CHECK = ("tests/test_kernels_self_check.py",)
 API = ("tests/test_clock.py", "tests/test_backend.py")
 
 
@@ -802,8 +805,8 @@ MUTANTS = (
     Mutant(
         "rows of the attention not counted",
         "kernels/launch.py",
-        "return why_not(device, dtype, dim=dim, rows=rows)",
-        "return why_not(device, dtype, dim=dim, rows=1)",
+        "reason = why_not(device, dtype, dim=dim, rows=rows)",
+        "reason = why_not(device, dtype, dim=dim, rows=1)",
         CHOICE,
     ),
     Mutant(
@@ -908,5 +911,110 @@ MUTANTS = (
         "FIELD_NAMES = (*config.FIELD_NAMES, *kernel_config.FIELD_NAMES)",
         "FIELD_NAMES = config.FIELD_NAMES",
         KERNEL_CONFIG,
+    ),
+    Mutant(
+        "recall over the kept keys alone",
+        "kernels/recall.py",
+        "total = scores.logsumexp(-1)",
+        "total = scores.masked_fill(~kept, -torch.inf).logsumexp(-1)",
+        RECALL,
+    ),
+    Mutant(
+        "recall counts hidden keys",
+        "kernels/recall.py",
+        '= (q.to(dtype) @ k.to(dtype).mT * scale).masked_fill_(hidden, float("-inf"))',
+        "= q.to(dtype) @ k.to(dtype).mT * scale",
+        RECALL,
+    ),
+    Mutant(
+        "recall forgets the context keys that are kept",
+        "kernels/recall.py",
+        "total, mass = total.logaddexp(always), mass.logaddexp(always)",
+        "total = total.logaddexp(always)",
+        RECALL,
+    ),
+    Mutant(
+        "recall of one row too far in the order of the clusters",
+        "kernels/recall.py",
+        "positions.expand(batch, heads, -1).contiguous(), right=True)",
+        "positions.expand(batch, heads, -1).contiguous())",
+        RECALL,
+    ),
+    Mutant(
+        "recall looks at the same rows at every call",
+        "kernels/recall.py",
+        "phase = (calls.long() + seed) * GOLDEN_STEP",
+        "phase = (calls.long() * 0 + seed) * GOLDEN_STEP",
+        RECALL,
+    ),
+    Mutant(
+        "guard takes a head that kept enough",
+        "kernels/recall.py",
+        "& (of_heads < min_recall)",
+        "& (of_heads > min_recall)",
+        RECALL,
+    ),
+    Mutant(
+        "guard forgets when a head fell",
+        "kernels/recall.py",
+        "is_measured & (dense_heads[..., 0] == 0) & (",
+        "is_measured & (",
+        RECALL,
+    ),
+    Mutant(
+        "guard lets a dense head keep its runs",
+        "kernels/dense_heads.py",
+        "return one_run.where(is_dense.unsqueeze(-1), runs), all_counts",
+        "return runs, all_counts",
+        GUARD,
+    ),
+    Mutant(
+        "guard reports the density of the selection",
+        "kernels/dense_heads.py",
+        "statistics += dense_statistics.where(is_dense, call_statistics)",
+        "statistics += call_statistics",
+        GUARD,
+    ),
+    Mutant(
+        "guard survives the generation",
+        "svg2_compile/state.py",
+        'OF_A_GENERATION = ("q_calls", "k_calls", "dense_heads")',
+        'OF_A_GENERATION = ("q_calls", "k_calls")',
+        GUARD,
+    ),
+    Mutant(
+        "self-check accepts what is not a number",
+        "kernels/self_check.py",
+        "return None if bool(error <= allowed)",
+        "return None if not bool(error > allowed)",
+        SELF_CHECK,
+    ),
+    Mutant(
+        "self-check made at every call",
+        "kernels/self_check.py",
+        "                    _checked.add(key)\n",
+        "                    break\n",
+        SELF_CHECK,
+    ),
+    Mutant(
+        "self-check of one dtype condemns all",
+        "kernels/launch.py",
+        "    wrong_kernels[name, _with_index(device), dtype] = reason",
+        "    wrong_kernels.update({(name, _with_index(device), each): reason for each in (dtype, torch.float16)})",
+        SELF_CHECK,
+    ),
+    Mutant(
+        "self-check while a CUDA graph records",
+        "kernels/self_check.py",
+        'kind.device.type != "cuda" or torch.cuda.is_current_stream_capturing()',
+        'kind.device.type != "cuda"',
+        SELF_CHECK,
+    ),
+    Mutant(
+        "self-check after the first sparse call too",
+        "svg2_compile/region.py",
+        "        self._kinds = ()\n        self.sparse_calls",
+        "        self.sparse_calls",
+        SELF_CHECK,
     ),
 )
