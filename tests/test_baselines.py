@@ -272,6 +272,11 @@ def test_the_page_has_the_ablations_of_the_committed_figures(module, name):
     assert between(f"ablation {name}") == "\n".join(rows)
 
 
+def test_the_page_has_the_table_of_the_committed_estimates(module):
+    result = json.loads((FIGURES / "estimates.json").read_text())
+    assert between("estimates") == module("estimates").table(result).split("\n\n")[1]
+
+
 def test_our_presets_are_those_that_were_measured():
     from svg2_compile import preset
 
@@ -285,3 +290,19 @@ def test_the_figures_can_be_drawn_again(module, tmp_path):
     module("baselines").plot(tmp_path / "a.png", json.loads((FIGURES / "baselines_why.json").read_text()))
     module("ablations").plot(tmp_path / "b.png", json.loads((FIGURES / "ablations.json").read_text()))
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("a.png", "b.png"))
+
+
+def test_selections_are_tried_beside_svg2_without_changing_the_video(ops, module):
+    video = replace(Video(), frames=2, height=64, width=64, steps=3, guidance_scale=1.0)
+    pipeline = tiny_wan.load_pipeline()
+    eager, pixels = pipeline.transformer, []
+    for watching in (False, True):
+        torch._dynamo.reset()
+        trial = module("estimates").Trial(**OPTIONS)
+        trial.watching = watching
+        pipeline.transformer = trial.compile(eager)
+        pixels.append(generate(pipeline, video).pixels)
+    assert torch.equal(*pixels)
+    found = {key: ops.Kept(*torch.stack(each).mean(0).tolist()) for key, each in trial.found.items()}
+    assert found["oracle", 0.95].output_error < found["oracle", 0.8].output_error
+    assert found["oracle", 0.9].true_mass > found["svg2", 0.9].true_mass
