@@ -30,6 +30,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -91,16 +92,22 @@ def main() -> None:
         plot(arguments.plot.with_suffix(".png"), json.loads(arguments.plot.read_text()))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = measure(arguments, device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def write(result: dict[str, Any]) -> None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+    result = measure(arguments, device, write)
+    write(result)
     plot(path.with_suffix(".png"), result)
     print(table(result))
 
 
-def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return everything that goes into the file."""
+def measure(
+    arguments: argparse.Namespace, device: torch.device, write: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Return everything that goes into the file, which is written after every method too."""
     base = replace(Video(), frames=arguments.frames, steps=arguments.steps)
     videos = [replace(base, prompt=prompt, seed=seed) for prompt in arguments.prompts for seed in arguments.seeds]
     extra = {name: json.loads(value) for name, value in (each.split("=", 1) for each in arguments.option)}
@@ -135,8 +142,10 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
                 where = {"method": method, "prompt": video.prompt, "seed": video.seed, "top_p": top_p}
                 result["points"].append(where | asdict(point))
                 print(where, point, flush=True)
+        write(result)
     result["comparison"] = compare(result["points"])
     result["presets"] = presets(bench, options)
+    write(result)
     if arguments.check:
         result["check_psnr_db"] = check(bench, options)
     return result

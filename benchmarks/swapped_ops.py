@@ -121,16 +121,30 @@ class SwappedOps:
         self, q: Tensor, k: Tensor, v: Tensor, q_sizes: Tensor, runs: Tensor, counts: Tensor, *rest: Any
     ) -> Any:
         out, lse = svg2.block_sparse_attention(q, k, v, q_sizes, runs, counts, *rest)
-        rows = slice(None, None, MASS_STRIDE)
-        scores = q[:, :, rows].float() @ k.float().transpose(-1, -2) * rest[4]
-        mass = (lse[:, :, rows] - scores.logsumexp(-1)).exp()
-        exact = scores.softmax(-1) @ v.float()
-        error = (out[:, :, rows] - exact).square().sum((2, 3)) / exact.square().sum((2, 3))
-        density = density_of(q_sizes, runs, counts, k.shape[2])
-        found = torch.stack((density, mass.mean(), mass.quantile(0.1, -1).mean(), error.sqrt().mean()))
-        self._sums = self._sums.to(out.device) + found
+        self._sums = self._sums.to(out.device) + judge(q, k, v, q_sizes, runs, counts, out, lse, rest[4])
         self.calls += 1
         return out, lse
+
+
+def judge(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_sizes: Tensor,
+    runs: Tensor,
+    counts: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Tensor:
+    """Return the numbers of a ``Kept`` for one call, on the device; queries and results in token order."""
+    rows = slice(None, None, MASS_STRIDE)
+    scores = q[:, :, rows].float() @ k.float().transpose(-1, -2) * scale
+    mass = (lse[:, :, rows] - scores.logsumexp(-1)).exp()
+    exact = scores.softmax(-1) @ v.float()
+    error = (out[:, :, rows] - exact).square().sum((2, 3)) / exact.square().sum((2, 3))
+    density = density_of(q_sizes, runs, counts, k.shape[2])
+    return torch.stack((density, mass.mean(), mass.quantile(0.1, -1).mean(), error.sqrt().mean()))
 
 
 def swap(gm: GraphModule, cluster: Callable[..., Any], select: Callable[..., Any], attend: Callable[..., Any]) -> None:

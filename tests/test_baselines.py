@@ -1,6 +1,7 @@
 """The rivals that SVG2 is compared with, and the arithmetic of the comparison."""
 
 import importlib
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -242,3 +243,66 @@ def test_everything_kept_is_dense_whatever_the_clusters(ops):
     assert point.psnr_db > 80
     assert (point.density, point.true_mass) == (pytest.approx(1), pytest.approx(1, abs=1e-4))
     assert point.output_error < 1e-4
+
+
+PAGE = BENCHMARKS.parent / "docs" / "measurements.md"
+FIGURES = BENCHMARKS.parent / "docs" / "images"
+
+
+def between(marker):
+    page = PAGE.read_text(encoding="utf-8")
+    return page.split(f"<!-- {marker} -->\n")[1].split(f"\n<!-- end of {marker} -->")[0]
+
+
+@pytest.mark.parametrize("name", ["baselines", "baselines_32k", "baselines_why"])
+def test_the_page_has_the_tables_of_the_committed_figures(module, name):
+    result = json.loads((FIGURES / f"{name}.json").read_text())
+    baselines = module("baselines")
+    assert baselines.compare(result["points"]) == result["comparison"]
+    _, comparison, presets = baselines.table(result).split("\n\n")
+    assert between(name.replace("_", " ")) == comparison
+    if name == "baselines":
+        assert between("baselines presets") == presets
+
+
+@pytest.mark.parametrize("name", ["warm", "iterations", "shared", "clusters", "dense", "floor"])
+def test_the_page_has_the_ablations_of_the_committed_figures(module, name):
+    result = json.loads((FIGURES / "ablations.json").read_text())
+    rows = [line for line in module("ablations").table({name: result[name]}).split("\n") if line.startswith("|")]
+    assert between(f"ablation {name}") == "\n".join(rows)
+
+
+def test_the_page_has_the_table_of_the_committed_estimates(module):
+    result = json.loads((FIGURES / "estimates.json").read_text())
+    assert between("estimates") == module("estimates").table(result).split("\n\n")[1]
+
+
+def test_our_presets_are_those_that_were_measured():
+    from svg2_compile import preset
+
+    measured = json.loads((FIGURES / "baselines.json").read_text())["presets"]
+    assert {row["name"]: row["options"] for row in measured} == {
+        name: preset(name) for name in ("quality", "balanced", "turbo")
+    }
+
+
+def test_the_figures_can_be_drawn_again(module, tmp_path):
+    module("baselines").plot(tmp_path / "a.png", json.loads((FIGURES / "baselines_why.json").read_text()))
+    module("ablations").plot(tmp_path / "b.png", json.loads((FIGURES / "ablations.json").read_text()))
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("a.png", "b.png"))
+
+
+def test_selections_are_tried_beside_svg2_without_changing_the_video(ops, module):
+    video = replace(Video(), frames=2, height=64, width=64, steps=3, guidance_scale=1.0)
+    pipeline = tiny_wan.load_pipeline()
+    eager, pixels = pipeline.transformer, []
+    for watching in (False, True):
+        torch._dynamo.reset()
+        trial = module("estimates").Trial(**OPTIONS)
+        trial.watching = watching
+        pipeline.transformer = trial.compile(eager)
+        pixels.append(generate(pipeline, video).pixels)
+    assert torch.equal(*pixels)
+    found = {key: ops.Kept(*torch.stack(each).mean(0).tolist()) for key, each in trial.found.items()}
+    assert found["oracle", 0.95].output_error < found["oracle", 0.8].output_error
+    assert found["oracle", 0.9].true_mass > found["svg2", 0.9].true_mass
