@@ -26,6 +26,7 @@ aten = torch.ops.aten
 RESHAPES = (
     aten.view.default,
     aten._unsafe_view.default,
+    aten._reshape_copy.default,
     aten.reshape.default,
     aten.permute.default,
     aten.transpose.int,
@@ -36,7 +37,7 @@ RESHAPES = (
 )
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 """Reshapes with several results."""
-VIEWS = (aten.view.default, aten._unsafe_view.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten._reshape_copy.default)
 """Become ``reshape``: a compiled segment may return other strides than the traced one."""
 
 
@@ -138,7 +139,7 @@ def _plan(graph: Graph) -> tuple[Program, list[KeptOp]]:
         inside.clear()
 
     for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr", "output"):
+        if node.op in ("placeholder", "output") or node in constants:
             continue
         reads_segment = any(source in inside for source in node.all_input_nodes)
         why = why_kept(node) or ("a number, needed by the host" if _is_number(node) and reads_segment else None)
@@ -151,7 +152,7 @@ def _plan(graph: Graph) -> tuple[Program, list[KeptOp]]:
         else:
             inside[node] = None
     close()
-    return program, kept
+    return _with_constants(program, constants), kept
 
 
 def _is_number(node: Node) -> bool:
@@ -163,12 +164,44 @@ def _is_item(node: Node) -> bool:
 
 
 def _constants(graph: Graph) -> set[Node]:
-    """Return the weights and what is computed from them alone; their reshapes go with them."""
+    """Return the weights, and what is computed from them or from nothing."""
     found: set[Node] = set()
     for node in graph.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and found.issuperset(node.all_input_nodes)):
+        is_pure = node.op == "call_function" and why_kept(node) is None
+        if node.op == "get_attr" or (is_pure and found.issuperset(node.all_input_nodes)):
             found.add(node)
     return found
+
+
+def _with_constants(program: Program, constants: set[Node]) -> Program:
+    """Put what is computed from weights into the one segment that reads it; before all where there are several.
+
+    A table of rotations is large: as a constant of every engine it would take the memory of a layer's weights.
+    """
+    homes: dict[Node, set[int | None]] = {}
+    for place, item in enumerate(program):
+        homes |= {node: {place} for node in item} if isinstance(item, list) else {}
+    for node in sorted(constants, reverse=True):
+        homes[node] = {place for user in node.users for place in homes.get(user, {None})}
+    # read by several segments, or outside of them
+    before = sorted(
+        node for node in constants if node.op != "get_attr" and (len(homes[node]) > 1 or None in homes[node])
+    )
+    within = constants.difference(before)
+    placed = [sorted([*_needed(item, within), *item]) if isinstance(item, list) else item for item in program]
+    return [*before, *placed]
+
+
+def _needed(nodes: Sequence[Node], constants: set[Node]) -> list[Node]:
+    """Return the constants that ``nodes`` read and those that these are made of, weights excepted, in order."""
+    found: set[Node] = set()
+    reached = [*nodes]
+    while reached:
+        for source in reached.pop().all_input_nodes:
+            if source in constants and source.op != "get_attr" and source not in found:
+                found.add(source)
+                reached.append(source)
+    return sorted(found)
 
 
 def _last_reshapes(inside: Sequence[Node], is_reshape: Callable[[Node], bool]) -> set[Node]:
@@ -187,6 +220,7 @@ def _build(gm: GraphModule, program: Program, kept: list[KeptOp]) -> SplitGraph:
     parent, copies = Graph(), dict[Node, Node]()
     modules: dict[str, GraphModule] = {}
     segments: list[DenseSegment] = []
+    constants = _constants(gm.graph)
     named = {node.name: node for node in gm.graph.nodes}
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "get_attr"):
@@ -196,7 +230,7 @@ def _build(gm: GraphModule, program: Program, kept: list[KeptOp]) -> SplitGraph:
             copies[item] = _copy(parent, item, copies)
             continue
         name = f"segment_{len(segments)}"
-        module, segment = _segment(gm, name, item)
+        module, segment = _segment(gm, name, item, constants)
         modules[name] = module
         call = parent.call_module(name, tuple(copies[named[each]] for each in segment.inputs))
         for place, output in enumerate(segment.outputs):
@@ -214,7 +248,7 @@ def _build(gm: GraphModule, program: Program, kept: list[KeptOp]) -> SplitGraph:
     return SplitGraph(split, tuple(segments), tuple(kept))
 
 
-def _segment(gm: GraphModule, name: str, nodes: list[Node]) -> tuple[GraphModule, DenseSegment]:
+def _segment(gm: GraphModule, name: str, nodes: list[Node], constants: set[Node]) -> tuple[GraphModule, DenseSegment]:
     graph, copies, members = Graph(), dict[Node, Node](), set(nodes)
     sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in members)
     inputs = [source for source in sources if source.op != "get_attr"]
@@ -226,7 +260,8 @@ def _segment(gm: GraphModule, name: str, nodes: list[Node]) -> tuple[GraphModule
         copies[source] = graph.node_copy(source)
     for node in nodes:
         copies[node] = _copy(graph, node, copies)
-    outputs = [node for node in nodes if any(user not in members for user in node.users)]
+    # others compute the constants again that they read
+    outputs = [node for node in nodes if node not in constants and any(user not in members for user in node.users)]
     graph.output(tuple(copies[node] for node in outputs))
     module = GraphModule({str(source.target): _attribute(gm, source.target) for source in weights}, graph, name)
     record = DenseSegment(

@@ -6,10 +6,11 @@ needs no more of the GPU than TensorRT's builder does, running it is torch_tenso
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import hashlib
 import importlib.util
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch.fx import Graph, GraphModule, Node
 from svg2_compile.engine_files import EngineFile, read_engine, write_engine
 from svg2_compile.passes.errors import ConfigError
 from svg2_compile.passes.nodes import value_of
+
+log = logging.getLogger(__name__)
 
 INSTALL = 'pip install "svg2-compile[tensorrt]"'
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
@@ -76,7 +79,27 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     from torch_tensorrt.dynamo.lowering import get_decompositions
 
     table: dict[Any, Callable[..., Any]] = get_decompositions(False)
-    return table
+    return table | {torch.ops.aten.slice_scatter.default: _slice_scatter}
+
+
+def _slice_scatter(
+    x: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """Return ``x`` with ``source`` written over a slice, as a ``cat``.
+
+    torch_tensorrt writes it as a scatter, whose int64 index is as large as ``source``: gigabytes for the rotated
+    queries of one layer of a video model.
+    """
+    size = x.shape[dim]
+    first, last, _ = slice(start, end).indices(size)
+    dim %= x.dim()
+    if step == 1:
+        return torch.cat([x.narrow(dim, 0, first), source, x.narrow(dim, last, size - last)], dim)
+    if first >= step or last < size or size % step:
+        return NotImplemented  # type: ignore[no-any-return]  # how a decomposition passes
+    lanes = x.reshape(*x.shape[:dim], size // step, step, *x.shape[dim + 1 :])
+    before, after = lanes.narrow(dim + 1, 0, first), lanes.narrow(dim + 1, first + 1, step - first - 1)
+    return torch.cat([before, source.unsqueeze(dim + 1), after], dim + 1).flatten(dim, dim + 1)
 
 
 def settings() -> Any:
@@ -123,16 +146,19 @@ def engine_for(module: GraphModule, folder: Path) -> Engine:
     segment = canonical(module)
     where = environment()
     key, weights = structure_key(segment, where), weights_digest(segment)
-    lowered = lower(segment)
     path = folder / f"{key}.engine"
     found = read_engine(path, key, where)
-    if found is not None and found.weights == weights:
-        return Engine(load(found, lowered), "from disk")
+    lowered = lower(segment)
     if found is not None:
-        return Engine(load(refit(found, lowered), lowered), "refitted")
+        try:
+            if found.weights == weights:
+                return Engine(load(found), "from disk")
+            return Engine(load(refit(found, lowered)), "refitted")
+        except NoEngineError as error:
+            log.warning("the engine in %s cannot be used: %s; it is built anew", path, error)
     built = EngineFile(key=key, environment=where, weights=weights, **build_plan(lowered))
     write_engine(path, built)
-    return Engine(load(built, lowered), "built")
+    return Engine(load(built), "built")
 
 
 def check_values(module: GraphModule) -> None:
@@ -203,7 +229,7 @@ def weights_digest(segment: GraphModule) -> str:
 
 
 def lower(segment: GraphModule) -> GraphModule:
-    """Return the segment after torch_tensorrt's own passes, every node of it convertible.
+    """Put the segment through torch_tensorrt's own passes, and return it, every node of it convertible.
 
     Raises:
         NoEngineError: naming the ops without a converter.
@@ -211,7 +237,7 @@ def lower(segment: GraphModule) -> GraphModule:
     from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
     from torch_tensorrt.dynamo.lowering import post_lowering
 
-    lowered: GraphModule = post_lowering(copy.deepcopy(segment), settings())
+    lowered: GraphModule = post_lowering(segment, settings())
     DYNAMO_CONVERTERS.set_compilation_settings(settings())
     calls = [node for node in lowered.graph.nodes if node.op == "call_function"]
     missing = Counter(str(node.target) for node in calls if DYNAMO_CONVERTERS.get(node) is None)
@@ -277,18 +303,10 @@ def refit(found: EngineFile, lowered: GraphModule) -> EngineFile:
         plan = bytes(engine.serialize())
     except Exception as error:
         raise NoEngineError(f"its refit failed ({type(error).__name__}: {error})") from error
-    return EngineFile(
-        key=found.key,
-        environment=found.environment,
-        weights="",
-        plan=plan,
-        inputs=found.inputs,
-        outputs=found.outputs,
-        needs_output_allocator=found.needs_output_allocator,
-    )
+    return dataclasses.replace(found, weights="", plan=plan)
 
 
-def load(file: EngineFile, lowered: GraphModule) -> Callable[..., Any]:
+def load(file: EngineFile) -> Callable[..., Any]:
     """Return a plan as torch_tensorrt's runtime module, which takes and returns tensors.
 
     Raises:

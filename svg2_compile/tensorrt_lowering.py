@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._functorch._aot_autograd.descriptors import BufferAOTInput, ParamAOTInput, PlainAOTInput
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile import tensorrt_engines
@@ -74,7 +75,14 @@ class Programs:
 
     def __init__(self, aten: GraphModule, weights: tuple[int, ...], folder: Path, inductor: Lower) -> None:
         """Args: ``weights`` are the positions of the inputs to freeze."""
-        self._aten, self._weights, self._folder, self._inductor = aten, weights, folder, inductor
+        self._aten, self._weights, self._folder = aten, weights, folder
+
+        def without_modes(gm: GraphModule, inputs: list[Any]) -> Runner:
+            # AOTAutograd watches the first call through a dispatch mode, under which nothing can be compiled
+            with _disable_current_modes():
+                return inductor(gm, inputs)
+
+        self._inductor = without_modes
         self._frozen = frozenset(weights)
         self._lock = threading.Lock()
         self._programs: Any = WeakIdKeyDictionary()
@@ -106,7 +114,7 @@ class Programs:
 
     def _build(self, weights: list[Tensor], stamps: tuple[tuple[int, int, int], ...]) -> Program:
         # constants made in inference mode could not be used outside of it
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
             split = split_segments(freeze_weights(self._aten, dict(zip(self._weights, weights))))
             dump_graph(split.gm, "segments")
             return Program(split.gm, stamps, tuple(self._compile(split, each.name) for each in split.segments))
