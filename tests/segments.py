@@ -48,7 +48,12 @@ def without_tensorrt(
         patch.setattr(tensorrt_engines, "decompositions", dict)
 
 
-def cut(name: str, decompose: bool = False) -> list[Cut]:
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return a tensor of numbers in another precision, anything else as it is."""
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def cut(name: str, dtype: torch.dtype = torch.float32, decompose: bool = False) -> list[Cut]:
     """Return the dense and the sparse graph of a tiny model, cut, with arguments."""
     split_of: dict[int, tuple[GraphModule, SplitGraph, dict[str, GraphModule]]] = {}
     cuts: list[Cut] = []
@@ -73,9 +78,9 @@ def cut(name: str, decompose: bool = False) -> list[Cut]:
         without_tensorrt(patch, decompose=decompose)
         patch.setattr(tensorrt_lowering, "split_segments", splitting)
         patch.setattr(tensorrt_lowering.Programs, "__call__", recording)
-        model = torch.compile(CASE[name].make(), backend=svg2_backend, options=OPTIONS, fullgraph=True)
+        model = torch.compile(CASE[name].make().to(dtype), backend=svg2_backend, options=OPTIONS, fullgraph=True)
         for timestep in (900, 800):
-            inputs = CASE[name].inputs()
+            inputs = {key: cast(value, dtype) for key, value in CASE[name].inputs().items()}
             inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
             output_of(model, inputs)
     return cuts

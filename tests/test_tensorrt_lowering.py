@@ -121,10 +121,10 @@ def test_a_changed_weight_is_noticed(caplog):
 class HandWritten(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
 
     def forward(self, x):
-        q, k, v = (each.unflatten(-1, (2, -1)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1))
+        q, k, v = (each.unflatten(-1, (2, -1)).transpose(1, 2) for each in self.qkv(self.norm(x)).chunk(3, -1))
         out = ((q @ k.mT) * 0.3).softmax(-1) @ v
         return x + F.gelu(self.out(out.transpose(1, 2).flatten(2)))
 
