@@ -8,7 +8,7 @@ TESTABLE := $(VENV)/.testable
 # Python must not put this folder on its path: `kernels` here is not Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test kernels sanitize check lint types mutations clean
+.PHONY: demo test kernels sanitize tensorrt check lint types mutations clean
 
 demo: $(INSTALLED)
 	$(BIN)/svg2 demo
@@ -23,6 +23,12 @@ kernels: $(INSTALLED)
 # The kernels under NVIDIA's compute-sanitizer, where there are a GPU and the tool.
 sanitize: $(INSTALLED)
 	$(BIN)/python benchmarks/sanitize.py
+
+# Dense segments of tiny models converted and built for TensorRT-RTX; needs no GPU. Skipped, with the reason, where the
+# packages do not install.
+tensorrt:
+	sh tests/tensorrt_environment.sh $(PYTHON) $(VENV)-tensorrt
+	[ ! -f $(VENV)-tensorrt/.installed ] || OMP_NUM_THREADS=1 $(VENV)-tensorrt/bin/pytest -s tests/test_tensorrt_build.py
 
 check: lint types test
 
@@ -49,4 +55,4 @@ $(TESTABLE): $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tensorrt build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -237,7 +237,9 @@ def make_inputs(spec: Model) -> dict[str, Any]:
     return inputs
 
 
-def compiled(model: torch.nn.Module, way: Way, clusters: tuple[int, int] | None = None) -> torch.nn.Module:
+def compiled(
+    model: torch.nn.Module, way: Way, clusters: tuple[int, int] | None = None, lowering: str = "inductor"
+) -> torch.nn.Module:
     """Return the model compiled afresh; sparse where cluster counts are given."""
     svg2_compile.reset()
     torch._dynamo.reset()
@@ -249,6 +251,7 @@ def compiled(model: torch.nn.Module, way: Way, clusters: tuple[int, int] | None 
     if clusters is not None:
         options |= {"q_clusters": clusters[0], "k_clusters": clusters[1], "dense_steps": 0, "dense_layers": 0}
         options["self_check"] = False  # it would find the forced selection wrong
+        options |= {"lowering": lowering}
         arguments |= {"backend": svg2_compile.svg2_backend}
     compile_model = model.compile if way.whole else model.compile_repeated_blocks
     compile_model(**arguments, options=options or None)

@@ -91,7 +91,8 @@ class SparseConfig:
     """Chooses the tokens that start the first clustering, and the rows of ``recall_rows``; nothing else is random."""
 
     lowering: Literal["inductor", "eager", "tensorrt"] = "inductor"
-    """What compiles the rewritten graph; ``eager`` runs it node by node, for debugging."""
+    """What compiles the graphs: Inductor, or TensorRT for everything between attentions; ``eager`` runs them node by
+    node, for debugging."""
 
     on_unsupported: Literal["dense", "error"] = "dense"
     """What happens to a long self-attention that cannot be made sparse: it stays dense, or compilation fails."""
@@ -123,8 +124,6 @@ class SparseConfig:
             advice = "as an int it is a count; use a float in [0, 1] for a share"
             check_integer("dense_steps", self.dense_steps, 0, None, advice)
         check_choice("lowering", self.lowering, ("inductor", "eager", "tensorrt"))
-        if self.lowering == "tensorrt":
-            raise ConfigError('lowering="tensorrt" is not available yet; use "inductor"')
         check_choice("on_unsupported", self.on_unsupported, ("dense", "error"))
 
     @property

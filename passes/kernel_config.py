@@ -41,6 +41,9 @@ class KernelConfig:
     self_check: bool = True
     """Compare each kernel with its reference before its first use in the process; a wrong one is replaced, loudly."""
 
+    engine_folder: str | None = None
+    """Where ``lowering="tensorrt"`` keeps its engines; ``None`` takes a folder beside Inductor's caches."""
+
     def __post_init__(self) -> None:
         """Refuse values that mean nothing.
 
@@ -56,6 +59,8 @@ class KernelConfig:
         for name in ("autotune", "self_check"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.engine_folder is not None and not (isinstance(self.engine_folder, str) and self.engine_folder):
+            raise ConfigError(f"engine_folder must be a path as text or None, got {self.engine_folder!r}")
         given = self.given_tiles
         if not given:
             return

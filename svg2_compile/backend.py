@@ -10,6 +10,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from svg2_compile import clock
-from svg2_compile.frames import Compiled, owner_position, timestep_in, timestep_position, what_is_compiled
+from svg2_compile.engine_files import default_folder
+from svg2_compile.frames import Compiled, is_dynamic, owner_position, timestep_in, timestep_position, what_is_compiled
 from svg2_compile.kernels.self_check import Kind
 from svg2_compile.obstacles import certain_obstacles
-from svg2_compile.options import split_options
+from svg2_compile.options import Options, split_options
 from svg2_compile.passes.clone import clone
-from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.kernel_config import KernelConfig
-from svg2_compile.passes.nodes import value_of
 from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
 from svg2_compile.region import DenseGraph, LayerOrder, Lower, Owner, Region, Runner, Variant, reset, ticking
+from svg2_compile.tensorrt_engines import require_tensorrt
+from svg2_compile.tensorrt_lowering import lower_with_tensorrt
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def svg2_backend(
         mode: a mode of ``torch.compile``, for Inductor.
 
     Raises:
-        ConfigError: an option is unknown or out of range.
+        ConfigError: an option is unknown or out of range, or TensorRT is asked for and missing.
         UnsupportedError: an attention cannot be sparse and ``on_unsupported="error"``.
     """
     ours, inductor_options = split_options(options, mode)
@@ -62,7 +64,7 @@ def svg2_backend(
         raise_unsupported(certain_obstacles(model, compiled.root))
     plan = sparsify(gm, dataclasses.replace(config, dense_layers=0) if compiled.is_repeated else config, ours.kernel)
     _announce(plan)
-    lower = _lowering(config, inductor_options)
+    lower = _lowering(ours, inductor_options)
     # a layer's argument of that name is an embedding; only a model's own is the noise level
     timestep = None if compiled.is_repeated else timestep_position(gm)
     owner = _owner_of(gm, example_inputs, compiled)
@@ -72,7 +74,8 @@ def svg2_backend(
         _ticking_roots.add(compiled.root)
     elif compiled.parent is not None:
         _tick_with(compiled.parent, compiled.parent_locals)
-    eager = _is_dynamic(gm)
+    # graphs with symbolic sizes are compiled while Dynamo listens, so that their guards reach it
+    eager = is_dynamic(gm)
     return Region(
         config=config,
         plan=plan,
@@ -105,14 +108,23 @@ def _kinds_of_kernels(plan: Sparsified, config: KernelConfig) -> tuple[Kind, ...
     )
 
 
-def _lowering(config: SparseConfig, inductor_options: dict[str, Any]) -> Lower:
-    def lower(gm: GraphModule, inputs: list[Any]) -> Runner:
-        if config.lowering == "eager":
-            return gm.forward
+def _lowering(options: Options, inductor_options: dict[str, Any]) -> Lower:
+    config = options.sparse
+
+    def inductor(gm: GraphModule, inputs: list[Any]) -> Runner:
         runner: Runner = compile_fx(gm, inputs, config_patches=inductor_options or None)  # type: ignore[assignment]
         return runner
 
-    return lower
+    def tensorrt(gm: GraphModule, inputs: list[Any]) -> Runner:
+        folder = Path(options.kernel.engine_folder) if options.kernel.engine_folder else default_folder()
+        return lower_with_tensorrt(gm, inputs, config.min_tokens, folder, inductor)
+
+    def eager(gm: GraphModule, inputs: list[Any]) -> Runner:
+        return gm.forward
+
+    if config.lowering == "tensorrt":
+        require_tensorrt()
+    return {"inductor": inductor, "tensorrt": tensorrt, "eager": eager}[config.lowering]
 
 
 def _owner_of(gm: GraphModule, example_inputs: list[Any], compiled: Compiled) -> Owner:
@@ -145,17 +157,6 @@ def _tick_with(parent: torch.nn.Module, parent_locals: dict[str, Any]) -> None:
     parent.register_forward_pre_hook(untraced, with_kwargs=True)
     _hooked_parents.add(parent)
     clock.tick(id(parent), timestep_in(parent_locals))
-
-
-def _is_dynamic(gm: GraphModule) -> bool:
-    """Graphs with symbolic sizes are compiled while Dynamo listens, so that their guards reach it."""
-    for node in gm.graph.nodes:
-        value = value_of(node)
-        if isinstance(value, torch.SymInt):
-            return True
-        if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
-            return True
-    return False
 
 
 def _fake_state(plan: Sparsified) -> list[torch.Tensor]:

@@ -16,6 +16,8 @@ import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Node
 
+from svg2_compile.passes.nodes import value_of
+
 TIMESTEP = re.compile(r"(^|[^a-z])(timesteps?|t|sigmas?)('|\"|\])*$")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma")
 
@@ -95,9 +97,8 @@ def timestep_in(values: dict[str, Any]) -> Any:
 def timestep_position(gm: GraphModule) -> int | None:
     """Return the position of the graph input that holds the timestep of the model's own forward."""
     for position, node in enumerate(placeholders(gm)):
-        name = source_name(node)
-        is_weight = "_parameters" in name or "_buffers" in name
-        if isinstance(node.meta.get("example_value"), torch.Tensor) and not is_weight and TIMESTEP.search(name):
+        is_tensor = isinstance(node.meta.get("example_value"), torch.Tensor)
+        if is_tensor and not is_weight(node) and TIMESTEP.search(source_name(node)):
             return position
     return None
 
@@ -114,6 +115,23 @@ def owner_position(gm: GraphModule, inputs: list[Any]) -> tuple[int, str] | None
             parts = [part for part in re.split(r"[.\[\]']+", source) if part]
             return position, ".".join(parts[2:])
     return None
+
+
+def is_weight(node: Node) -> bool:
+    """Say whether a graph input is a parameter or a buffer of a module."""
+    name = source_name(node)
+    return "_parameters" in name or "_buffers" in name
+
+
+def is_dynamic(gm: GraphModule) -> bool:
+    """Say whether a graph has symbolic sizes."""
+    for node in gm.graph.nodes:
+        value = value_of(node)
+        if isinstance(value, torch.SymInt):
+            return True
+        if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+            return True
+    return False
 
 
 def placeholders(gm: GraphModule) -> list[Node]:

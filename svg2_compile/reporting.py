@@ -19,6 +19,7 @@ from svg2_compile.passes.records import AttentionSite, Rejection
 from svg2_compile.passes.sparsify import Sparsified, sparsify
 from svg2_compile.region import DenseGraph, Region
 from svg2_compile.state import SiteState, store
+from svg2_compile.tensorrt_lowering import SegmentReport, segments_of
 
 MIB = 2**20
 
@@ -96,10 +97,13 @@ class Report:
     sites: tuple[SiteReport, ...]
     state_mib: float
     compile_seconds: dict[str, float]
-    """Seconds spent compiling, by variant."""
+    """Seconds spent compiling, by variant; engines count in their segments."""
 
     wrong_kernels: tuple[str, ...] = ()
     """Kernels that failed their self-check, in this process, and how; they are not used."""
+
+    segments: tuple[SegmentReport, ...] = ()
+    """What ``lowering="tensorrt"`` cut the graphs into; empty with another lowering."""
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -159,6 +163,14 @@ class Report:
             f"key padding {_factor(self.k_padding)}; state {self.state_mib:.1f} MiB"
         )
         lines += [f"WRONG KERNEL, not used: {each}" for each in self.wrong_kernels]
+        if self.segments:
+            engines = sum(segment.compiler == "tensorrt" for segment in self.segments)
+            lines.append(f"{engines} of {len(self.segments)} dense segments are TensorRT engines")
+        lines += [
+            f"{segment.name} of a {segment.graph} graph ({segment.ops} ops) is compiled by Inductor: {segment.why_not}"
+            for segment in self.segments
+            if segment.why_not
+        ]
         hints = dict.fromkeys(f"{site.plan}: {site.hint}" for site in self.sites if site.hint)
         lines += [f"hint: {hint}" for hint in hints]
         if not self.sites:
@@ -202,7 +214,9 @@ def report(model: torch.nn.Module) -> Report:
             seconds[variant.name] = seconds.get(variant.name, 0.0) + variant.compile_seconds
     sites = [row.describe(path) for (path, _), row in rows.items()]
     wrong = [f"{name} on {device}, {dtype}: {reason}" for (name, device, dtype), reason in wrong_kernels.items()]
-    return Report(tuple(sites), sum(row.state_bytes for row in rows.values()) / MIB, seconds, tuple(wrong))
+    return Report(
+        tuple(sites), sum(row.state_bytes for row in rows.values()) / MIB, seconds, tuple(wrong), segments_of(model)
+    )
 
 
 def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:

@@ -393,7 +393,10 @@ def test_on_unsupported_error_names_the_layer_and_the_way_out():
         ({"svg2.nonsense": 1}, "unknown option 'svg2.nonsense'; known options are top_p"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"q_clusters": 0}, "q_clusters must be in .1, 1024., got 0"),
-        ({"lowering": "tensorrt"}, "not available yet"),
+        (
+            {"lowering": "tensorrt"},
+            r"needs TensorRT: torch_tensorrt is not installed; pip install .svg2-compile.tensorrt",
+        ),
     ],
 )
 def test_bad_options_are_refused_with_advice(options, message):

@@ -28,7 +28,15 @@ def run(script, *arguments):
 
 
 @pytest.mark.parametrize(
-    "script", ["gpu_kernels.py", "tune_attention.py", "denoising_step.py", "dense_baselines.py", "sanitize.py"]
+    "script",
+    [
+        "gpu_kernels.py",
+        "tune_attention.py",
+        "denoising_step.py",
+        "dense_baselines.py",
+        "sanitize.py",
+        "tensorrt_engines.py",
+    ],
 )
 def test_without_a_gpu_it_says_so_and_succeeds(script):
     result = run(script)

@@ -29,6 +29,8 @@ def bad_value(name: str) -> st.SearchStrategy[object]:
         return st.one_of(st.none(), st.integers(), st.text().filter(lambda word: word not in ("auto", *ATTENTIONS)))
     if name in ("autotune", "self_check"):
         return st.one_of(st.none(), st.integers(), st.text())
+    if name == "engine_folder":
+        return st.one_of(st.just(""), st.booleans(), st.integers())
     if name == "num_stages":
         return st.one_of(NO_NUMBERS, st.integers(max_value=0), st.integers(min_value=9))
     low, high = POWERS[name]
@@ -48,6 +50,7 @@ RANGES = {
     "num_stages": "in [1, 8]",
     "autotune": "True or False",
     "self_check": "True or False",
+    "engine_folder": "a path as text or None",
 }
 
 

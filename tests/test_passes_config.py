@@ -95,11 +95,6 @@ def test_every_option_has_a_refusal():
     assert set(ADVICE) == set(FIELD_NAMES)
 
 
-def test_tensorrt_is_refused_until_it_exists():
-    with pytest.raises(ConfigError, match=r'lowering="tensorrt" is not available yet; use "inductor"'):
-        SparseConfig(lowering="tensorrt")
-
-
 @pytest.mark.parametrize(
     "good",
     [
