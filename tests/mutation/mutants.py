@@ -25,6 +25,7 @@ AUTOTUNE = ("tests/test_kernels_autotune.py",)
 LAUNCH_ATTENTION = ("tests/test_kernels_launch_attention.py",)
 KERNEL_CONFIG = ("tests/test_kernel_config.py",)
 RECALL = ("tests/test_kernels_recall.py",)
+RECALL_TRITON = ("tests/test_kernels_recall_triton.py",)
 GUARD = ("tests/test_guard.py",)
 SELF_CHECK = ("tests/test_kernels_self_check.py",)
 API = ("tests/test_clock.py", "tests/test_backend.py")
@@ -915,16 +916,44 @@ MUTANTS = (
     Mutant(
         "recall over the kept keys alone",
         "kernels/recall.py",
-        "total = scores.logsumexp(-1)",
-        "total = scores.masked_fill(~kept, -torch.inf).logsumexp(-1)",
+        "masses.append((scores.logsumexp(-1), ",
+        "masses.append((scores.masked_fill(~kept, -torch.inf).logsumexp(-1), ",
         RECALL,
     ),
     Mutant(
         "recall counts hidden keys",
         "kernels/recall.py",
-        '= (q.to(dtype) @ k.to(dtype).mT * scale).masked_fill_(hidden, float("-inf"))',
-        "= q.to(dtype) @ k.to(dtype).mT * scale",
+        'keys[part].to(dtype).mT * scale).masked_fill_(hidden[part], float("-inf"))',
+        "keys[part].to(dtype).mT * scale)",
         RECALL,
+    ),
+    Mutant(
+        "recall's kernel counts hidden keys",
+        "kernels/recall_triton.py",
+        "is_key = offs_n < visible",
+        "is_key = offs_n < tokens",
+        RECALL_TRITON,
+    ),
+    Mutant(
+        "recall's kernel takes every key for kept",
+        "kernels/recall_triton.py",
+        "tl.where(kept > 0, weights, 0.0)",
+        "weights",
+        RECALL_TRITON,
+    ),
+    Mutant(
+        "recall's kernel forgets to shrink the kept mass",
+        "kernels/recall_triton.py",
+        "mass = mass * shrink + ",
+        "mass = mass + ",
+        RECALL_TRITON,
+    ),
+    Mutant(
+        "recall's kernel looks at every call",
+        "kernels/recall_triton.py",
+        "return (tl.load(calls_ptr) - 1) % interval == 0",
+        "return (tl.load(calls_ptr) - 1) % interval >= 0",
+        RECALL_TRITON,
     ),
     Mutant(
         "recall forgets the context keys that are kept",
