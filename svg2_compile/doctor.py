@@ -21,8 +21,9 @@ from svg2_compile.kernels.launch import (
 )
 from svg2_compile.kernels.self_check import Kind, check_kernels
 
-# The same on any device: text rows attend densely, with PyTorch's fused attention; recall and guard are plain PyTorch.
-OPS_WITHOUT_KERNELS = {"context_attention": "sdpa", "keep_dense_heads_": "pytorch"}
+# The same on any device: text rows, and what is kept out of TensorRT engines, attend densely, with PyTorch's fused
+# attention; the guard is plain PyTorch.
+OPS_WITHOUT_KERNELS = {"context_attention": "sdpa", "dense_attention": "sdpa", "keep_dense_heads_": "pytorch"}
 # Ops that assign tokens to centroids.
 CLUSTERING_OPS = ("cluster_tokens_", "kmeans_")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}

@@ -79,27 +79,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     from torch_tensorrt.dynamo.lowering import get_decompositions
 
     table: dict[Any, Callable[..., Any]] = get_decompositions(False)
-    return table | {torch.ops.aten.slice_scatter.default: _slice_scatter}
-
-
-def _slice_scatter(
-    x: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Tensor:
-    """Return ``x`` with ``source`` written over a slice, as a ``cat``.
-
-    torch_tensorrt writes it as a scatter, whose int64 index is as large as ``source``: gigabytes for the rotated
-    queries of one layer of a video model.
-    """
-    size = x.shape[dim]
-    first, last, _ = slice(start, end).indices(size)
-    dim %= x.dim()
-    if step == 1:
-        return torch.cat([x.narrow(dim, 0, first), source, x.narrow(dim, last, size - last)], dim)
-    if first >= step or last < size or size % step:
-        return NotImplemented  # type: ignore[no-any-return]  # how a decomposition passes
-    lanes = x.reshape(*x.shape[:dim], size // step, step, *x.shape[dim + 1 :])
-    before, after = lanes.narrow(dim + 1, 0, first), lanes.narrow(dim + 1, first + 1, step - first - 1)
-    return torch.cat([before, source.unsqueeze(dim + 1), after], dim + 1).flatten(dim, dim + 1)
+    # as a scatter, its index would be as large as the data; join_slices makes it a cat
+    return {op: decomposition for op, decomposition in table.items() if op is not torch.ops.aten.slice_scatter.default}
 
 
 def settings() -> Any:

@@ -33,6 +33,7 @@ from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.errors import ConfigError
 from svg2_compile.passes.freeze_weights import freeze_weights
 from svg2_compile.passes.hold_attention import hold_attention
+from svg2_compile.passes.join_slices import join_slices
 from svg2_compile.passes.restore_mutation import restore_mutation
 from svg2_compile.passes.split_segments import SplitGraph, split_segments
 from svg2_compile.region import Lower, Runner, Variant
@@ -212,7 +213,7 @@ def lower_with_tensorrt(gm: GraphModule, inputs: list[Any], min_tokens: int, fol
             return WholeGraph(run, constants[0] if constants else None, _uncut(gm, why))
         restore_mutation(gm)
         gm.graph.eliminate_dead_code()
-        gm.recompile()
+        join_slices(gm)
         return Programs(gm, constants, folder, inductor)
 
     runner: Runner = aot_module_simplified(

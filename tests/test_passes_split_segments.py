@@ -199,12 +199,12 @@ ATTENTION = ["dense_attention"]
 SPARSE = ["cluster_tokens_", "select_blocks", "block_sparse_attention"]
 WITH_TEXT = [*SPARSE, "slice", "context_attention"]
 PLANS = {
-    ("WanTransformer3DModel", "dense"): ([109, 29, 98, 29, 38], 4 * ATTENTION),
-    ("WanTransformer3DModel", "sparse"): ([109, 29, 98, 29, 38], 2 * (SPARSE + ATTENTION)),
+    ("WanTransformer3DModel", "dense"): ([101, 29, 90, 29, 38], 4 * ATTENTION),
+    ("WanTransformer3DModel", "sparse"): ([101, 29, 90, 29, 38], 2 * (SPARSE + ATTENTION)),
     ("HunyuanVideoTransformer3DModel", "dense"): ([98, 156, 131, 31], 3 * ATTENTION),
-    ("HunyuanVideoTransformer3DModel", "sparse"): ([98, 172, 151, 35], ATTENTION + 2 * WITH_TEXT + 2 * ["copy_"]),
-    ("CogVideoXTransformer3DModel", "dense"): ([77, 99, 72], 2 * ATTENTION),
-    ("CogVideoXTransformer3DModel", "sparse"): ([85, 112, 77], 2 * WITH_TEXT),
+    ("HunyuanVideoTransformer3DModel", "sparse"): ([98, 168, 147, 35], ATTENTION + 2 * WITH_TEXT),
+    ("CogVideoXTransformer3DModel", "dense"): ([76, 99, 72], 2 * ATTENTION),
+    ("CogVideoXTransformer3DModel", "sparse"): ([84, 112, 77], 2 * WITH_TEXT),
 }
 """Ops of each segment, and what is kept between them."""
 

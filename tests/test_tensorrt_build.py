@@ -104,22 +104,6 @@ def test_rotations_need_no_scatter_and_no_index(segments):
         assert not [node for node in module.graph.nodes if "scatter" in str(node.target)]
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "step"), [(0, None, 2), (1, None, 2), (2, 5, 1), (None, None, 1), (-2, None, 1), (2, 9999, 3)]
-)
-def test_a_slice_is_written_as_a_cat(start, end, step):
-    x = torch.randn(2, 6, 3)
-    source = torch.randn_like(x[:, start:end:step])
-    wanted = torch.slice_scatter(x, source, 1, start, end, step)
-    for dim in (1, -2):
-        assert torch.equal(tensorrt_engines._slice_scatter(x, source, dim, start, end, step), wanted)
-
-
-def test_other_slices_are_left_to_a_reason():
-    x = torch.randn(2, 7, 3)
-    assert tensorrt_engines._slice_scatter(x, x[:, ::2], 1, 0, None, 2) is NotImplemented
-
-
 def test_equal_segments_of_two_layers_have_one_structure_and_weights_of_their_own():
     (dense, _) = cut(MODELS[0], decompose=True)
     first, second = (canonical(dense.modules[name]) for name in ("segment_1", "segment_3"))
