@@ -183,6 +183,26 @@ def test_bool_and_integer_tensors_pass_through_segments():
     assert_same_bits(split_segments(whole), whole, x, mask, index)
 
 
+def test_segments_may_return_any_strides():
+    """An engine's outputs are contiguous, whatever the graph was traced with."""
+
+    def transposed(x, w):
+        y = (x.transpose(1, 2) + 1).relu()  # element by element: keeps the strides of the view
+        out = torch.ops.svg2.dense_attention(y, y, y, None, 0.0, False, None, False)
+        return ((y.transpose(1, 2).reshape(2, 6, 8) @ w).relu() + out.transpose(1, 2).reshape(2, 6, 8),)
+
+    x = torch.randn(2, 6, 2, 4)
+    whole = traced(transposed, x, WEIGHT, weights=[1])
+    split = split_segments(whole)
+    (wanted,) = whole(x)
+    for segment in split.segments:
+        module = split.gm.get_submodule(segment.name)
+        delattr(split.gm, segment.name)
+        run = lambda *inputs, module=module: tuple(each.contiguous() for each in module(*inputs))  # noqa: E731
+        setattr(split.gm, segment.name, run)
+    assert len(split.segments) == 2 and torch.equal(split.gm(x)[0], wanted)
+
+
 def test_a_graph_without_attention_is_one_segment():
     split = split_segments(traced(lambda x: (x.relu() + 1,), torch.randn(4)))
     assert parts(split) == ["segment_0"] and split.kept == ()

@@ -16,6 +16,9 @@ TRACE = ("tests/test_passes_trace_axis.py",)
 CLASSIFY = ("tests/test_passes_classify.py",)
 REWRITE = ("tests/test_passes_rewrite.py",)
 FUSE = ("tests/test_passes_fuse.py",)
+SPLIT = ("tests/test_passes_split_segments.py",)
+SPLITTING = "passes/split_segments.py"
+ENGINES = ("tests/test_tensorrt_engines.py",)
 CANONICALIZE = ("tests/test_passes_canonicalize.py",)
 CONFIG = ("tests/test_passes_config.py",)
 CHOICE = ("tests/test_kernels_choice.py",)
@@ -663,6 +666,114 @@ MUTANTS = (
         " and queries.args[1] is order",
         "",
         FUSE,
+    ),
+    Mutant(
+        "an attention of another form taken into a segment",
+        SPLITTING,
+        ' or "scaled_dot_product" in target._schema.name',
+        "",
+        SPLIT,
+    ),
+    Mutant("an op with an effect taken into a segment", SPLITTING, "if node.is_impure():", "if False:", SPLIT),
+    Mutant("a single op becomes an engine", SPLITTING, "if len(left) == 1:", "if len(left) == -1:", SPLIT),
+    Mutant(
+        "views of what an engine returns stay views",
+        SPLITTING,
+        "copy.target = aten.reshape.default",
+        "pass",
+        SPLIT,
+    ),
+    Mutant(
+        "tables that layers share go into every engine",
+        SPLITTING,
+        "(len(homes[node]) > 1 or None in homes[node])",
+        "None in homes[node]",
+        SPLIT,
+    ),
+    Mutant(
+        "a split with a part read inside is torn out",
+        SPLITTING,
+        "{node for node in sunk if not (_is_item(node) and node.all_input_nodes[0] in left)}",
+        "sunk",
+        SPLIT,
+    ),
+    Mutant(
+        "frozen weights are copies",
+        "passes/freeze_weights.py",
+        "tensor.detach()",
+        "tensor.detach().clone()",
+        SPLIT,
+    ),
+    Mutant(
+        "a mask is lost when attention is held",
+        "passes/hold_attention.py",
+        "arguments = [getattr(given, field.name) for field in fields(SdpaArguments)]",
+        "arguments = [None if field.name == 'attn_mask' else getattr(given, field.name)"
+        " for field in fields(SdpaArguments)]",
+        ("tests/test_passes_hold_attention.py",),
+    ),
+    Mutant(
+        "an input overwritten afterwards is updated in place",
+        "passes/restore_mutation.py",
+        "len(later) == 1 and _writes(later[0], base, _updated(node, position))",
+        "len(later) >= 1",
+        ("tests/test_passes_restore_mutation.py",),
+    ),
+    Mutant(
+        "the first of two writes to a slice wins",
+        "passes/join_slices.py",
+        "found.setdefault(first, source)",
+        "found[first] = source",
+        ("tests/test_passes_join_slices.py",),
+    ),
+    Mutant(
+        "part of a lane taken for the whole",
+        "passes/join_slices.py",
+        " or last < size or size % step",
+        " or size % step",
+        ("tests/test_passes_join_slices.py",),
+    ),
+    Mutant(
+        "a damaged engine is taken",
+        "svg2_compile/engine_files.py",
+        "elif hashlib.sha256(body).hexdigest().encode() != digest:",
+        "elif False:",
+        ("tests/test_engine_files.py",),
+    ),
+    Mutant(
+        "an engine of another graph is taken",
+        "svg2_compile/engine_files.py",
+        'known["key"] == key and ',
+        "",
+        ("tests/test_engine_files.py",),
+    ),
+    Mutant(
+        "indices are left out of an engine's name",
+        "svg2_compile/tensorrt_engines.py",
+        " or not constant.is_floating_point()",
+        "",
+        ENGINES,
+    ),
+    Mutant(
+        "an engine with another layer's weights is taken as it is",
+        "svg2_compile/tensorrt_engines.py",
+        "if found.weights == weights:",
+        "if found.weights:",
+        ENGINES,
+    ),
+    Mutant(
+        "weights written in place go unnoticed",
+        "svg2_compile/tensorrt_lowering.py",
+        "(id(each), each.data_ptr(), _version(each))",
+        "(id(each), each.data_ptr(), 0)",
+        ("tests/test_tensorrt_lowering.py",),
+    ),
+    Mutant(
+        "dense attention enters an engine",
+        "svg2_compile/tensorrt_lowering.py",
+        "    hold_attention(held)\n",
+        "",
+        ("tests/test_tensorrt_lowering.py",),
     ),
     Mutant("the given graph is changed", "passes/sparsify.py", "work = clone(gm)", "work = gm", REWRITE),
     Mutant(
