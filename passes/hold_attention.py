@@ -12,6 +12,7 @@ from dataclasses import fields
 import torch
 from torch.fx import GraphModule
 
+from svg2_compile.kernels import ops as _registers_the_ops  # noqa: F401
 from svg2_compile.passes.nodes import SdpaArguments, emit, is_sdpa, sdpa_arguments, tensor_of, value_mode
 
 

@@ -97,7 +97,7 @@ def why_kept(node: Node) -> str | None:
     if not isinstance(target, OpOverload):
         # arithmetic on sizes, or getitem, which follows its source
         return None if getattr(target, "__module__", "") == "_operator" else "no ATen op"
-    if target is torch.ops.svg2.dense_attention.default or "scaled_dot_product" in target._schema.name:
+    if target._schema.name == "svg2::dense_attention" or "scaled_dot_product" in target._schema.name:
         return "attention"
     if target.namespace == "svg2":
         return "sparse attention"

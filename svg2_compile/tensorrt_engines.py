@@ -11,8 +11,10 @@ import hashlib
 import importlib.util
 import json
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,11 @@ class Engine:
 
     run: Callable[..., Any]
     source: str
-    """``built``, ``from disk``, or ``refitted`` with weights of its own."""
+    """``built``, ``from disk``, ``refitted`` with weights of its own, or ``shared`` with a graph that has the same."""
+
+
+_loaded: weakref.WeakValueDictionary[tuple[str, str, torch.device], Callable[..., Any]] = weakref.WeakValueDictionary()
+"""The engines in use, by structure, weights and device."""
 
 
 def require_tensorrt() -> None:
@@ -68,7 +74,7 @@ def require_tensorrt() -> None:
     if not missing:
         try:
             import torch_tensorrt  # noqa: F401
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # without a GPU or a library, any of a dozen
             missing, reason = True, f"torch_tensorrt cannot be imported ({type(error).__name__}: {error})"
     if missing:
         raise ConfigError(f'lowering="tensorrt" needs TensorRT: {reason}; {INSTALL}, or use lowering="inductor"')
@@ -123,11 +129,22 @@ def engine_for(module: GraphModule, folder: Path) -> Engine:
     Raises:
         NoEngineError: saying why there is none.
     """
-    check_values(module)
-    segment = canonical(module)
-    where = environment()
-    key, weights = structure_key(segment, where), weights_digest(segment)
-    path = folder / f"{key}.engine"
+    device = device_of(module)
+    # torch_tensorrt builds and runs on the current device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        segment = canonical(module)
+        where = environment()
+        key, weights = structure_key(segment, where), weights_digest(segment)
+        shared = _loaded.get((key, weights, device))
+        if shared is not None:
+            return Engine(shared, "shared")
+        engine = _engine_in(folder / f"{key}.engine", key, where, weights, segment)
+        _loaded[key, weights, device] = engine.run
+    return engine
+
+
+def _engine_in(path: Path, key: str, where: dict[str, str], weights: str, segment: GraphModule) -> Engine:
+    """Return the engine of a file, of another one refitted, or a new one, which is written there."""
     found = read_engine(path, key, where)
     lowered = lower(segment)
     if found is not None:
@@ -142,18 +159,26 @@ def engine_for(module: GraphModule, folder: Path) -> Engine:
     return Engine(load(built), "built")
 
 
-def check_values(module: GraphModule) -> None:
-    """Refuse a segment whose values TensorRT cannot hold.
+def device_of(module: GraphModule) -> torch.device:
+    """Return the GPU of a segment whose values TensorRT can hold.
 
     Raises:
-        NoEngineError: naming the first such value.
+        NoEngineError: naming the first value that it cannot.
     """
+    devices: dict[torch.device, str] = {}
     for node in module.graph.nodes:
         for value in tensors_of(node):
             if value.dtype not in DTYPES:
                 raise NoEngineError(f"{node.name} is {value.dtype}, which TensorRT does not compute")
-            if value.device.type != "cuda":
-                raise NoEngineError(f"{node.name} is on the {value.device.type}; TensorRT runs on NVIDIA GPUs")
+            # a number of the host may take part in anything
+            if value.dim() > 0 or node.op == "placeholder":
+                devices.setdefault(value.device, node.name)
+    for device, name in devices.items():
+        if device.type != "cuda":
+            raise NoEngineError(f"{name} is on the {device.type}; TensorRT runs on NVIDIA GPUs")
+    if len(devices) != 1:
+        raise NoEngineError(f"its values are on {len(devices)} devices; an engine runs on one")
+    return next(iter(devices))
 
 
 def tensors_of(node: Node) -> list[Tensor]:

@@ -4,15 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile import tensorrt_engines
 from svg2_compile.passes.freeze_weights import freeze_weights
 from svg2_compile.passes.split_segments import split_segments
 from svg2_compile.tensorrt_engines import (
     NoEngineError,
     canonical,
-    check_values,
+    device_of,
     engine_for,
     structure_key,
     weights_digest,
@@ -85,7 +87,7 @@ def test_a_scalar_inside_a_segment_is_part_of_its_structure():
 def test_what_tensorrt_cannot_hold_is_refused_by_name(dtype, reason):
     gm = make_fx(lambda x: ((x + 1) * 2,))(torch.ones(4, dtype=dtype))
     with pytest.raises(NoEngineError, match=reason):
-        check_values(gm)
+        device_of(gm)
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def builds(monkeypatch):
         return dataclasses.replace(found, weights="", plan=b"refitted")
 
     stand_ins = {
-        "check_values": lambda module: None,
+        "device_of": lambda module: torch.device("cpu"),
         "environment": lambda: HERE,
         "lower": lambda segment: segment,
         "build_plan": build_plan,
@@ -122,6 +124,39 @@ def test_the_first_of_equal_layers_is_built_and_the_others_refitted(builds, tmp_
     assert sources(tmp_path) == ["built", "refitted"]
     assert builds == ["build", b"plan", "refit", b"refitted"]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_engine_in_use_is_shared_with_another_graph_that_has_its_weights(builds, tmp_path):
+    first, second = layers()
+    engine = engine_for(first, tmp_path)
+    again = engine_for(first, tmp_path)
+    assert (again.source, again.run is engine.run) == ("shared", True)
+    assert engine_for(second, tmp_path).source == "refitted"
+    del engine, again
+    assert engine_for(first, tmp_path).source == "from disk"
+
+
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [
+        (("cuda:1", "cuda:1", "cpu"), None),
+        (("cuda:0", "cuda:1", "cpu"), "its values are on 2 devices; an engine runs on one"),
+        (("cuda:0", "cpu", "cpu"), "y is on the cpu"),
+    ],
+    ids=["one GPU and a number of the host", "two GPUs", "a GPU and the CPU"],
+)
+def test_the_device_of_a_segment_is_that_of_its_tensors(devices, reason):
+    graph = torch.fx.Graph()
+    nodes = [graph.placeholder("x"), graph.placeholder("y"), graph.get_attr("number")]
+    for node, device, shape in zip(nodes, devices, [(4,), (4,), ()]):
+        node.meta["val"] = FakeTensor(FakeTensorMode(), torch.empty(shape, device="meta"), torch.device(device))
+    graph.output(())
+    gm = torch.fx.GraphModule({"number": torch.tensor(2.0)}, graph)
+    if reason is None:
+        assert device_of(gm) == torch.device("cuda:1")
+    else:
+        with pytest.raises(NoEngineError, match=reason):
+            device_of(gm)
 
 
 def test_another_process_reads_what_is_there(builds, tmp_path):
