@@ -6,7 +6,6 @@ without a device, so the tests build plans that do not.
 """
 
 import dataclasses
-import gc
 import importlib.util
 import subprocess
 import sys
@@ -131,7 +130,7 @@ def generate(folder):
     """Return the report of one sparse forward, and its output."""
     torch._dynamo.reset()
     svg2_compile.reset()
-    gc.collect()  # the engines of the generation before are no longer in use
+    tensorrt_engines._loaded.clear()  # as in another process
     case = CASE[MODELS[0]]
     options = OPTIONS | {"dense_steps": 0, "engine_folder": str(folder)}
     model = torch.compile(case.make(), backend=svg2_backend, options=options, fullgraph=True)
