@@ -68,6 +68,9 @@ def read_engine(path: Path, key: str, environment: dict[str, str]) -> EngineFile
             owner, content = os.fstat(file.fileno()).st_uid, file.read()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        log.warning("%s cannot be read: %s; the engine is built anew", path, error)
+        return None
     start = len(MAGIC) + DIGEST + 1
     digest, body = content[len(MAGIC) : start - 1], content[start:]
     facts, _, plan = body.partition(b"\n")

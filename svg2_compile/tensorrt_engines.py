@@ -155,7 +155,10 @@ def _engine_in(path: Path, key: str, where: dict[str, str], weights: str, segmen
         except NoEngineError as error:
             log.warning("the engine in %s cannot be used: %s; it is built anew", path, error)
     built = EngineFile(key=key, environment=where, weights=weights, **build_plan(lowered))
-    write_engine(path, built)
+    try:
+        write_engine(path, built)
+    except OSError as error:
+        log.warning("the engine is not kept in %s: %s", path, error)
     return Engine(load(built), "built")
 
 
@@ -238,12 +241,15 @@ def lower(segment: GraphModule) -> GraphModule:
     """Put the segment through torch_tensorrt's own passes, and return it, every node of it convertible.
 
     Raises:
-        NoEngineError: naming the ops without a converter.
+        NoEngineError: naming the ops without a converter, or with what the passes said.
     """
     from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
     from torch_tensorrt.dynamo.lowering import post_lowering
 
-    lowered: GraphModule = post_lowering(segment, settings())
+    try:
+        lowered: GraphModule = post_lowering(segment, settings())
+    except Exception as error:  # whatever they raise, the segment can run elsewhere
+        raise NoEngineError(f"torch_tensorrt's passes failed ({type(error).__name__}: {error})") from error
     DYNAMO_CONVERTERS.set_compilation_settings(settings())
     calls = [node for node in lowered.graph.nodes if node.op == "call_function"]
     missing = Counter(str(node.target) for node in calls if DYNAMO_CONVERTERS.get(node) is None)

@@ -52,7 +52,7 @@ class SegmentReport:
     compiler: str
     """``tensorrt`` or ``inductor``."""
     engine: str
-    """Where the engine came from: ``built``, ``from disk``, ``refitted``; empty for Inductor."""
+    """Where the engine came from: ``built``, ``from disk``, ``refitted`` or ``shared``; empty for Inductor."""
     why_not: str
     """Why it is no engine; empty where it is one."""
     seconds: float

@@ -34,6 +34,12 @@ def test_there_is_nothing_where_no_file_is(tmp_path, caplog):
     assert not caplog.records
 
 
+def test_what_cannot_be_read_is_no_engine(tmp_path, caplog):
+    (tmp_path / "folder.engine").mkdir()
+    assert read_engine(tmp_path / "folder.engine", "k", HERE) is None
+    assert "cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize("place", [0, 20, 100, -1])
 def test_a_single_changed_bit_anywhere_is_noticed(path, caplog, place):
     content = bytearray(path.read_bytes())

@@ -183,6 +183,15 @@ def test_an_engine_that_cannot_be_refitted_or_loaded_is_built(builds, tmp_path, 
     assert "cannot be used: its refit failed (RuntimeError: no); it is built anew" in caplog.text
 
 
+def test_an_engine_that_cannot_be_kept_is_used_all_the_same(builds, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tensorrt_engines, "write_engine", fail)
+    assert sources(tmp_path) == ["built", "built"]
+    assert "the engine is not kept in" in caplog.text and "disk full" in caplog.text
+
+
 def test_a_build_that_fails_leaves_no_file(builds, tmp_path, monkeypatch):
     def fail(lowered):
         raise NoEngineError("TensorRT's builder failed; its log says why")
