@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import svg2_compile
 from conformance.examine import output_of
@@ -121,12 +122,12 @@ def test_a_changed_weight_is_noticed(caplog):
 class HandWritten(nn.Module):
     def __init__(self):
         super().__init__()
+        self.attend = lambda q, k, v: ((q @ k.mT) * 0.3).softmax(-1) @ v
         self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
 
     def forward(self, x):
         q, k, v = (each.unflatten(-1, (2, -1)).transpose(1, 2) for each in self.qkv(self.norm(x)).chunk(3, -1))
-        out = ((q @ k.mT) * 0.3).softmax(-1) @ v
-        return x + F.gelu(self.out(out.transpose(1, 2).flatten(2)))
+        return x + F.gelu(self.out(self.attend(q, k, v).transpose(1, 2).flatten(2)))
 
 
 def test_a_segment_that_cannot_be_an_engine_is_compiled_by_inductor_and_named(monkeypatch, caplog):
@@ -149,19 +150,36 @@ def test_a_segment_that_cannot_be_an_engine_is_compiled_by_inductor_and_named(mo
     assert f"segment_1 {reason}" in caplog.text
 
 
-@pytest.mark.parametrize("dense_steps", [0, 5])
-def test_hand_written_attention_stays_out_of_engines_in_both_graphs(monkeypatch, dense_steps):
-    taken = []
+@pytest.fixture
+def taken(monkeypatch):
+    """The nodes of all engines."""
+    nodes = []
 
     def remember(module, folder):
-        taken.extend(node for node in module.graph.nodes if node.op == "call_function")
+        nodes.extend(node for node in module.graph.nodes if node.op == "call_function")
         return run_as_it_is(module, folder)
 
     without_tensorrt(monkeypatch, remember)
+    return nodes
+
+
+@pytest.mark.parametrize("dense_steps", [0, 5])
+def test_hand_written_attention_stays_out_of_engines_in_both_graphs(taken, dense_steps):
     torch.manual_seed(0)
     model, x = HandWritten(), torch.randn(1, 100, 16)
     options = OPTIONS | {"dense_steps": dense_steps, "top_p": 1.0}
     torch.testing.assert_close(torch.compile(model, backend=svg2_backend, options=options)(x), model(x))
+    assert taken and not [node for node in taken if why_kept(node) or "softmax" in str(node.target)]
+
+
+def test_attention_without_a_fused_kernel_stays_out_too(taken):
+    """AOTAutograd would write its softmax out."""
+    torch.manual_seed(0)
+    model, x = HandWritten(), torch.randn(1, 100, 16)
+    model.attend = F.scaled_dot_product_attention
+    with sdpa_kernel(SDPBackend.MATH):
+        compiled = torch.compile(model, backend=svg2_backend, options=OPTIONS | {"dense_steps": 5})
+        torch.testing.assert_close(compiled(x), model(x))
     assert taken and not [node for node in taken if why_kept(node) or "softmax" in str(node.target)]
 
 
