@@ -117,7 +117,7 @@ def test_hidden_keys_do_not_influence_it():
 
 
 @runs_kernels
-def test_between_two_looks_nothing_is_read_or_added():
+def test_between_two_looks_nothing_is_added():
     from svg2_compile.kernels.recall_triton import key_masses_triton
 
     arguments = selection()
@@ -125,3 +125,18 @@ def test_between_two_looks_nothing_is_read_or_added():
     arguments[1].fill_(math.nan)
     for calls in (2, 3):
         assert measure(key_masses_triton, arguments, calls=calls, interval=3).eq(0).all()
+
+
+@runs_kernels
+@pytest.mark.parametrize(("calls", "works"), [(1, True), (2, False), (3, False), (4, True)])
+def test_between_two_looks_the_kernel_does_nothing(calls, works, monkeypatch):
+    from svg2_compile.kernels.recall_triton import LOG2_E, key_masses_triton
+
+    monkeypatch.setattr(torch, "empty", lambda *arguments, **options: torch.zeros(*arguments, **options) + 4)
+    _, k, _, _, k_sizes, runs, counts = selection(heads=2, groups=2)
+    q = torch.ones(4, 5, 24, dtype=k.dtype, device=DEVICE)
+    counter = torch.tensor([calls], dtype=torch.int32, device=DEVICE)
+    visible = k_sizes.flatten(0, 1).sum(-1, dtype=torch.int32)
+    total, _ = key_masses_triton(q, k, visible, runs.flatten(0, 1), counts.flatten(0, 1), SCALE, counter, 3)
+    untouched = torch.full_like(total, (4 + 2) / LOG2_E)  # what was there: a maximum of 4, a sum of 4
+    assert torch.isclose(total, untouched).all() != works
