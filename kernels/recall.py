@@ -1,6 +1,7 @@
 """``svg2::measure_recall_``: how much of the true attention mass the selection keeps, on a few rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,9 @@ def _check(
         check_dtype("context_mask", context_mask, torch.bool)
 
 
+KeyMasses = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor, int], tuple[Tensor, Tensor]]
+
+
 def measure_recall_reference(
     q: Tensor,
     k: Tensor,
@@ -111,6 +115,8 @@ def measure_recall_reference(
     interval: int,
     seed: int,
     min_recall: float,
+    *,
+    key_masses: KeyMasses | None = None,
 ) -> None:
     """Add each head's recall, the mean of some of its rows, at every ``interval``-th call of a generation.
 
@@ -137,6 +143,7 @@ def measure_recall_reference(
         interval: 1 measures at every call, n at the first, then at every n-th after it.
         seed: chooses the rows; any integer.
         min_recall: least recall of a head that stays sparse; without ``dense_heads`` it does nothing.
+        key_masses: what computes the sums over keys, not a part of the op; ``key_masses_reference`` if absent.
 
     Raises:
         TypeError: a dtype other than the above.
@@ -164,54 +171,8 @@ def measure_recall_reference(
         rows,
         interval,
     )
-    if not k_calls.is_cuda and not bool((k_calls - 1) % interval == 0):
+    if key_masses is None and not k_calls.is_cuda and not bool((k_calls - 1) % interval == 0):
         return
-    _measure(
-        key_masses_reference,
-        q,
-        k,
-        q_order,
-        q_sizes,
-        k_sizes,
-        runs,
-        counts,
-        context_k,
-        context_mask,
-        k_calls,
-        recall,
-        dense_heads,
-        scale,
-        rows,
-        interval,
-        seed,
-        min_recall,
-    )
-
-
-KeyMasses = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor, int], tuple[Tensor, Tensor]]
-
-
-def _measure(
-    key_masses: KeyMasses,
-    q: Tensor,
-    k: Tensor,
-    q_order: Tensor,
-    q_sizes: Tensor,
-    k_sizes: Tensor,
-    runs: Tensor,
-    counts: Tensor,
-    context_k: Tensor | None,
-    context_mask: Tensor | None,
-    k_calls: Tensor,
-    recall: Tensor,
-    dense_heads: Tensor | None,
-    scale: float,
-    rows: int,
-    interval: int,
-    seed: int,
-    min_recall: float,
-) -> None:
-    """Compute the op, the masses of the keys by ``key_masses``."""
     batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
     is_measured = (k_calls - 1) % interval == 0
@@ -225,7 +186,7 @@ def _measure(
     visible = k_sizes.flatten(0, 1).sum(-1, dtype=torch.int32)
     # a model under autocast would have the scores rounded
     with torch.autocast(q.device.type, enabled=False):
-        total, mass = key_masses(sampled, k, visible, runs, counts, scale, k_calls, interval)
+        total, mass = (key_masses or key_masses_reference)(sampled, k, visible, runs, counts, scale, k_calls, interval)
         if context_k is not None:
             always = _context_mass(sampled, context_k, context_mask, scale)
             total, mass = total.logaddexp(always), mass.logaddexp(always)
@@ -287,34 +248,11 @@ def _parts(count: int, bytes_each: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def _measure_recall_cuda(
-    q: Tensor,
-    k: Tensor,
-    q_order: Tensor,
-    q_sizes: Tensor,
-    k_sizes: Tensor,
-    runs: Tensor,
-    counts: Tensor,
-    context_k: Tensor | None,
-    context_mask: Tensor | None,
-    k_calls: Tensor,
-    recall: Tensor,
-    dense_heads: Tensor | None,
-    scale: float,
-    rows: int,
-    interval: int,
-    seed: int,
-    min_recall: float,
-) -> None:
-    arguments = (q, k, q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls, recall, dense_heads)
-    numbers = (scale, rows, interval, seed, min_recall)
-    if why_not_triton("measure_recall_", q.device, q.dtype, dim=q.shape[3]) is not None or k.numel() == 0:
-        measure_recall_reference(*arguments, *numbers)
-        return
-    _check(*arguments, rows, interval)
-    from svg2_compile.kernels.recall_triton import key_masses_triton
-
-    _measure(key_masses_triton, *arguments, *numbers)
+def _measure_recall_cuda(q: Tensor, k: Tensor, *others: Any) -> None:
+    key_masses: KeyMasses | None = None
+    if k.numel() > 0 and why_not_triton("measure_recall_", q.device, q.dtype, dim=q.shape[3]) is None:
+        from svg2_compile.kernels.recall_triton import key_masses_triton as key_masses
+    measure_recall_reference(q, k, *others, key_masses=key_masses)
 
 
 torch.library.impl("svg2::measure_recall_", "CPU", measure_recall_reference)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from svg2_compile.kernels.recall import RECALL, _measure, key_masses_reference
+from svg2_compile.kernels.recall import RECALL, key_masses_reference, measure_recall_reference
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.work_list import kept_runs_reference
 from triton_interpreter import (
@@ -53,7 +53,8 @@ def measure(key_masses, arguments, rows=19, calls=1, interval=1, context=(None, 
     q = arguments[0]
     recall = torch.zeros(*q.shape[:2], len(RECALL), device=DEVICE)
     counter = torch.tensor([calls], dtype=torch.int32, device=DEVICE)
-    _measure(key_masses, *arguments, *context, counter, recall, None, SCALE, rows, interval, 0, 0.0)
+    numbers = (SCALE, rows, interval, 0, 0.0)
+    measure_recall_reference(*arguments, *context, counter, recall, None, *numbers, key_masses=key_masses)
     return recall
 
 

@@ -168,7 +168,7 @@ def test_the_kernels_are_right(op):
         "permute_tokens": permute_triton.permute_tokens_triton,
         "select_blocks": select_blocks_triton.select_blocks_triton,
         "block_sparse_attention": block_sparse_attention_triton.block_sparse_attention_triton,
-        "measure_recall_": partial(recall._measure, recall_triton.key_masses_triton),
+        "measure_recall_": partial(recall.measure_recall_reference, key_masses=recall_triton.key_masses_triton),
     }
     kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, has_context=True)
     assert why_wrong(op, kind, launchers[op]) is None
