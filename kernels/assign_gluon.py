@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from svg2_compile.kernels.centroids_triton import GLUON_ASSIGN_C as BLOCK_C
-from svg2_compile.kernels.gluon_names import element_type, load_box, thread_barrier
+from svg2_compile.kernels.gluon_names import element_type, load_box, shared_layout, thread_barrier
 from svg2_compile.kernels.launch import MAX_CLUSTERS, AotVariant, RepeatableLaunch
 from svg2_compile.kernels.sort_labels_triton import COUNT_N, SIZES, TABLE_COLUMNS
 
@@ -376,7 +376,7 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Return a tensor to be loaded block by block."""
     # A dimension of one element may have any stride.
     strides = [stride if size > 1 else x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
-    layout = gl.NVMMASharedLayout.get_default_for(block, element_type(x))
+    layout = shared_layout(tuple(block), element_type(x))
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
 
@@ -409,7 +409,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
                 ("k_desc", [1, 1, ROWS, dim]),
                 ("c_desc", [BLOCK_C, dim]),
             ):
-                layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+                layout = shared_layout(tuple(block), dtype)
                 types[argument] = f"tensordesc<{name}{block},{layout!r}>"
             constexprs: dict[str, object] = {**_constexprs(dim)}
             signature = {argument: type_ for argument, type_ in types.items() if argument not in constexprs}

@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from svg2_compile.kernels.known_state import is_capturing
 from svg2_compile.kernels.tiles import AttentionTiles
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def fastest(
     known = _fastest.get(key)
     if known is not None:
         return known
-    if _is_capturing():
+    if is_capturing():
         return candidates[0]
     with _lock:
         if key not in _fastest:
@@ -127,7 +128,3 @@ def _launch_errors() -> tuple[type[Exception], ...]:
     from triton.runtime.errors import OutOfResources, PTXASError
 
     return (torch.OutOfMemoryError, OutOfResources, PTXASError)
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

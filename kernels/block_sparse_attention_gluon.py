@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from svg2_compile.kernels.attention_steps import LOG2_E, empty_results, rows_of_unit_stride
-from svg2_compile.kernels.gluon_names import element_type, load_box, thread_barrier
+from svg2_compile.kernels.gluon_names import element_type, load_box, shared_layout, thread_barrier
 from svg2_compile.kernels.launch import AotVariant
 from svg2_compile.kernels.tuning import GLUON
 from svg2_compile.kernels.work_list import COUNTS, PIECES
@@ -517,7 +517,7 @@ def _rows(x: Tensor) -> TensorDescriptor:
     """Return [B, G, N, D] as rows of all heads, to be loaded piece by piece."""
     rows = x.contiguous().view(-1, x.shape[3])
     block = [GLUON.piece, x.shape[3]]
-    return TensorDescriptor.from_tensor(rows, block, gl.NVMMASharedLayout.get_default_for(block, element_type(x)))
+    return TensorDescriptor.from_tensor(rows, block, shared_layout(tuple(block), element_type(x)))
 
 
 def _constexprs(dim: int) -> dict[str, int]:
@@ -539,7 +539,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
     variants = []
     for dtype, name in ((gl.bfloat16, "bf16"), (gl.float16, "fp16")):
         for dim, has_context_mask in ((64, True), (64, False), (128, True), (128, False)):
-            layout = gl.NVMMASharedLayout.get_default_for([GLUON.piece, dim], dtype)
+            layout = shared_layout((GLUON.piece, dim), dtype)
             constexprs: dict[str, object] = {**_constexprs(dim)}
             if not has_context_mask:
                 constexprs["context_mask_ptr"] = None

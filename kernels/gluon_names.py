@@ -3,6 +3,7 @@
 # Gluon has no types.
 # mypy: disable-error-code="import-untyped, import-not-found"
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,3 +18,9 @@ load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 def element_type(x: torch.Tensor) -> Any:
     """Return Gluon's name of an element type that ``GLUON_DTYPES`` has."""
     return gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+
+
+@cache
+def shared_layout(block: tuple[int, ...], dtype: Any) -> Any:
+    """Return the layout in shared memory that boxes are loaded to; made once, since it takes microseconds a launch."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)

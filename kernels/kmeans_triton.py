@@ -3,7 +3,7 @@
 An iteration assigns every token to a centroid and counts the labels, sorts them, and averages the tokens of every
 cluster. As many iterations are launched as either kind of call may need; ``calls`` is read on the device, and the
 kernels of an iteration that is not needed return at once. So does the kernel that orders the centroids, unless it is
-the first call.
+the first call. Where the host knows that it is not (``known_state``), it launches what a later call needs.
 
 Queries and keys share the launches: tiles of queries come first, then tiles of keys, and a tile chooses its pointers
 and sizes. ``kmeans_`` alone has no second side. The last needed sum of the keys can also write them, and the values, in
@@ -38,6 +38,7 @@ from svg2_compile.kernels.centroids_triton import (
     start_kernel,
     token_variant,
 )
+from svg2_compile.kernels.known_state import is_known_as_clustered
 from svg2_compile.kernels.launch import (
     AotVariant,
     RepeatableLaunch,
@@ -376,12 +377,13 @@ class Clustering:
 
     def launch(self, iters_init: int, iters_step: int, seed: int) -> None:
         """Run the iterations; how many of them do anything is decided on the device."""
-        iterations = max(iters_init, iters_step)
+        is_later = is_known_as_clustered(self.q.calls, self.k.calls)
+        iterations = iters_step if is_later else max(iters_init, iters_step)
         with torch.cuda.device_of(self.q.x):
             self._start(iters_init, iters_step, _seed_hash(seed))
             launches: list[RepeatableLaunch] = []
             for iteration in range(iterations):
-                if iteration == iters_init - 1:
+                if iteration == iters_init - 1 and not is_later:
                     self._order()
                 for launch in launches:
                     launch.again("iteration", iteration)

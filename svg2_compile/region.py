@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.clock import Tick, current_clock, forget, tick
+from svg2_compile.kernels.known_state import is_capturing, known_as_clustered
 from svg2_compile.kernels.self_check import Kind, check_kernels
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.nodes import target_name
@@ -133,8 +134,15 @@ class Region:
             check_kernels(self._ops, kind)
         self._kinds = ()
         self.sparse_calls[owner] = self.sparse_calls.get(owner, 0) + 1
-        state = store.tensors_for(owner, current_clock(), now.run, now.stream, self.plan.sites)
-        return self.sparse(*args, *state)
+        states = store.states_for(owner, current_clock(), now.run, now.stream, self.plan.sites)
+        clustered = (counter for state in states if state.is_clustered for counter in state.clustering_counters())
+        with known_as_clustered(frozenset(clustered)):
+            outputs = self.sparse(*args, *(tensor for state in states for tensor in state.tensors.values()))
+        # what a CUDA graph records has not run
+        if not is_capturing():
+            for state in states:
+                state.is_clustered = True
+        return outputs
 
     def owner_of(self, args: tuple[Any, ...]) -> Any:
         """Return who calls, or this region where nothing tells."""

@@ -17,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from svg2_compile.clock import DenoiseClock
 from svg2_compile.passes.records import AttentionSite, StateSpec
 
-OF_A_GENERATION = ("q_calls", "k_calls", "dense_heads")
+COUNTERS = ("q_calls", "k_calls")
+OF_A_GENERATION = (*COUNTERS, "dense_heads")
 """What starts as zeros in each generation."""
 
 Key = tuple[int, str, str]
@@ -33,6 +34,8 @@ class SiteState:
     run: int
     calls: int = 0
     """Sparse forwards so far."""
+    is_clustered: bool = False
+    """Whether a sparse forward of this generation has run."""
 
     def begin_generation(self, run: int) -> None:
         """Let the next clustering start from tokens and every head be sparse again; statistics go on adding up."""
@@ -40,6 +43,11 @@ class SiteState:
             if name in self.tensors:
                 self.tensors[name].zero_()
         self.run = run
+        self.is_clustered = False
+
+    def clustering_counters(self) -> list[int]:
+        """Return the addresses of the counters of clusterings."""
+        return [tensor.data_ptr() for name, tensor in self.tensors.items() if name in COUNTERS]
 
 
 class StateStore:
@@ -48,12 +56,12 @@ class StateStore:
     def __init__(self) -> None:
         self._owners: Any = WeakIdKeyDictionary()
 
-    def tensors_for(
+    def states_for(
         self, owner: Any, clock: DenoiseClock, run: int, stream: str, sites: tuple[AttentionSite, ...]
-    ) -> list[torch.Tensor]:
-        """Return the state inputs of a sparse graph, in order; zeros where this generation has not clustered yet."""
+    ) -> list[SiteState]:
+        """Return the state of a sparse graph, site by site; zeros where this generation has not clustered yet."""
         states = self._states(owner, clock)
-        tensors: list[torch.Tensor] = []
+        found: list[SiteState] = []
         for site in sites:
             key = (site.index, site.path, stream)
             specs = site.state_specs()
@@ -63,8 +71,8 @@ class StateStore:
             elif state.run != run:
                 state.begin_generation(run)
             state.calls += 1
-            tensors += state.tensors.values()
-        return tensors
+            found.append(state)
+        return found
 
     def states_of(self, owner: Any, site: AttentionSite) -> dict[str, list[SiteState]]:
         """Return what one site of ``owner`` has, by CFG branch."""

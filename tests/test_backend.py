@@ -9,7 +9,8 @@ import torch
 
 import svg2_compile
 from svg2_compile import ConfigError, denoise_step, svg2_backend
-from svg2_compile.region import Region
+from svg2_compile.kernels.known_state import is_known_as_clustered
+from svg2_compile.region import Region, Variant
 from svg2_compile.state import SiteState, store
 from tiny_pipelines import hunyuan_transformer as hunyuan
 from tiny_pipelines import wan_transformer as wan
@@ -182,6 +183,67 @@ def test_centroids_are_reused_within_a_generation():
     for timestep in TIMESTEPS:
         forward(compiled, timestep, **wan_inputs())
     assert [int(each.tensors["q_calls"]) for each in states()["0"]] == [2, 2]
+
+
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])
+def test_state_is_vouched_for_from_the_second_sparse_call_of_a_generation_and_branch(regional, monkeypatch):
+    compiled = compile_model(wan(), SPARSE | EAGER, regional)
+
+    def forward_as(step, stream):
+        seen = []
+
+        def spy(self, *args):
+            counters = [each for each in args if each.dtype == torch.int32 and each.shape == (1,)]
+            # that the counters have moved on is what is vouched for
+            assert all(each.item() > 0 for each in counters if is_known_as_clustered(each))
+            seen.append([is_known_as_clustered(each) for each in counters])
+            return run(self, *args)
+
+        with monkeypatch.context() as patch:
+            run = Variant.__call__
+            patch.setattr(Variant, "__call__", spy)
+            with denoise_step(step, 5, stream):
+                forward(compiled, 900 - step, **wan_inputs())
+        known = [each for counters in seen for each in counters]
+        assert len(known) == (4 if step else 0)  # two layers, queries and keys
+        assert len(set(known)) <= 1
+        return bool(known) and known[0]
+
+    for _ in range(2):  # generations
+        known = [[forward_as(step, stream) for stream in ("cond", "uncond")] for step in range(3)]
+        assert known == [[False, False], [False, False], [True, True]]
+    svg2_compile.reset()
+    assert not forward_as(3, "cond")
+    assert forward_as(4, "cond")
+
+
+def test_state_is_not_vouched_for_by_a_call_that_failed_or_was_only_recorded(monkeypatch):
+    compiled = compile_model(wan(), SPARSE | EAGER)
+    known = []
+
+    def sparse_forward(step):
+        with denoise_step(step, 6):
+            forward(compiled, 900 - step, **wan_inputs())
+
+    run = Variant.__call__
+
+    def spy(self, *args):
+        counters = [each for each in args if each.dtype == torch.int32 and each.shape == (1,)]
+        known.append(is_known_as_clustered(*counters))
+        outputs = run(self, *args)
+        if len(known) == 1:
+            raise RuntimeError("out of memory, say")
+        return outputs
+
+    monkeypatch.setattr(Variant, "__call__", spy)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sparse_forward(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("svg2_compile.region.is_capturing", lambda: True)
+        sparse_forward(2)
+    sparse_forward(3)
+    sparse_forward(4)
+    assert known == [False, False, False, True]
 
 
 def test_two_models_of_one_class_have_their_own_state_and_reports():

@@ -1,5 +1,6 @@
 """Compiled tiny models on a GPU: full selection equals dense, CUDA graphs replay what mutates state, nobody waits."""
 
+import contextlib
 import copy
 import importlib
 import warnings
@@ -295,6 +296,37 @@ def test_a_captured_step_replays_with_new_inputs_and_the_state_moves_on(guard):
             assert torch.equal(outputs[stream], expected[stream, step]), (stream, step)
     assert_same(state(), expected_state)
     assert not torch.equal(outputs["cond"], outputs["uncond"])
+
+
+def test_what_the_host_knows_of_the_state_saves_launches_and_changes_no_bits(monkeypatch):
+    from svg2_compile.kernels import kmeans_triton
+
+    layer = Layer().to(DEVICE, torch.bfloat16)
+    compiled = torch.compile(layer, backend=svg2_backend, options=ALWAYS_SPARSE, fullgraph=True)
+    orders = []
+
+    def order(clustering, launch=kmeans_triton.Clustering._order):
+        orders.append(None)
+        return launch(clustering)
+
+    monkeypatch.setattr(kmeans_triton.Clustering, "_order", order)
+
+    def run() -> list[torch.Tensor]:
+        svg2_compile.reset()
+        orders.clear()
+        outputs = []
+        for step in range(4):
+            for each, stream in enumerate(STREAMS):
+                with denoise_step(step, 4, stream):
+                    outputs.append(compiled(tokens(10 * step + each)))
+        return outputs
+
+    outputs, known = run(), len(orders)
+    monkeypatch.setattr("svg2_compile.region.known_as_clustered", lambda _: contextlib.nullcontext())
+    expected = run()
+    assert all(map(torch.equal, outputs, expected))
+    # only the first step of each branch orders its clusters
+    assert (known, len(orders)) == (len(STREAMS), 4 * len(STREAMS))
 
 
 def waits(call) -> list[str]:

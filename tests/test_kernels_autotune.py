@@ -87,21 +87,13 @@ def test_a_single_candidate_is_not_timed():
 
 def test_nothing_is_timed_while_a_cuda_graph_records_and_the_table_is_not_remembered(monkeypatch):
     clock = Clock(m128=2, m64=1)
-    monkeypatch.setattr(autotune, "_is_capturing", lambda: True)
+    monkeypatch.setattr(autotune, "is_capturing", lambda: True)
     assert fastest(KEY, (TABLED, OTHER), clock.run, clock.time_ms) is TABLED
     assert not clock.timed
-    monkeypatch.setattr(autotune, "_is_capturing", lambda: False)
+    monkeypatch.setattr(autotune, "is_capturing", lambda: False)
     assert fastest(KEY, (TABLED, OTHER), clock.run, clock.time_ms) is OTHER
-    monkeypatch.setattr(autotune, "_is_capturing", lambda: True)
+    monkeypatch.setattr(autotune, "is_capturing", lambda: True)
     assert fastest(KEY, (TABLED, OTHER), clock.run, clock.time_ms) is OTHER
-
-
-def test_capturing_is_asked_of_the_current_stream_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert autotune._is_capturing()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not autotune._is_capturing()
 
 
 def errors_of_a_launch() -> list[Exception]:

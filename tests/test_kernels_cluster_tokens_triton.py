@@ -129,6 +129,40 @@ def test_the_calls_of_a_side_decide_on_the_device_how_many_of_its_iterations_run
 
 
 @runs_kernels
+@pytest.mark.parametrize(("iters_init", "iters_step"), [(4, 2), (1, 3), (5, 1)])
+def test_state_that_is_vouched_for_needs_fewer_launches_and_gives_the_same_bits(iters_init, iters_step, monkeypatch):
+    from svg2_compile.kernels import kmeans_triton
+    from svg2_compile.kernels.known_state import known_as_clustered
+
+    tokens = random_qkv(130, 65, 16, torch.float32)
+    state = fresh_state(*tokens[:2], 5, 7)
+    cluster_tokens(*tokens, *state, iters_init, iters_step, 0)
+    vouched_for = [each.clone() for each in state]
+    expected = cluster_tokens(*tokens, *state, iters_init, iters_step, 0)
+    launches = []
+    for owner, name in [
+        *((kmeans_triton.RepeatableLaunch, name) for name in ("first", "again")),
+        *((kmeans_triton.Clustering, name) for name in ("_start", "_order")),
+    ]:
+        launch = getattr(owner, name)
+
+        def counted(*arguments, launch=launch, **options):
+            launches.append(None)
+            return launch(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+    with known_as_clustered(frozenset(each.data_ptr() for each in vouched_for[2:])):
+        outputs = cluster_tokens(*tokens, *vouched_for, iters_init, iters_step, 0)
+    assert all(map(torch.equal, outputs, expected)) and all(map(torch.equal, vouched_for, state))
+    assert len(launches) == 1 + 5 * iters_step
+    launches.clear()
+    # one of two is not enough
+    with known_as_clustered(frozenset([vouched_for[2].data_ptr()])):
+        cluster_tokens(*tokens, *vouched_for, iters_init, iters_step, 0)
+    assert len(launches) == 2 + 5 * max(iters_init, iters_step)
+
+
+@runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
 def test_layouts_and_repetition_do_not_change_the_bits(dtype):
     q, k, v = random_qkv(65, 130, 80, dtype, batch=2, heads=1)

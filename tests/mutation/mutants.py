@@ -953,7 +953,7 @@ MUTANTS = (
     Mutant(
         "candidates timed while a CUDA graph records",
         "kernels/autotune.py",
-        "if _is_capturing():",
+        "if is_capturing():",
         "if False:",
         AUTOTUNE,
     ),
