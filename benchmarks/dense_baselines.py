@@ -1,15 +1,17 @@
-"""Other people's kernels, timed beside ours: dense attention, flash-kmeans, FlashInfer's variable blocks.
+"""Other people's kernels, timed beside ours: dense attention, FA4 with fixed blocks, flash-kmeans, FlashInfer.
 
     python -P benchmarks/dense_baselines.py --out dense_baselines.json
 
-times what sparse attention is compared with, in one session: dense attention by cuDNN, flash and FlexAttention at the
-sizes of large models, normal tokens stored as (B, N, H, D), bf16; and what the GPU can do at most, a large bf16 matrix
-product and a copy. Times are medians. Without a GPU it says so and stops.
+times what sparse attention is compared with, in one session: dense attention by cuDNN, flash, FlexAttention and, where
+it is installed, FA4 (`flash-attn-4`) at the sizes of large models, normal tokens stored as (B, N, H, D), bf16; FA4 with
+a quarter of its fixed blocks, drawn at random; and what the GPU can do at most, a large bf16 matrix product and a copy.
+Times are medians. Without a GPU it says so and stops.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 import sys
 import time
@@ -25,6 +27,8 @@ from svg2_compile.environment import describe_environment
 
 WORKSPACE_BYTES = 256 << 20  # FlashInfer's own scratch memory
 FLASHINFER_BACKENDS = ("fa2", "fa3")
+FA4_BLOCKS = {64: (192, 128), 128: (128, 128)}  # its tiles on Hopper, by head dimension: queries, keys
+FA4_DENSITY = 0.25
 # name, heads, tokens, head dimension
 DENSE_SHAPES = (
     ("Wan 14B 720p", 40, 75_600, 128),
@@ -87,8 +91,9 @@ def dense_record(
     print(f"{name} (1, {heads}, {tokens}, {dim})")
     for each, value in ms.items():
         print(f"  {each:<14} " + (value if isinstance(value, str) else f"{value:8.2f} ms, {tflops[each]:4.0f} TFLOP/s"))
-    sys.stdout.flush()
-    return {"shape": name, "size": [1, heads, tokens, dim], "ms": ms, "tflops": tflops}
+    blocks = fa4_blocks(q, k, v, generator, rep_ms)
+    print("  FA4, fixed blocks: " + ", ".join(f"{each} {value}" for each, value in blocks.items()), flush=True)
+    return {"shape": name, "size": [1, heads, tokens, dim], "ms": ms, "tflops": tflops, "FA4 blocks": blocks}
 
 
 def median_ms(function: Callable[[], object], rep_ms: float) -> float:
@@ -132,7 +137,58 @@ def dense_ms(q: Tensor, k: Tensor, v: Tensor, rep_ms: float) -> dict[str, float 
         "cuDNN": attempt(sdpa(SDPBackend.CUDNN_ATTENTION), rep_ms),
         "flash": attempt(sdpa(SDPBackend.FLASH_ATTENTION), rep_ms),
         "FlexAttention": attempt(lambda: flex(q, k, v), rep_ms),
+        "FA4": fa4_ms(q, k, v, rep_ms),
     }
+
+
+def has_fa4() -> bool:
+    """Return whether FA4 is installed; older versions of flash-attn share its name."""
+    return all(importlib.util.find_spec(name) for name in ("flash_attn", "flash_attn.cute"))
+
+
+def fa4_ms(q: Tensor, k: Tensor, v: Tensor, rep_ms: float) -> float | str:
+    """Return the time of dense FA4."""
+    if not has_fa4():
+        return "not installed"
+
+    def measure() -> float:
+        from flash_attn.cute import flash_attn_func
+
+        rows = [x.transpose(1, 2) for x in (q, k, v)]
+        return median_ms(lambda: flash_attn_func(*rows), rep_ms)
+
+    return _or_failure(measure)
+
+
+def fa4_blocks(q: Tensor, k: Tensor, v: Tensor, generator: torch.Generator, rep_ms: float) -> dict[str, float | str]:
+    """Time FA4 with as many random blocks for every tile of queries; tokens that fill no block are left out."""
+    if not has_fa4():
+        return {"ms": "not installed"}
+    block_q, block_k = FA4_BLOCKS[q.shape[3]]
+    tokens = q.shape[2] // math.lcm(block_q, block_k) * math.lcm(block_q, block_k)
+    q, k, v = (x[:, :, :tokens] for x in (q, k, v))
+    rows, columns = tokens // block_q, tokens // block_k
+    kept = round(FA4_DENSITY * columns)
+    draws = torch.rand((1, q.shape[1], rows, columns), generator=generator, device=q.device)
+    columns_kept = draws.topk(kept).indices.sort().values.int()
+    counts = torch.full((1, q.shape[1], rows), kept, dtype=torch.int32, device=q.device)
+
+    def measure() -> float:
+        from flash_attn.cute import flash_attn_func
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+        rows_of = [x.transpose(1, 2) for x in (q, k, v)]
+        blocks = BlockSparseTensorsTorch(
+            torch.zeros_like(counts), columns_kept, counts, columns_kept, block_size=(block_q, block_k)
+        )
+        return median_ms(lambda: flash_attn_func(*rows_of, block_sparse_tensors=blocks), rep_ms)
+
+    ms = _or_failure(measure)
+    result: dict[str, float | str] = {"density": kept / columns, "ms": ms}
+    if not isinstance(ms, str):
+        flop = 4 * q.shape[3] * q.shape[1] * tokens**2 * kept / columns
+        result["tflops"] = flop / ms / 1e9
+    return result
 
 
 def _flex_attention() -> Callable[..., object]:
@@ -143,8 +199,12 @@ def _flex_attention() -> Callable[..., object]:
 
 def attempt(function: Callable[[], object], rep_ms: float) -> float | str:
     """Return the time of a call in ms, or the first line of what went wrong: the baseline is not ours to mend."""
+    return _or_failure(lambda: median_ms(function, rep_ms))
+
+
+def _or_failure(measure: Callable[[], float]) -> float | str:
     try:
-        return median_ms(function, rep_ms)
+        return measure()
     except Exception as error:
         return f"failed: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
 
@@ -178,10 +238,7 @@ def flashinfer_ms(
         wrapper.plan(keep[0], q_sizes[0], k_sizes[0], heads, k.shape[1], dim, q_data_type=q.dtype)
         return median_ms(lambda: wrapper.run(q[0], k[0], v[0]), rep_ms)
 
-    try:
-        return plan_and_time()
-    except Exception as error:
-        return f"failed: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
+    return _or_failure(plan_and_time)
 
 
 if __name__ == "__main__":
