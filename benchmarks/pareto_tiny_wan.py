@@ -3,7 +3,7 @@
     python -P benchmarks/pareto_tiny_wan.py --out docs/images
 
 Prints a table, and writes ``pareto_tiny_wan.json`` and ``pareto_tiny_wan.png``, or files of another ``--name``. Run it
-on an idle machine.
+on an idle machine. With ``--cuda-graphs``, for a GPU, dense and sparse steps are replayed, one model after the other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from svg2_compile import svg2_backend, tiny_wan
 from svg2_compile.environment import describe_environment
@@ -30,6 +31,7 @@ from svg2_compile.measure import (
     sparse_step_count,
     time_split,
     warm_up,
+    with_models,
 )
 from svg2_compile.quality import psnr, ssim
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=Video().frames)
     parser.add_argument("--steps", type=int, default=Video().steps)
     parser.add_argument("--top-p", type=float, nargs="+", default=TOP_P)
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay what was compiled as CUDA graphs")
     parser.add_argument("--option", action="append", default=[], help="name=value of SparseConfig, repeatable")
     arguments = parser.parse_args()
     video = replace(Video(), prompt=arguments.prompt, frames=arguments.frames, steps=arguments.steps)
@@ -60,25 +63,33 @@ def main() -> None:
         "tokens": video.tokens,
         "options": options,
         "dtype": arguments.dtype,
+        "cuda_graphs": arguments.cuda_graphs,
     }
+    graphs = {"triton.cudagraphs": True} if arguments.cuda_graphs else {}
     with fastest_attention(device):
         floor = generate(pipeline, video)
-        models = [torch.compile(eager, fullgraph=True)]
+        models = [torch.compile(eager, options=graphs, fullgraph=True)]
         for top_p in arguments.top_p:
             chosen = {**options, "top_p": top_p}
             # a copy each: the report adds up whatever ran on the same parameters
-            models.append(torch.compile(copy.deepcopy(eager), backend=svg2_backend, options=chosen, fullgraph=True))
+            own = copy.deepcopy(eager)
+            models.append(torch.compile(own, backend=svg2_backend, options=chosen | graphs, fullgraph=True))
         for model in models:
             pipeline.transformer = model
             warm_up(pipeline, video)
-        dense, *sparse = generate_in_turns(pipeline, models, video)
+        if arguments.cuda_graphs:
+            dense, *sparse = (replay(pipeline, model, video) for model in models)
+        else:
+            dense, *sparse = generate_in_turns(pipeline, models, video)
         last = sparse_step_count(video, options)
         result["dense_step_seconds"] = dense.median_step(last)
         result["noise_floor_psnr_db"] = psnr(floor.pixels, dense.pixels)
         points = []
         for top_p, model, generation in zip(arguments.top_p, models[1:], sparse, strict=True):
             pipeline.transformer = model
-            points.append(sparse_point(pipeline, video, top_p, last, generation, dense))
+            points.append(sparse_point(top_p, last, generation, dense))
+            # of replayed ops nothing has a name
+            points[-1]["clustering_share"] = None if graphs else time_split(pipeline, video).clustering
             print(points[-1], flush=True)
     result["points"] = points
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -87,9 +98,22 @@ def main() -> None:
     print(table(result))
 
 
-def sparse_point(
-    pipeline: Any, video: Video, top_p: float, last: int, sparse: Generation, dense: Generation
-) -> dict[str, Any]:
+def replay(pipeline: Any, model: torch.nn.Module, video: Video) -> Generation:
+    """Generate twice, and return the second, whose steps replay what the first recorded."""
+    # both branches of classifier-free guidance are one step, and a replay overwrites what the other returned
+    handles = (
+        model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin()),
+        model.register_forward_hook(lambda _model, _inputs, outputs: tree_map(torch.clone, outputs)),
+    )
+    own = with_models(pipeline, model)
+    generate(own, video)
+    generation = generate(own, video)
+    for handle in handles:
+        handle.remove()
+    return generation
+
+
+def sparse_point(top_p: float, last: int, sparse: Generation, dense: Generation) -> dict[str, Any]:
     report = sparse.report
     step = sparse.median_step(last)
     return {
@@ -102,7 +126,6 @@ def sparse_point(
         "generation_speedup": sum(dense.step_seconds) / sum(sparse.step_seconds),
         "psnr_db": psnr(sparse.pixels, dense.pixels),
         "ssim": ssim(sparse.pixels, dense.pixels),
-        "clustering_share": time_split(pipeline, video).clustering,
     }
 
 
@@ -111,18 +134,19 @@ def table(result: dict[str, Any]) -> str:
     columns = (*columns, "generation speed-up", "PSNR, dB", "SSIM", "clustering")
     lines = [
         f"{result['tokens']} tokens, {result['video']['steps']} steps, {result['dtype']}, {result['options']}; "
-        f"{environment['device']}, "
-        f"torch {environment['torch']}, {result['date']}; dense step {result['dense_step_seconds']:.2f} s; "
+        f"{'CUDA graphs, ' if result['cuda_graphs'] else ''}{environment['device']}, "
+        f"torch {environment['torch']}, {result['date']}; dense step {result['dense_step_seconds']:.4f} s; "
         f"noise floor {result['noise_floor_psnr_db']:.1f} dB",
         "",
         f"| {' | '.join(columns)} |",
         f"|{' --- |' * len(columns)}",
     ]
     for point in result["points"]:
+        share = point["clustering_share"]
         lines.append(
             f"| {point['top_p']} | {100 * point['density']:.1f} % | {100 * point['kept_mass']:.1f} % "
-            f"| {point['step_seconds']:.2f} | {point['step_speedup']:.2f} | {point['generation_speedup']:.2f} "
-            f"| {point['psnr_db']:.1f} | {point['ssim']:.4f} | {100 * point['clustering_share']:.1f} % |"
+            f"| {point['step_seconds']:.4f} | {point['step_speedup']:.2f} | {point['generation_speedup']:.2f} "
+            f"| {point['psnr_db']:.1f} | {point['ssim']:.4f} | {'–' if share is None else f'{100 * share:.1f} %'} |"
         )
     return "\n".join(lines)
 

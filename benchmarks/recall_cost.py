@@ -6,10 +6,16 @@ cluster and select them, at their defaults, and the density printed is the one t
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from host_time import device_ms
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.environment import describe_environment
@@ -76,17 +82,21 @@ def main() -> None:
 
 def medians_ms(*candidates: Callable[[], object], repeats: int) -> list[float]:
     """Return the median time of each candidate, taken in turns so that a change of the machine hits all of them."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    time_ms = device_ms if torch.cuda.is_available() else cpu_ms
     times: list[list[float]] = [[] for _ in candidates]
     for repeat in range(repeats + 1):
         for candidate, record in zip(candidates, times, strict=True):
-            wait()
-            start = time.perf_counter()
-            candidate()
-            wait()
+            ms = time_ms(candidate)
             if repeat > 0:  # the first round warms up
-                record.append((time.perf_counter() - start) * 1e3)
+                record.append(ms)
     return [statistics.median(record) for record in times]
+
+
+def cpu_ms(candidate: Callable[[], object]) -> float:
+    """Return the time of one call."""
+    start = time.perf_counter()
+    candidate()
+    return (time.perf_counter() - start) * 1e3
 
 
 if __name__ == "__main__":
