@@ -23,10 +23,10 @@ from marked_table import write_between
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "images"
 KERNELS = "gpu_kernels_h200.json"
-STEPS: tuple[str, ...] = ("denoising_steps_h200.json",)
+STEPS: tuple[str, ...] = ("denoising_steps_h200.json", "denoising_steps_h200_more.json")
 PLOT = "performance.png"
 DENSITY = 0.25
-"""What the tables show; the plot has all."""
+"""What the tables show; the plot has all curves."""
 TOLERANCE = 0.02
 """Random clusters come only near to the density that was asked for."""
 NAMES = {
@@ -183,6 +183,8 @@ def plot(kernels: dict[str, Any], steps: list[dict[str, Any]], path: Path) -> No
     for record in steps:
         for run in record["runs"]:
             points = sorted((float(density), sparse) for density, sparse in run["sparse"].items())
+            if len(points) < 2:
+                continue  # no curve
             x = [density for density, _ in points]
             label = f"{model_name(run)}, {run['way']}"
             (line,) = axes[0, 1].plot(x, [sparse["speedup"] for _, sparse in points], marker="o", label=label)

@@ -1,0 +1,135 @@
+"""The Gluon attention of this tree beside other versions of its file, bit for bit and in turns, on an NVIDIA GPU.
+
+    git show HEAD~3:kernels/block_sparse_attention_gluon.py > /tmp/older.py
+    python -P benchmarks/compare_attention.py /tmp/older.py --out compare.json
+
+What is tried on the kernel is judged here: the shapes, clusters and kept blocks are those of `gpu_kernels.py`, every
+version runs once in each round, and a time is that on the GPU alone. Dense cuDNN attention of the same rounds is what
+eps_tile and eps_sel are ratios to. Without a GPU it says so and stops.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_kernels import DENSITIES, SHAPES, Plan, Shape, svg2
+from host_time import device_ms
+from plan_costs import issued_pairs, selected_pairs
+from random_blocks import random_blocks
+
+from svg2_compile.environment import describe_environment
+from svg2_compile.kernels.tuning import GLUON
+from svg2_compile.kernels.work_list import kept_runs_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "kernels" / "block_sparse_attention_gluon.py"
+OURS = "this tree"
+
+
+def main() -> int:
+    """Print a line for every attention, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("versions", nargs="+", type=Path, help="other versions of the kernel's file")
+    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES[:2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU: torch sees no CUDA device; nothing was timed")
+        return 0
+    modules = {OURS: load(FILE)} | {path.stem: load(path) for path in args.versions}
+    launchers = {name: module.block_sparse_attention_gluon for name, module in modules.items()}
+    rows: list[dict[str, object]] = []
+    record = {"environment": describe_environment(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    for shape in SHAPES:
+        for row in compare(shape, launchers, args.densities, args.rounds):
+            rows.append(row)
+            print(line(row), flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"on {record['environment']}, {record['date']}")
+    return 0
+
+
+def load(path: Path) -> ModuleType:
+    """Return a version of the kernel's file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"attention_of_{path.stem}_{abs(hash(path))}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compare(
+    shape: Shape, launchers: dict[str, Callable[..., tuple[Tensor, Tensor]]], densities: list[float], rounds: int
+) -> Iterator[dict[str, object]]:
+    """Yield the times, ratios and equality of every version, for all clusters and densities of a shape."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = (1, shape.tokens, shape.heads, shape.dim)
+    q, k, v = (
+        torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv"
+    )
+
+    def dense() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(q, k, v)
+
+    for clusters in shape.clusters:
+        plan = Plan.random(generator, q, k, clusters)
+        keys, values = (svg2.permute_tokens(x, plan.k_order) for x in (k, v))
+        for density in densities:
+            keep = random_blocks(generator, density, plan.k_sizes, clusters[0])
+            kept = kept_runs_reference(keep, plan.k_sizes)
+            arguments = (q, keys, values, plan.q_sizes, kept.runs, kept.counts, None, None, None, plan.q_order)
+            calls = {name: partial(launch, *arguments, shape.dim**-0.5) for name, launch in launchers.items()}
+            results = {name: call() for name, call in calls.items()}
+            everything = {"dense": dense, **calls}
+            times = {name: [] for name in everything}
+            for _ in range(rounds):
+                for name, call in everything.items():
+                    times[name].append(device_ms(call))
+            ms = {name: statistics.median(each) for name, each in times.items()}
+            pairs = shape.heads * shape.tokens**2
+            issued = issued_pairs(plan.q_sizes, kept.counts, GLUON.block_m, GLUON.block_n, GLUON.piece)
+            selected = selected_pairs(plan.q_sizes, plan.k_sizes, keep)
+            yield {
+                "shape": shape.name,
+                "clusters": clusters,
+                "density": selected / pairs,
+                "ms": ms,
+                "eps_tile": {name: issued / pairs * ms["dense"] / ms[name] for name in calls},
+                "eps_sel": {name: selected / pairs * ms["dense"] / ms[name] for name in calls},
+                "same_bits": {name: all(map(torch.equal, each, results[OURS])) for name, each in results.items()},
+            }
+
+
+def line(row: dict[str, object]) -> str:
+    """Return what one row says."""
+    parts = [
+        f"{name} {row['ms'][name]:.2f} ms, eps_tile {row['eps_tile'][name]:.3f}, eps_sel {row['eps_sel'][name]:.3f}"
+        + ("" if same else ", OTHER BITS")
+        for name, same in row["same_bits"].items()
+    ]
+    clusters = " / ".join(map(str, row["clusters"]))
+    return f"{row['shape']}, {clusters}, density {row['density']:.3f}, dense {row['ms']['dense']:.1f} ms: " + "; ".join(
+        parts
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
