@@ -31,6 +31,9 @@ RECALL = ("tests/test_kernels_recall.py",)
 RECALL_TRITON = ("tests/test_kernels_recall_triton.py",)
 GUARD = ("tests/test_guard.py",)
 SELF_CHECK = ("tests/test_kernels_self_check.py",)
+KNOWN = ("tests/test_kernels_known_state.py",)
+CLUSTER_TRITON = ("tests/test_kernels_cluster_tokens_triton.py",)
+VOUCHING = ("tests/test_backend.py",)
 API = ("tests/test_clock.py", "tests/test_backend.py")
 
 
@@ -1156,5 +1159,43 @@ MUTANTS = (
         "        self._kinds = ()\n        self.sparse_calls",
         "        self.sparse_calls",
         SELF_CHECK,
+    ),
+    Mutant("counters known while a CUDA graph records", "kernels/known_state.py", " and not is_capturing()", "", KNOWN),
+    Mutant("one known counter is enough", "kernels/known_state.py", "and all(", "and any(", KNOWN),
+    Mutant("counters known for ever", "kernels/known_state.py", "_clustered.reset(token)", "pass", KNOWN),
+    Mutant(
+        "state vouched for that was only recorded",
+        "svg2_compile/region.py",
+        "        if not is_capturing():\n",
+        "        if True:\n",
+        VOUCHING,
+    ),
+    Mutant(
+        "state vouched for before it has clustered",
+        "svg2_compile/region.py",
+        "for state in states if state.is_clustered for",
+        "for state in states for",
+        VOUCHING,
+    ),
+    Mutant(
+        "state vouched for in the next generation",
+        "svg2_compile/state.py",
+        "        self.is_clustered = False\n",
+        "",
+        VOUCHING,
+    ),
+    Mutant(
+        "all iterations launched for known state",
+        "kernels/kmeans_triton.py",
+        "iterations = iters_step if is_later else",
+        "iterations = iters_init if is_later else",
+        CLUSTER_TRITON,
+    ),
+    Mutant(
+        "order launched for known state",
+        "kernels/kmeans_triton.py",
+        "if iteration == iters_init - 1 and not is_later:",
+        "if iteration == iters_init - 1:",
+        CLUSTER_TRITON,
     ),
 )
