@@ -30,6 +30,7 @@ from svg2_compile.prediction import (
 )
 from svg2_compile.reporting import trace
 
+USUAL_DENSITY = 0.2
 DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm")
 
@@ -197,6 +198,12 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
         generation = prediction.generation_speedup(density, explanation.dense_share)
         speed.add_row(f"{density:.0%}", f"{prediction.speedup(density):.2f}x", f"{generation:.2f}x")
     console.print(speed)
+    if prediction.waits_for_the_host(USUAL_DENSITY):
+        console.print(
+            f"The host takes some {1e3 * prediction.launching:,.0f} ms to launch what is sparse, the GPU "
+            f"{1e3 * prediction.sparse_step(USUAL_DENSITY):,.0f} ms for the whole forward at {USUAL_DENSITY:.0%}: "
+            "replay CUDA graphs (docs/integration.md), or it waits for the host and gains less."
+        )
     console.print(
         "Estimates: of the transformer alone, without text encoder and decoder. The density depends on the model and "
         f"on top_p={explanation.config.top_p}; a run and svg2_compile.report tell it."

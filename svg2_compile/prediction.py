@@ -17,6 +17,9 @@ SPARSE_EFFICIENCY, PORTABLE_EFFICIENCY = 0.9, 0.7
 """Of the sparse attention per selected pair, over the dense one: on Hopper inside models, and of portable kernels."""
 SMALL_HEAD_EFFICIENCY = 0.72
 """Of attention with head dimension 64, over 128."""
+LAUNCHING_SECONDS = 1.4e-3
+"""What the host takes to launch a sparse attention with its clustering, if no CUDA graph replays it: measured beside an
+H200, docs/measurements.md 24."""
 FAST_HEAD_DIMS = (64, 128)
 
 
@@ -27,7 +30,7 @@ class Gpu:
     name: str
     product_tflops: float
     attention_tflops: float
-    """Dense, the fastest there is, head dimension 128, tens of thousands of tokens."""
+    """Dense, the fastest that PyTorch takes by itself, head dimension 128, tens of thousands of tokens."""
     bandwidth_tb: float
     """TB/s of a copy."""
     has_hopper_kernels: bool
@@ -136,6 +139,8 @@ class Prediction:
     """Of the same at a density of 1 by the sparse kernel: more, because it is less efficient per pair."""
     clustering: float
     rest: float
+    launching: float = 0.0
+    """What the host takes to launch the sparse attentions, beside the GPU's work or in front of it."""
 
     @property
     def dense_step(self) -> float:
@@ -152,9 +157,17 @@ class Prediction:
         """The speed-up if the attention cost nothing at all."""
         return self.dense_step / self.rest
 
+    def sparse_step(self, density: float) -> float:
+        """Return the time of a sparse forward."""
+        return self.selected * density + self.clustering + self.rest
+
     def speedup(self, density: float) -> float:
         """Return how much faster a sparse forward is."""
-        return self.dense_step / (self.selected * density + self.clustering + self.rest)
+        return self.dense_step / self.sparse_step(density)
+
+    def waits_for_the_host(self, density: float) -> bool:
+        """Return whether the GPU may have to wait: the host launches the rest of the forward too."""
+        return self.launching > 0.5 * self.sparse_step(density)
 
     def generation_speedup(self, density: float, dense_share: float) -> float:
         """Return how much faster a generation is whose first steps, a share of all, are dense."""
@@ -169,4 +182,5 @@ def predict(work: Work, gpu: Gpu) -> Prediction:
         selected=sum(each.attention_seconds(gpu) / each.efficiency(gpu) for each in work.sparse),
         clustering=sum(each.clustering_seconds(gpu) for each in work.sparse),
         rest=rest + work.dense_attention_flops / _attention_rate(gpu, 128),
+        launching=LAUNCHING_SECONDS * len(work.sparse),
     )

@@ -131,10 +131,22 @@ def test_the_highest_density_is_where_sparse_takes_as_long_as_dense():
     assert prediction.limit == pytest.approx(7 / 3)
 
 
+def test_short_attention_waits_for_the_host_and_long_does_not():
+    # the tiny Wan at 64 frames and Wan 1.3B at 480p: measured, docs/measurements.md 24 and 22
+    tiny = predict(Work((SparseWork(1, 4, 4, 32_768, 64, 128, 512, 1),) * 6, 2e11, 0.0, 1e9), GPUS["h200"])
+    wan = predict(Work((SparseWork(1, 12, 12, 32_760, 128, 55, 218, 2),) * 30, 8e13, 0.0, 2e11), GPUS["h200"])
+    assert tiny.waits_for_the_host(0.2) and not wan.waits_for_the_host(0.2)
+
+
 def test_a_short_sequence_does_not_pay():
     work = Work((SparseWork(1, 12, 12, 1024, 64, 16, 16, 2),), 0.0, 0.0, 1.0)
     assert predict(work, GPUS["h100"]).highest_density < 0.5
     assert predict(Work((SparseWork(1, 12, 12, 256, 64, 16, 16, 2),), 0.0, 0.0, 1.0), GPUS["h100"]).highest_density <= 0
+
+
+def test_the_command_says_when_the_host_would_decide():
+    size = ("--height", 128, "--width", 256, "--config", "dense_layers=0,min_tokens=1024", "--gpu", "h200")
+    assert "replay CUDA graphs (docs/integration.md)" in run("tiny", "--frames", 64, *size)[1]
 
 
 def run(*arguments):
