@@ -25,6 +25,8 @@ PAIRS_SHOWN = 4
 WEAKEST_SHOWN = 8
 FLOOR_GAP_DB = 20
 """A noise floor this far above all configurations is named and not drawn."""
+WAITING_RATIO = 1.25
+"""The rest of a step is the same work in both; by so much more, it is idle time."""
 FIGURES = (
     "step faster", "loop faster", "predicted", "PSNR, dB", "SSIM", "LPIPS", "density", "with dense steps", "recall",
 )  # fmt: skip
@@ -187,7 +189,20 @@ def _notes(evaluation: Evaluation) -> str:
         *([f"{reason}."] if reason else []),
         *(["Peak memory is not measured on the CPU."] if evaluation.settings.torch_device.type == "cpu" else []),
     ]
+    if evaluation.settings.torch_device.type == "cuda":
+        parts += filter(None, (waiting_note(each.name, each.speed) for each in _summaries(evaluation) if each.speed))
     return " ".join(parts)
+
+
+def waiting_note(name: str, speed: dict[str, Any]) -> str | None:
+    """Say that the GPU waited for the host in the sparse steps of a configuration, or return None where it did not."""
+    dense, sparse = (1e3 * speed[f"{each}_step_seconds"] * speed["split"][each]["rest"] for each in ("dense", "sparse"))
+    if sparse < WAITING_RATIO * dense:
+        return None
+    return (
+        f"In a step of {name}, {sparse:,.0f} ms are neither attention nor clustering, in a dense one {dense:,.0f}: the "
+        "GPU waited for the host's launches; replay CUDA graphs (docs/integration.md)."
+    )
 
 
 def _configuration(evaluation: Evaluation, configuration: Configuration) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import tiny_folders
 from headless_browser import BROWSER, Browser
-from svg2_compile import evaluate, measure, pipelines, quality
+from svg2_compile import evaluate, evaluation_page, measure, pipelines, quality
 from svg2_compile.cli import app
 from svg2_compile.ledger import Ledger
 from svg2_compile.pipelines import EvaluationError, Size
@@ -415,6 +415,15 @@ def test_operations_are_counted_as_by_hand():
         for _ in range(2):
             linear(torch.rand(4, 8))
     assert flops == {"transformer": 2 * 4 * 8 * 16}
+
+
+def test_a_gpu_that_waits_for_the_host_is_noticed_in_the_rest_of_a_step():
+    # the tiny Wan at 64 frames on an H200, docs/measurements.md 24
+    split = {"dense": {"rest": 0.380}, "sparse": {"rest": 0.789}}
+    speed = {"dense_step_seconds": 0.0347, "sparse_step_seconds": 0.0272, "split": split}
+    note = evaluation_page.waiting_note("balanced", speed)
+    assert "In a step of balanced, 21 ms" in note and "dense one 13" in note and "CUDA graphs" in note
+    assert evaluation_page.waiting_note("balanced", speed | {"sparse_step_seconds": 0.0180}) is None
 
 
 def test_density_of_a_step_is_the_difference_of_the_running_means():
