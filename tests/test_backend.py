@@ -15,6 +15,8 @@ from svg2_compile.state import SiteState, store
 from tiny_pipelines import hunyuan_transformer as hunyuan
 from tiny_pipelines import wan_transformer as wan
 
+pytestmark = pytest.mark.usefixtures("no_grad_and_a_fresh_start")
+
 FULL = {"top_p": 1.0, "dense_steps": 1, "dense_layers": 0, "min_tokens": 64}
 SPARSE = {**FULL, "top_p": 0.3}
 EAGER = {"lowering": "eager"}
@@ -62,14 +64,6 @@ def compile_model(model: torch.nn.Module, options: dict, regional: bool = False,
         model.compile_repeated_blocks(backend=svg2_backend, options=options, fullgraph=True, **arguments)
         return model
     return torch.compile(model, backend=svg2_backend, options=options, fullgraph=True, **arguments)
-
-
-@pytest.fixture(autouse=True)
-def no_grad_and_a_fresh_start():
-    torch._dynamo.reset()
-    svg2_compile.reset()
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("regional", [False, True], ids=["whole", "regional"])

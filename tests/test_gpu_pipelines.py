@@ -107,11 +107,8 @@ def at(step: int) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def no_grad_and_a_fresh_start():
-    torch._dynamo.reset()
-    svg2_compile.reset()
-    with torch.no_grad():
-        yield
+def no_graphs_left(no_grad_and_a_fresh_start):
+    yield
     cudagraph_trees.reset_cudagraph_trees()
 
 

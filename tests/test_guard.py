@@ -15,17 +15,10 @@ from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.passes.sparsify import sparsify
 from test_passes_rewrite import CASES, SPARSE, assert_equal_within_rounding, ops, run, traced
 
+pytestmark = pytest.mark.usefixtures("no_grad_and_a_fresh_start")
+
 svg2 = torch.ops.svg2
 PROPERTY = settings(max_examples=60, deadline=None)
-
-
-@pytest.fixture(autouse=True)
-def no_grad_and_a_fresh_start():
-    torch._dynamo.reset()
-    svg2_compile.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 def guarded_selection(case, is_dense):

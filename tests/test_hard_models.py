@@ -18,17 +18,10 @@ from svg2_compile.region import Region
 from svg2_compile.reporting import Report
 from svg2_compile.state import store
 
+pytestmark = pytest.mark.usefixtures("no_grad_and_a_fresh_start")
+
 FULL, SPARSE = {**OPTIONS, "top_p": 1.0}, {**OPTIONS, "top_p": 0.3}
 CASE = {case.id: case for case in CASES}
-
-
-@pytest.fixture(autouse=True)
-def no_grad_and_a_fresh_start():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    svg2_compile.reset()
-    with torch.no_grad():
-        yield
 
 
 def compiled_pair(name: str, options: dict[str, Any], fullgraph: bool = True) -> tuple[torch.nn.Module, Any]:

@@ -11,18 +11,11 @@ from svg2_compile.passes.nodes import is_sdpa, sdpa_arguments, target_name
 from svg2_compile.passes.sparsify import sparsify
 from test_passes_rewrite import CASES, DENSE, HEADS, SPARSE, SparseBackend, ops, run, traced, wan, zeros
 
+pytestmark = pytest.mark.usefixtures("no_grad_and_a_fresh_start")
+
 EVERY_ROW = 10**6
 MEASURED = dataclasses.replace(SPARSE, recall_rows=EVERY_ROW)
 every_case = pytest.mark.parametrize("name", CASES)
-
-
-@pytest.fixture(autouse=True)
-def no_grad_and_a_fresh_start():
-    torch._dynamo.reset()
-    svg2_compile.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
 
 
 class Values(Interpreter):
