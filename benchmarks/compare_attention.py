@@ -76,19 +76,19 @@ def load(path: Path) -> ModuleType:
 
 
 def compare(
-    shape: Shape, launchers: dict[str, Callable[..., tuple[Tensor, Tensor]]], densities: list[float], rounds: int
+    shape: Shape,
+    launchers: dict[str, Callable[..., tuple[Tensor, Tensor]]],
+    densities: list[float],
+    rounds: int,
+    device: str = "cuda",
 ) -> Iterator[dict[str, object]]:
     """Yield the times, ratios and equality of every version, for all clusters and densities of a shape."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     size = (1, shape.tokens, shape.heads, shape.dim)
     q, k, v = (
-        torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv"
+        torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv"
     )
-
-    def dense() -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(q, k, v)
-
+    dense = partial(dense_attention, q, k, v)
     for clusters in shape.clusters:
         plan = Plan.random(generator, q, k, clusters)
         keys, values = (svg2.permute_tokens(x, plan.k_order) for x in (k, v))
@@ -116,6 +116,12 @@ def compare(
                 "eps_sel": {name: selected / pairs * ms["dense"] / ms[name] for name in calls},
                 "same_bits": {name: all(map(torch.equal, each, results[OURS])) for name, each in results.items()},
             }
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute dense attention by cuDNN."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return scaled_dot_product_attention(q, k, v)
 
 
 def line(row: dict[str, object]) -> str:

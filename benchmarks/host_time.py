@@ -54,12 +54,14 @@ def main() -> int:
     return 0
 
 
-def measure(name: str, heads: int, tokens: int, dim: int, clusters: tuple[int, int], repeats: int) -> dict[str, object]:
+def measure(
+    name: str, heads: int, tokens: int, dim: int, clusters: tuple[int, int], repeats: int, device: str = "cuda"
+) -> dict[str, object]:
     """Time the ops of one attention and print what came out."""
-    q, k, v = (torch.randn((1, tokens, heads, dim), device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv")
+    q, k, v = (torch.randn((1, tokens, heads, dim), device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv")
     config = SparseConfig()
-    centroids = [torch.zeros((1, heads, count, dim), device="cuda") for count in clusters]
-    calls = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in clusters]
+    centroids = [torch.zeros((1, heads, count, dim), device=device) for count in clusters]
+    calls = [torch.zeros(1, dtype=torch.int32, device=device) for _ in clusters]
     iterations = config.kmeans_iters_init, config.kmeans_iters_step, config.seed
 
     def cluster() -> tuple[Tensor, ...]:
@@ -70,14 +72,14 @@ def measure(name: str, heads: int, tokens: int, dim: int, clusters: tuple[int, i
     is_warm = False
     q_order, q_sizes, k_sizes, keys, values = cluster()
     is_warm = True
-    measured = torch.zeros((1, heads, clusters[0], len(STATISTICS)), device="cuda")
+    measured = torch.zeros((1, heads, clusters[0], len(STATISTICS)), device=device)
     scale = dim**-0.5
     select = partial(svg2.select_blocks, *centroids, q_sizes, k_sizes, scale, 0.5, config.min_keep_ratio, measured)
     runs, counts = select()
     attend = partial(
         svg2.block_sparse_attention, q, keys, values, q_sizes, runs, counts, None, None, None, q_order, scale
     )
-    recall = torch.zeros((1, heads, len(RECALL)), device="cuda")
+    recall = torch.zeros((1, heads, len(RECALL)), device=device)
     selection = (q_order, q_sizes, k_sizes, runs, counts, None, None, calls[1])
     look = partial(svg2.measure_recall_, q, keys, *selection, recall, None, scale, RECALL_ROWS, 1, 0, 0.0)
     print(f"{name} (1, {heads}, {tokens}, {dim}), {clusters[0]} / {clusters[1]} clusters")
@@ -85,9 +87,9 @@ def measure(name: str, heads: int, tokens: int, dim: int, clusters: tuple[int, i
     of_the_layer = ("cluster_tokens_", cluster), ("select_blocks", select), ("block_sparse_attention", attend)
     for op, call in (*of_the_layer, ("measure_recall_", look)):
         launches = count_launches(call)
-        host, device = host_ms(call, repeats), statistics.median(device_ms(call) for _ in range(repeats))
-        result[op] = {"launches": launches, "host_ms": host, "device_ms": device}
-        print(f"  {op:<24} {launches:3d} launches, host {host:6.3f} ms, GPU {device:7.3f} ms", flush=True)
+        host, gpu = host_ms(call, repeats), statistics.median(device_ms(call) for _ in range(repeats))
+        result[op] = {"launches": launches, "host_ms": host, "device_ms": gpu}
+        print(f"  {op:<24} {launches:3d} launches, host {host:6.3f} ms, GPU {gpu:7.3f} ms", flush=True)
     return result
 
 

@@ -88,6 +88,7 @@ def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(mod
     tiles = AttentionTiles(128, 64, 16, 8, 3)
     monkeypatch.setattr(gpu_kernels, "median_ms", call_once)
     monkeypatch.setattr(gpu_kernels, "attempt", call_once)
+    monkeypatch.setattr(gpu_kernels, "device_ms", lambda function: call_once(function, None))
     monkeypatch.setattr(gpu_kernels, "dense_ms", lambda *tensors: {"cuDNN": 1.0, "flash": "failed: for a test"})
     monkeypatch.setattr(gpu_kernels, "implementations", lambda dim: {"descriptor": tiles, "pointer": tiles})
     shape = gpu_kernels.Shape("Wan 14B 720p", 2, 300, 128, ((3, 10),))
@@ -102,6 +103,42 @@ def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(mod
     assert attention["eps_tile"] > attention["eps_sel"]
     assert attention["speedup"] == 0.5
     assert "failed: for a test" in capsys.readouterr().out
+
+
+def test_host_and_gpu_times_are_of_every_op(module, monkeypatch, capsys):
+    host_time = module("host_time")
+    monkeypatch.setattr(host_time, "host_ms", lambda call, repeats: call() is None or 3.0)
+    monkeypatch.setattr(host_time, "device_ms", lambda call: 2.0)
+    monkeypatch.setattr(host_time, "count_launches", lambda call: 7)
+    result = host_time.measure("small", 2, 300, 64, (3, 10), repeats=1, device="cpu")
+    json.dumps(result)
+    ops = ("cluster_tokens_", "select_blocks", "block_sparse_attention", "measure_recall_")
+    assert [result[op]["launches"] for op in ops] == [7] * 4 and result["select_blocks"]["device_ms"] == 2.0
+    printed = capsys.readouterr().out
+    assert all(op in printed for op in ops)
+
+
+def test_versions_of_the_attention_are_compared_in_the_same_rounds(module, monkeypatch):
+    compare_attention = module("compare_attention")
+    calls = []
+    monkeypatch.setattr(compare_attention, "device_ms", lambda call: calls.append(call) or 4.0)
+    monkeypatch.setattr(compare_attention, "dense_attention", lambda *qkv: calls.append("dense"))
+
+    def ours(*arguments):
+        return torch.ops.svg2.block_sparse_attention(*arguments)
+
+    def wrong(*arguments):
+        out, lse = ours(*arguments)
+        return out + 1, lse
+
+    shape = compare_attention.Shape("small", 2, 300, 64, ((3, 10),))
+    launchers = {compare_attention.OURS: ours, "wrong": wrong}
+    (row,) = compare_attention.compare(shape, launchers, [0.4], rounds=2, device="cpu")
+    json.dumps(row)
+    assert row["same_bits"] == {compare_attention.OURS: True, "wrong": False}
+    assert len(calls) == 2 * 3 and calls[:3] == calls[3:]
+    assert row["eps_tile"]["wrong"] > row["eps_sel"]["wrong"] == pytest.approx(row["density"])
+    assert "wrong 4.00 ms" in compare_attention.line(row) and "OTHER BITS" in compare_attention.line(row)
 
 
 @pytest.fixture
