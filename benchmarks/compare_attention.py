@@ -21,19 +21,16 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import SDPBackend
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_kernels import DENSITIES, SHAPES, Plan, Shape, svg2
+from dense_baselines import sdpa
+from gpu_kernels import DENSITIES, SHAPES, Case, Plan, Shape
 from host_time import device_ms
-from plan_costs import issued_pairs, selected_pairs
-from random_blocks import random_blocks
 
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels.tuning import GLUON
-from svg2_compile.kernels.work_list import kept_runs_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "kernels" / "block_sparse_attention_gluon.py"
@@ -88,15 +85,12 @@ def compare(
     q, k, v = (
         torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv"
     )
-    dense = partial(dense_attention, q, k, v)
+    dense = partial(sdpa, SDPBackend.CUDNN_ATTENTION, q, k, v)
     for clusters in shape.clusters:
         plan = Plan.random(generator, q, k, clusters)
-        keys, values = (svg2.permute_tokens(x, plan.k_order) for x in (k, v))
         for density in densities:
-            keep = random_blocks(generator, density, plan.k_sizes, clusters[0])
-            kept = kept_runs_reference(keep, plan.k_sizes)
-            arguments = (q, keys, values, plan.q_sizes, kept.runs, kept.counts, None, None, None, plan.q_order)
-            calls = {name: partial(launch, *arguments, shape.dim**-0.5) for name, launch in launchers.items()}
+            case = Case.random(generator, q, k, v, plan, density)
+            calls = {name: partial(launch, *case.arguments) for name, launch in launchers.items()}
             results = {name: call() for name, call in calls.items()}
             everything = {"dense": dense, **calls}
             times = {name: [] for name in everything}
@@ -104,24 +98,15 @@ def compare(
                 for name, call in everything.items():
                     times[name].append(device_ms(call))
             ms = {name: statistics.median(each) for name, each in times.items()}
-            pairs = shape.heads * shape.tokens**2
-            issued = issued_pairs(plan.q_sizes, kept.counts, GLUON.block_m, GLUON.block_n, GLUON.piece)
-            selected = selected_pairs(plan.q_sizes, plan.k_sizes, keep)
+            shares = {"eps_tile": case.issued(GLUON), "eps_sel": case.density}
             yield {
                 "shape": shape.name,
                 "clusters": clusters,
-                "density": selected / pairs,
+                "density": case.density,
                 "ms": ms,
-                "eps_tile": {name: issued / pairs * ms["dense"] / ms[name] for name in calls},
-                "eps_sel": {name: selected / pairs * ms["dense"] / ms[name] for name in calls},
+                **{eps: {name: share * ms["dense"] / ms[name] for name in calls} for eps, share in shares.items()},
                 "same_bits": {name: all(map(torch.equal, each, results[OURS])) for name, each in results.items()},
             }
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute dense attention by cuDNN."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return scaled_dot_product_attention(q, k, v)
 
 
 def line(row: dict[str, object]) -> str:

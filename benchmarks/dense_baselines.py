@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -126,19 +127,18 @@ def dense_ms(q: Tensor, k: Tensor, v: Tensor, rep_ms: float) -> dict[str, float 
     """Return the time of dense attention by each implementation, or why it has none."""
     flex = torch.compile(_flex_attention(), dynamic=False)
 
-    def sdpa(backend: SDPBackend) -> Callable[[], object]:
-        def call() -> object:
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v)
-
-        return call
-
     return {
-        "cuDNN": attempt(sdpa(SDPBackend.CUDNN_ATTENTION), rep_ms),
-        "flash": attempt(sdpa(SDPBackend.FLASH_ATTENTION), rep_ms),
+        "cuDNN": attempt(partial(sdpa, SDPBackend.CUDNN_ATTENTION, q, k, v), rep_ms),
+        "flash": attempt(partial(sdpa, SDPBackend.FLASH_ATTENTION, q, k, v), rep_ms),
         "FlexAttention": attempt(lambda: flex(q, k, v), rep_ms),
         "FA4": fa4_ms(q, k, v, rep_ms),
     }
+
+
+def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute dense attention by one of PyTorch's implementations."""
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v)
 
 
 def has_fa4() -> bool:

@@ -20,11 +20,9 @@ import importlib.util
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dense_baselines import FLASHINFER_BACKENDS, attempt, dense_ms, flash_kmeans_ms, flashinfer_ms, median_ms
 from gpu_targets import EPS_TILE, eps_sel_goal, judged, overhead_goal
-from host_time import device_ms
+from host_time import device_median_ms
 from plan_costs import issued_pairs, selected_pairs
 from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
 
@@ -258,6 +256,38 @@ class Plan:
         return self.q_sizes.shape[2], self.k_sizes.shape[2]
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An attention to be timed."""
+
+    arguments: tuple[Tensor | float | None, ...]
+    """Those of the op, before the name of a kernel: queries in token order, keys and values in that of the clusters."""
+    keep: Tensor
+    plan: Plan
+    counts: Tensor
+    pairs: int
+    """Of queries and keys, kept or not."""
+
+    @classmethod
+    def random(cls, generator: torch.Generator, q: Tensor, k: Tensor, v: Tensor, plan: Plan, density: float) -> Case:
+        """Return one with random key clusters kept."""
+        keep = random_blocks(generator, density, plan.k_sizes, plan.clusters[0])
+        kept = kept_runs_reference(keep, plan.k_sizes)
+        k, v = (svg2.permute_tokens(x, plan.k_order) for x in (k, v))
+        scale = q.shape[3] ** -0.5
+        arguments = (q, k, v, plan.q_sizes, kept.runs, kept.counts, None, None, None, plan.q_order, scale)
+        return cls(arguments, keep, plan, kept.counts, q.shape[1] * q.shape[2] * k.shape[2])
+
+    @property
+    def density(self) -> float:
+        """Selected pairs over all pairs."""
+        return selected_pairs(self.plan.q_sizes, self.plan.k_sizes, self.keep) / self.pairs
+
+    def issued(self, tiles: AttentionTiles) -> float:
+        """Return the pairs that a kernel multiplies over all pairs."""
+        return issued_pairs(self.plan.q_sizes, self.counts, tiles.block_m, tiles.block_n, tiles.piece) / self.pairs
+
+
 def measure_overhead(
     shape: Shape, q: Tensor, k: Tensor, v: Tensor, plan: Plan, dense: float, rep_ms: float
 ) -> Overhead:
@@ -283,10 +313,10 @@ def measure_overhead(
             cluster(iterations, 0)
 
     for iterations in (1, 2):
-        ms[f"cluster, warm {iterations}"] = _device_median_ms(partial(later, iterations))
+        ms[f"cluster, warm {iterations}"] = device_median_ms(partial(later, iterations), OVERHEAD_ROUNDS)
     measured = torch.zeros((*plan.q_sizes.shape, len(STATISTICS)), device=q.device)
     select = partial(svg2.select_blocks, *centroids, plan.q_sizes, plan.k_sizes, shape.dim**-0.5, TOP_P)
-    ms["select"] = _device_median_ms(partial(select, MIN_KEEP_RATIO, measured))
+    ms["select"] = device_median_ms(partial(select, MIN_KEEP_RATIO, measured), OVERHEAD_ROUNDS)
     percent = {n: 100 * (ms["select"] + ms[f"cluster, warm {n}"]) / dense for n in (1, 2)}
     theirs = [flash_kmeans_ms(x, count, 2, rep_ms) for x, count in zip((q, k), plan.clusters)]
     failed = next((answer for answer in theirs if isinstance(answer, str)), None)
@@ -294,12 +324,6 @@ def measure_overhead(
     return Overhead(
         shape.name, q.shape[1], plan.clusters, ms, failed or math.fsum(map(float, theirs)), percent, verdicts
     )
-
-
-def _device_median_ms(call: Callable[[], object]) -> float:
-    """Return the median time on the GPU alone, which in a model has other work while the host launches this."""
-    call()
-    return statistics.median(device_ms(call) for _ in range(OVERHEAD_ROUNDS))
 
 
 def implementations(dim: int) -> dict[str, AttentionTiles]:
@@ -324,27 +348,25 @@ def measure_attention(
     rep_ms: float,
 ) -> Attention:
     """Time the attention, which gathers its queries, on permuted keys at one density."""
-    keep = random_blocks(generator, density, plan.k_sizes, plan.clusters[0])
-    kept = kept_runs_reference(keep, plan.k_sizes)
-    k, v = (svg2.permute_tokens(x, plan.k_order) for x in (k, v))
-    arguments = (q, k, v, plan.q_sizes, kept.runs, kept.counts, None, None, None, plan.q_order, shape.dim**-0.5)
+    case = Case.random(generator, q, k, v, plan, density)
     (chosen, tiles), *others = implementations(shape.dim).items()
-    ms = median_ms(partial(svg2.block_sparse_attention, *arguments, chosen), rep_ms)
-    other_ms = {name: attempt(partial(svg2.block_sparse_attention, *arguments, name), rep_ms) for name, _ in others}
-    issued = issued_pairs(plan.q_sizes, kept.counts, tiles.block_m, tiles.block_n, tiles.piece)
-    pairs = q.shape[1] * shape.tokens**2
-    selected = selected_pairs(plan.q_sizes, plan.k_sizes, keep)
-    eps_tile, eps_sel = (done / pairs * dense / ms for done in (issued, selected))
+    ms = median_ms(partial(svg2.block_sparse_attention, *case.arguments, chosen), rep_ms)
+    other_ms = {
+        name: attempt(partial(svg2.block_sparse_attention, *case.arguments, name), rep_ms) for name, _ in others
+    }
+    density = case.density
+    eps_tile, eps_sel = (share * dense / ms for share in (case.issued(tiles), density))
+    _, k, v, *_ = case.arguments
     clustered = svg2.permute_tokens(q, plan.q_order)
     theirs = {
-        backend: flashinfer_ms(backend, clustered, k, v, plan.q_sizes, plan.k_sizes, keep, rep_ms)
+        backend: flashinfer_ms(backend, clustered, k, v, plan.q_sizes, plan.k_sizes, case.keep, rep_ms)
         for backend in FLASHINFER_BACKENDS
     }
     return Attention(
         shape=shape.name,
         heads=q.shape[1],
         clusters=plan.clusters,
-        density=selected / pairs,
+        density=density,
         ms=ms,
         other_ms=other_ms,
         flashinfer_ms=theirs,

@@ -119,7 +119,7 @@ def compare(module: GraphModule, inputs: tuple[Tensor, ...], outputs: Any) -> di
     """Return how far an engine's and Inductor's outputs of one segment are from PyTorch's."""
     with _disable_current_modes():
         wanted = module(*inputs)
-        inductor: Callable[..., Any] = Variant("segment", module, compile_fx)  # type: ignore[arg-type]
+        inductor: Callable[..., Any] = Variant("segment", module, compile_fx)
         others = inductor(*inputs)
     ops = sum(1 for node in module.graph.nodes if node.op == "call_function")
     return {"ops": ops, "tensorrt": difference(outputs, wanted), "inductor": difference(others, wanted)}

@@ -88,7 +88,7 @@ def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(mod
     tiles = AttentionTiles(128, 64, 16, 8, 3)
     monkeypatch.setattr(gpu_kernels, "median_ms", call_once)
     monkeypatch.setattr(gpu_kernels, "attempt", call_once)
-    monkeypatch.setattr(gpu_kernels, "device_ms", lambda function: call_once(function, None))
+    monkeypatch.setattr(gpu_kernels, "device_median_ms", call_once)
     monkeypatch.setattr(gpu_kernels, "dense_ms", lambda *tensors: {"cuDNN": 1.0, "flash": "failed: for a test"})
     monkeypatch.setattr(gpu_kernels, "implementations", lambda dim: {"descriptor": tiles, "pointer": tiles})
     shape = gpu_kernels.Shape("Wan 14B 720p", 2, 300, 128, ((3, 10),))
@@ -122,7 +122,7 @@ def test_versions_of_the_attention_are_compared_in_the_same_rounds(module, monke
     compare_attention = module("compare_attention")
     calls = []
     monkeypatch.setattr(compare_attention, "device_ms", lambda call: calls.append(call) or 4.0)
-    monkeypatch.setattr(compare_attention, "dense_attention", lambda *qkv: calls.append("dense"))
+    monkeypatch.setattr(compare_attention, "sdpa", lambda backend, *qkv: pytest.fail("timed outside the rounds"))
 
     def ours(*arguments):
         return torch.ops.svg2.block_sparse_attention(*arguments)
@@ -328,7 +328,8 @@ def test_a_table_replaces_the_one_between_its_markers(module, tmp_path):
 
 def test_the_readme_has_the_performance_table_of_the_committed_figures(module):
     performance = module("performance_table")
-    text = performance.page(performance.load(performance.KERNELS), map(performance.load, performance.STEPS))
+    kernels, dense = performance.load(performance.KERNELS), performance.load(performance.DENSE)
+    text = performance.page(kernels, [performance.load(name) for name in performance.STEPS], dense)
     readme = (performance.ROOT / "README.md").read_text(encoding="utf-8")
     assert f"<!-- performance -->\n{text}\n<!-- end of performance -->" in readme
     assert (performance.FIGURES / performance.PLOT).stat().st_size > 10_000
