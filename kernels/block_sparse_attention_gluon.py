@@ -2,7 +2,8 @@
 
 One program per tile of 128 queries. A warp walks the runs of kept keys in pieces of 16 and lets the tensor memory
 accelerator put eight of them into one tile of keys, wherever they lie; two groups of four warps each attend from 64
-queries. Tensor cores work on the values of one tile while the exponentials of the next are computed.
+queries. Tensor cores work on the values of one tile while the exponentials of the next are computed. A group whose 64
+rows hold no query, as half of all last tiles of a cluster have, leaves the tensor cores to the other.
 
 A tile has eight slots. Slots hold the full pieces of all runs first, then the tail of every run: a piece that ends
 where the run does, of which only the keys after the full pieces count. So all but the tails of runs shorter than a
@@ -53,7 +54,7 @@ class Tiles(NamedTuple):
     dirty_smem: Any  # [MASKS, 1]
     """Whether other keys of the tile may be NaN."""
     bars: Any
-    """Keys arrived, keys used, values arrived, values used; of every stage."""
+    """Of every stage: keys arrived; keys, and values of the tile before, used; values arrived."""
     full: Any
     """Tiles that have full pieces only; they are the first ones."""
     total: Any
@@ -126,7 +127,9 @@ def _fill(tiles, tile, k_desc, v_desc, rows):
     for i in gl.static_range(BLOCK_N // PIECE):
         box = tiles.k_smem.index(stage).slice(i * PIECE, PIECE)
         load_box(k_desc, [rows[i], 0], tiles.bars.index(stage), box)
-    mbarrier.wait(tiles.bars.index(3 * STAGES + stage), phase ^ 1)
+    after = tile - STAGES + 1  # says that the values of tile - STAGES were used
+    if after > 0:
+        mbarrier.wait(tiles.bars.index(STAGES + after % STAGES), (after // STAGES) & 1)
     mbarrier.expect(tiles.bars.index(2 * STAGES + stage), BYTES)
     for i in gl.static_range(BLOCK_N // PIECE):
         box = tiles.v_smem.index(stage).slice(i * PIECE, PIECE)
@@ -248,7 +251,6 @@ def _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2):
     scores = warpgroup_mma(q, tiles.k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     acc = warpgroup_mma(weights, tiles.v_smem.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
-    mbarrier.arrive(tiles.bars.index(STAGES + stage), count=1)
     if tile >= tiles.full:
         scores = _mask(tiles, tile, scores)
     new_weights, decay, row_max, row_sum = _softmax(scores, scale_log2, row_max, row_sum)
@@ -256,7 +258,8 @@ def _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2):
     # Standing here, this wait keeps the assembler from finishing the product before the exponentials.
     mbarrier.wait(tiles.bars.index(2 * STAGES + stage), phase)
     acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
-    mbarrier.arrive(tiles.bars.index(3 * STAGES + before), count=1)
+    # An arrival costs a barrier among the warps: one for keys and values together.
+    mbarrier.arrive(tiles.bars.index(STAGES + stage), count=1)
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
     if tile >= tiles.full:
         _clear(tiles, tile)
@@ -276,7 +279,7 @@ def _query_rows(queries, half, layout: gl.constexpr):
 
 @gluon.jit
 def _consume(half, tiles, queries):
-    """Attend from 64 queries to every tile of keys."""
+    """Attend from 64 queries to every tile of keys. Without a query, let the tiles pass."""
     STAGES: gl.constexpr = tiles.k_smem.shape[0]
     BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
     ROWS: gl.constexpr = queries.q_smem.shape[1]
@@ -299,7 +302,12 @@ def _consume(half, tiles, queries):
     row_max = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
     row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
     acc = gl.zeros([ROWS, DIM], gl.float32, o_layout)
-    if tiles.total > 0:
+    total = tiles.total * (queries.first_row + half * ROWS < queries.last_row).to(gl.int32)
+    # Branching around all that follows would spill.
+    for tile in range(total, tiles.total):
+        mbarrier.wait(tiles.bars.index(tile % STAGES), (tile // STAGES) & 1)
+        mbarrier.arrive(tiles.bars.index(STAGES + tile % STAGES), count=1)
+    if total > 0:
         mbarrier.wait(tiles.bars.index(0), 0)
         zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
         scores = warpgroup_mma(q, tiles.k_smem.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -309,9 +317,9 @@ def _consume(half, tiles, queries):
         weights = gl.convert_layout(weights.to(tiles.v_smem.dtype), operand_layout)
         mbarrier.wait(tiles.bars.index(2 * STAGES), 0)
         _clear(tiles, 0)
-        for tile in range(1, tiles.total):
+        for tile in range(1, total):
             acc, weights, row_max, row_sum = _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2)
-        acc = warpgroup_mma(weights, tiles.v_smem.index((tiles.total - 1) % STAGES), acc, is_async=True)
+        acc = warpgroup_mma(weights, tiles.v_smem.index((total - 1) % STAGES), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
     # A row that attends to nothing has sum 0 and maximum -inf: it gets 0 and -inf.
@@ -413,12 +421,11 @@ def _attention_kernel(
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     valid_smem = gl.allocate_shared_memory(gl.int8, [masks, BLOCK_N], plain)
     dirty_smem = gl.allocate_shared_memory(gl.int32, [masks, 1], plain)
-    bars = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
+    bars = gl.allocate_shared_memory(gl.int64, [3 * STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(bars.index(stage), count=1)
         mbarrier.init(bars.index(STAGES + stage), count=2)
         mbarrier.init(bars.index(2 * STAGES + stage), count=1)
-        mbarrier.init(bars.index(3 * STAGES + stage), count=2)
     fence_async_shared()
     tiles = Tiles(k_smem, v_smem, valid_smem, dirty_smem, bars, full_tiles, total_tiles)
     keys = Keys(
