@@ -1,4 +1,4 @@
-"""``svg2::block_masses``: the attention mass of every block, estimated from every query and the means of the keys."""
+"""``svg2::block_masses``: the attention mass of every block, estimated from its queries and the means of the keys."""
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from svg2_compile.kernels.checks import (
 )
 from svg2_compile.kernels.launch import why_not_triton
 
+# Of larger clusters, as many queries are asked. Fewer choose worse blocks, more hardly better ones.
+QUERIES = 128
 # What one step of the reference may hold at a time.
 MAX_SCORES = 2**24
 
@@ -51,9 +53,10 @@ def block_masses_reference(
 ) -> Tensor:
     """Return the attention mass of every block, a mean over the queries of the cluster.
 
-    Not of the paper, whose equation 1 takes the centroid of the queries in place of every one. With scores
+    Not of the paper, whose equation 1 takes the centroid of the queries in place of them. With scores
     s_tj = scale * <q_t, k_j> of query t and key centroid j, rounded to the dtype of q, and key cluster sizes n_j,
-    P_tj = n_j exp(s_tj) / sum_l n_l exp(s_tl), and the mass of block (i, j) is the mean of P_tj over the queries of i.
+    P_tj = n_j exp(s_tj) / sum_l n_l exp(s_tl), and the mass of block (i, j) is the mean of P_tj over the queries t of
+    cluster i; if there are more than ``QUERIES``, over that many, equally far apart in the order of the cluster.
 
     Args:
         q: fp16, bf16 or fp32 (fp64 for judging) [B, H, N, D], any strides, in token order.
@@ -76,22 +79,38 @@ def block_masses_reference(
     """
     _check(q, q_order, k_centroids, q_sizes, k_sizes)
     dtype = k_centroids.dtype
-    batch, heads, tokens, _ = q.shape
-    repeats = heads // k_sizes.shape[1]
-    masses = torch.empty((*q_sizes.shape, k_sizes.shape[2]), dtype=dtype, device=q.device)
-    rows = max(1, MAX_SCORES // k_sizes.shape[2])
+    batch, heads, q_clusters = q_sizes.shape
+    k_clusters, repeats = k_sizes.shape[2], heads // k_sizes.shape[1]
+    positions, is_asked = sampled_positions(q_sizes)
+    masses = torch.empty((batch, heads, q_clusters, k_clusters), dtype=dtype, device=q.device)
+    rows = max(1, MAX_SCORES // (QUERIES * k_clusters))
     for b in range(batch):
         for h in range(heads):
             sizes = k_sizes[b, h // repeats]
             means = k_centroids[b, h // repeats].to(q.dtype).to(dtype)
-            probability = q.new_empty((tokens, len(sizes)), dtype=dtype)
-            for first in range(0, tokens, rows):
-                queries = q[b, h, q_order[b, h, first : first + rows].long()].to(dtype)
+            for first in range(0, q_clusters, rows):
+                here = slice(first, first + rows)
+                queries = q[b, h, q_order[b, h, positions[b, h, here]].long()].to(dtype)
                 scores = queries @ means.T * scale + sizes.to(dtype).log()
-                probability[first : first + rows] = scores.masked_fill_(sizes == 0, float("-inf")).softmax(-1)
-            masses[b, h] = torch.segment_reduce(probability, "mean", lengths=q_sizes[b, h].long(), axis=0)
+                probability = scores.masked_fill_(sizes == 0, float("-inf")).softmax(-1)
+                asked = is_asked[b, h, here].to(dtype)
+                sums = torch.einsum("cqk,cq->ck", probability.masked_fill(asked.unsqueeze(-1) == 0, 0), asked)
+                masses[b, h, here] = sums / asked.sum(-1, keepdim=True).clamp(min=1)
     shares = (k_sizes.to(dtype) / k_sizes.sum(-1, keepdim=True)).repeat_interleave(repeats, dim=1)
     return torch.where(q_sizes.unsqueeze(-1) > 0, masses, shares.unsqueeze(2))
+
+
+def sampled_positions(q_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which positions of the cluster order are asked, int64 [B, H, C_q, QUERIES], and which of those there are.
+
+    Of n queries r = min(n, QUERIES) are asked, the j-th at floor((2 j + 1) n / (2 r)) of its cluster.
+    """
+    sizes = q_sizes.long().unsqueeze(-1)
+    asked = sizes.clamp(max=QUERIES)
+    index = torch.arange(QUERIES, device=q_sizes.device)
+    within = (2 * index + 1) * sizes // (2 * asked.clamp(min=1))
+    is_asked = index < asked
+    return (sizes.cumsum(2) - sizes + within).where(is_asked, 0), is_asked
 
 
 torch.library.impl("svg2::block_masses", "cpu", block_masses_reference)

@@ -1,8 +1,8 @@
-"""``svg2::block_masses`` in Triton: the queries' softmaxes over the means of the keys, twice.
+"""``svg2::block_masses`` in Triton: softmaxes of the queries that are asked over the means of the keys, twice.
 
-The first kernel writes the log-sum-exp of every query, in token order. Then a program to a query cluster and a block
-of key clusters walks the queries of the cluster, and keeps the sums of their probabilities in registers. So nothing is
-added in memory, and the order of the sums is always the same.
+The first kernel writes the log-sum-exp of every query that is asked. In the second, a program to a query cluster and a
+block of key clusters adds up their probabilities in registers. So nothing is added in memory, and the order of the sums
+is always the same.
 """
 
 # Triton has no types.
@@ -16,16 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.attention_steps import rows_of_unit_stride
+from svg2_compile.kernels.block_masses import QUERIES
 from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
 
 LOG2_E = math.log2(math.e)
 NUM_STAGES = 2
 SIZES_BLOCK = tl.constexpr(128)
+ASKED = tl.constexpr(QUERIES)
 
 
 def _tile(dtype: torch.dtype, dim: int, k_clusters: int) -> dict[str, int]:
     """Return queries and key clusters of a tile, and warps: fp32 products keep both operands in registers."""
-    queries, clusters, warps = (32, 32, 8) if dtype == torch.float32 else (128, 128 if dim <= 128 else 64, 8)
+    if dtype == torch.float32:
+        queries, clusters, warps = 32, 32, 8
+    else:
+        queries, clusters, warps = (128, 128, 8) if dim <= 128 else (64, 32, 4)
     return {"BLOCK_M": queries, "BLOCK_C": min(clusters, padded_power_of_two(k_clusters, 16)), "num_warps": warps}
 
 
@@ -41,15 +46,32 @@ def _load_means(means_ptr, k_sizes_ptr, first, k_clusters, offs_d, DIM: tl.const
 
 
 @triton.jit
-def _load_queries(q_ptr, rows, is_query, stride_q_n, offs_d, DIM: tl.constexpr):
-    pointers = q_ptr + rows.to(tl.int64)[:, None] * stride_q_n + offs_d[None, :]
-    return tl.load(pointers, mask=is_query[:, None] & (offs_d < DIM)[None, :], other=0.0)
+def _locate(q_sizes_ptr, cluster):
+    """Return where a query cluster begins, and its size."""
+    before = tl.zeros([SIZES_BLOCK], tl.int32)
+    for first in range(0, cluster, SIZES_BLOCK):
+        offs = first + tl.arange(0, SIZES_BLOCK)
+        before += tl.load(q_sizes_ptr + offs, mask=offs < cluster, other=0)
+    return tl.sum(before, 0), tl.load(q_sizes_ptr + cluster)
 
 
-@triton.jit(do_not_specialize=["heads", "repeats", "tokens", "k_clusters"])
+@triton.jit
+def _load_queries(q_ptr, q_order_ptr, start, size, index, stride_q_n, offs_d, DIM: tl.constexpr):
+    """Return the queries of a cluster that are asked, those of number ``index``, and which of them there are."""
+    asked = tl.minimum(size, ASKED)
+    is_query = index < asked
+    within = tl.where(size > ASKED, (2 * index + 1).to(tl.int64) * size // (2 * ASKED), index)
+    query = tl.load(q_order_ptr + start + within, mask=is_query, other=0)
+    pointers = q_ptr + query.to(tl.int64)[:, None] * stride_q_n + offs_d[None, :]
+    return tl.load(pointers, mask=is_query[:, None] & (offs_d < DIM)[None, :], other=0.0), is_query
+
+
+@triton.jit(do_not_specialize=["heads", "repeats", "tokens", "q_clusters", "k_clusters"])
 def totals_kernel(
     q_ptr,
+    q_order_ptr,
     means_ptr,
+    q_sizes_ptr,
     k_sizes_ptr,
     totals_ptr,
     stride_q_b,
@@ -59,20 +81,23 @@ def totals_kernel(
     heads,
     repeats,
     tokens,
+    q_clusters,
     k_clusters,
     DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write log2 of the sum of n_j exp(s_tj) over the key clusters for ``BLOCK_M`` queries of a head."""
+    """Write log2 of the sum of n_j exp(s_tj) over the key clusters for ``BLOCK_M`` queries of a cluster."""
+    PARTS: tl.constexpr = ASKED // BLOCK_M
+    cluster = tl.program_id(0) // PARTS
+    index = tl.program_id(0) % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     head = tl.program_id(1).to(tl.int64)
     group = head // repeats
     offs_d = tl.arange(0, BLOCK_D)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_query = offs_m < tokens
     q_ptr += head // heads * stride_q_b + head % heads * stride_q_h
-    q = _load_queries(q_ptr, offs_m, is_query, stride_q_n, offs_d, DIM)
+    start, size = _locate(q_sizes_ptr + head * q_clusters, cluster)
+    q, is_query = _load_queries(q_ptr, q_order_ptr + head * tokens, start, size, index, stride_q_n, offs_d, DIM)
     means_ptr += group * k_clusters * DIM
     k_sizes_ptr += group * k_clusters
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -85,7 +110,9 @@ def totals_kernel(
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         total = total * tl.exp2(highest - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
         highest = new_highest
-    tl.store(totals_ptr + head * tokens + offs_m, highest + tl.log2(total), mask=is_query)
+    # Nothing is left of the probabilities of a row that is none.
+    total = tl.where(is_query, highest + tl.log2(total), float("inf"))
+    tl.store(totals_ptr + (head * q_clusters + cluster) * ASKED + index, total)
 
 
 @triton.jit(do_not_specialize=["heads", "repeats", "tokens", "q_clusters", "k_clusters"])
@@ -119,26 +146,18 @@ def masses_kernel(
     group = head // repeats
     offs_d = tl.arange(0, BLOCK_D)
     q_ptr += head // heads * stride_q_b + head % heads * stride_q_h
-    q_sizes_ptr += head * q_clusters
     q_order_ptr += head * tokens
-    totals_ptr += head * tokens
     k_sizes_ptr += group * k_clusters
-    before = tl.zeros([SIZES_BLOCK], tl.int32)
-    for first in range(0, cluster, SIZES_BLOCK):
-        offs = first + tl.arange(0, SIZES_BLOCK)
-        before += tl.load(q_sizes_ptr + offs, mask=offs < cluster, other=0)
-    start = tl.sum(before, 0)
-    size = tl.load(q_sizes_ptr + cluster)
+    row = head * q_clusters + cluster
+    start, size = _locate(q_sizes_ptr + head * q_clusters, cluster)
+    asked = tl.minimum(size, ASKED)
     means_ptr += group * k_clusters * DIM
     means, log_sizes = _load_means(means_ptr, k_sizes_ptr, first_cluster, k_clusters, offs_d, DIM, BLOCK_C)
     masses = tl.zeros([BLOCK_C], tl.float32)
-    for row in range(start, start + size, BLOCK_M):
-        offs_m = row + tl.arange(0, BLOCK_M)
-        is_query = offs_m < start + size
-        query = tl.load(q_order_ptr + offs_m, mask=is_query, other=0)
-        q = _load_queries(q_ptr, query, is_query, stride_q_n, offs_d, DIM)
-        # Nothing is left of the probabilities of a row that is none.
-        total = tl.load(totals_ptr + query, mask=is_query, other=float("inf"))
+    for part in range(ASKED // BLOCK_M):
+        index = part * BLOCK_M + tl.arange(0, BLOCK_M)
+        q, _ = _load_queries(q_ptr, q_order_ptr, start, size, index, stride_q_n, offs_d, DIM)
+        total = tl.load(totals_ptr + row * ASKED + index)
         # Queries along the second axis: their sum is one of neighbouring lanes.
         scores = tl.dot(means, tl.trans(q), input_precision="ieee") * scale_log2 + log_sizes[:, None]
         masses += tl.sum(tl.exp2(scores - total[None, :]), 1)
@@ -149,9 +168,8 @@ def masses_kernel(
             offs = first + tl.arange(0, SIZES_BLOCK)
             keys += tl.load(k_sizes_ptr + offs, mask=offs < k_clusters, other=0)
         masses = tl.load(k_sizes_ptr + offs_c, mask=offs_c < k_clusters, other=0).to(tl.float32)
-        size = tl.sum(keys, 0)
-    row_ptr = masses_ptr + (head * q_clusters + cluster) * k_clusters
-    tl.store(row_ptr + offs_c, masses / size.to(tl.float32), mask=offs_c < k_clusters)
+        asked = tl.sum(keys, 0)
+    tl.store(masses_ptr + row * k_clusters + offs_c, masses / asked.to(tl.float32), mask=offs_c < k_clusters)
 
 
 def block_masses_triton(
@@ -159,26 +177,27 @@ def block_masses_triton(
 ) -> Tensor:
     """Compute ``block_masses_reference`` for at most ``MAX_CLUSTERS`` clusters on either side.
 
-    Allocates the result, a copy of the centroids in the dtype of q, and fp32 [B, H, N]. Sums round in another order.
+    Allocates the result, a copy of the centroids in the dtype of q, and fp32 [B, H, C_q, QUERIES]. Sums round in
+    another order.
     """
     q = rows_of_unit_stride(q)
     batch, heads, tokens, dim = q.shape
     q_clusters, k_clusters = q_sizes.shape[2], k_sizes.shape[2]
     means = k_centroids.to(q.dtype).contiguous()
     q_order, q_sizes, k_sizes = (each.contiguous() for each in (q_order, q_sizes, k_sizes))
-    totals = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
+    totals = torch.empty((batch, heads, q_clusters, QUERIES), dtype=torch.float32, device=q.device)
     masses = torch.empty((batch, heads, q_clusters, k_clusters), dtype=torch.float32, device=q.device)
     tile = _tile(q.dtype, dim, k_clusters) | {"DIM": dim, "BLOCK_D": padded_power_of_two(dim)}
-    strides, repeats = q.stride()[:3], heads // k_sizes.shape[1]
-    blocks = cdiv(k_clusters, tile["BLOCK_C"])
+    sizes = (heads, heads // k_sizes.shape[1], tokens, q_clusters, k_clusters)
+    parts, blocks = QUERIES // tile["BLOCK_M"], cdiv(k_clusters, tile["BLOCK_C"])
     with torch.cuda.device_of(q):
-        totals_kernel[(cdiv(tokens, tile["BLOCK_M"]), batch * heads)](
-            q, means, k_sizes, totals, *strides, scale * LOG2_E, heads, repeats, tokens, k_clusters,
+        totals_kernel[(q_clusters * parts, batch * heads)](
+            q, q_order, means, q_sizes, k_sizes, totals, *q.stride()[:3], scale * LOG2_E, *sizes,
             num_stages=NUM_STAGES, **tile,
         )  # fmt: skip
         masses_kernel[(q_clusters * blocks, batch * heads)](
-            q, q_order, means, q_sizes, k_sizes, totals, masses, *strides, scale * LOG2_E, heads, repeats, tokens,
-            q_clusters, k_clusters, num_stages=NUM_STAGES, **tile,
+            q, q_order, means, q_sizes, k_sizes, totals, masses, *q.stride()[:3], scale * LOG2_E, *sizes,
+            num_stages=NUM_STAGES, **tile,
         )  # fmt: skip
     return masses
 
@@ -197,11 +216,11 @@ def aot_variants() -> list[AotVariant]:
     ):
         tile = _tile(dtypes[kind], dim, clusters)
         warps = tile.pop("num_warps")
-        pointers = {"q_ptr": f"*{kind}", "means_ptr": f"*{kind}", "k_sizes_ptr": "*i32", "totals_ptr": "*fp32"}
-        more = {"q_order_ptr": "*i32", "q_sizes_ptr": "*i32", "masses_ptr": "*fp32"}
-        for fn, name, kernel_pointers, sizes in (
-            (totals_kernel, "totals", pointers, ("heads", "repeats", "tokens", "k_clusters")),
-            (masses_kernel, "masses", pointers | more, ("heads", "repeats", "tokens", "q_clusters", "k_clusters")),
+        pointers = {"q_ptr": f"*{kind}", "q_order_ptr": "*i32", "means_ptr": f"*{kind}", "q_sizes_ptr": "*i32"}
+        pointers |= {"k_sizes_ptr": "*i32", "totals_ptr": "*fp32"}
+        for fn, name, kernel_pointers in (
+            (totals_kernel, "totals", pointers),
+            (masses_kernel, "masses", pointers | {"masses_ptr": "*fp32"}),
         ):
             variants.append(
                 AotVariant(
@@ -210,7 +229,7 @@ def aot_variants() -> list[AotVariant]:
                     signature=kernel_pointers
                     | dict.fromkeys(strides, "i32")
                     | {"scale_log2": "fp32"}
-                    | dict.fromkeys(sizes, "i32"),
+                    | dict.fromkeys(("heads", "repeats", "tokens", "q_clusters", "k_clusters"), "i32"),
                     constexprs=tile | {"DIM": dim, "BLOCK_D": padded_power_of_two(dim)},
                     num_warps=warps,
                     num_stages=NUM_STAGES,

@@ -1,4 +1,4 @@
-"""``svg2::block_masses``: the mean of the queries' softmaxes over the key centroids, cluster by cluster."""
+"""``svg2::block_masses``: the mean of queries' softmaxes over the key centroids, cluster by cluster."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels import block_masses
+from svg2_compile.kernels.block_masses import QUERIES, sampled_positions
 from svg2_compile.kernels.select_blocks import block_logits
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 
@@ -45,7 +46,9 @@ class Case:
         for b, h, i in torch.cartesian_prod(*map(torch.arange, self.q_sizes.shape)).tolist():
             start, size = int(self.q_sizes[b, h, :i].sum()), int(self.q_sizes[b, h, i])
             if size:
-                masses[b, h, i] = probability[b, h, self.q_order[b, h, start : start + size].long()].mean(0)
+                asked = min(size, QUERIES)
+                places = [start + (2 * j + 1) * size // (2 * asked) for j in range(asked)]
+                masses[b, h, i] = probability[b, h, self.q_order[b, h, places].long()].mean(0)
         return masses
 
     def tolerance(self):
@@ -91,7 +94,7 @@ def cases(draw):
         batch=draw(st.integers(1, 2)),
         groups=draw(st.integers(1, 2)),
         repeats=draw(st.integers(1, 2)),
-        tokens=draw(st.sampled_from([1, 2, 65, 200])),
+        tokens=draw(st.sampled_from([1, 2, 65, 200, 700])),
         dim=draw(st.sampled_from([4, 64])),
         clusters=(draw(st.sampled_from([1, 3, 16])), draw(st.sampled_from([1, 2, 15, 65]))),
         dtype=draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
@@ -139,10 +142,26 @@ def test_queries_that_look_elsewhere_than_their_mean_are_counted():
     assert case.masses().flatten().tolist() == pytest.approx([0.5, 0.5, 0.0], abs=1e-3)
 
 
-def test_long_heads_in_parts_have_the_same_bits(monkeypatch):
-    case = random_case(tokens=200)
+@PROPERTY
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=5))
+def test_of_a_large_cluster_some_queries_are_asked_equally_far_apart(sizes):
+    positions, is_asked = sampled_positions(torch.tensor(sizes, dtype=torch.int32).view(1, 1, -1))
+    start = 0
+    for size, places, asked in zip(sizes, positions[0, 0], is_asked[0, 0]):
+        within = places[asked] - start
+        assert len(within) == min(size, QUERIES)
+        if size <= QUERIES:
+            assert within.tolist() == list(range(size))
+        else:
+            gaps = within.diff(prepend=torch.tensor([-1 - int(within[0])]))
+            assert int(gaps.max() - gaps.min()) <= 1 and size - 1 - int(within[-1]) <= int(gaps.max())
+        start += size
+
+
+def test_many_clusters_in_parts_have_the_same_masses(monkeypatch):
+    case = random_case(tokens=700)
     whole = case.masses()
-    monkeypatch.setattr(block_masses, "MAX_SCORES", 7 * 50)
+    monkeypatch.setattr(block_masses, "MAX_SCORES", 2 * 7 * QUERIES)
     torch.testing.assert_close(case.masses(), whole, rtol=0, atol=case.tolerance())
 
 

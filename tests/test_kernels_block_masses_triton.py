@@ -54,7 +54,7 @@ def test_any_head_dimension(dim):
 
 
 @runs_kernels
-@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 300, 1000])
 def test_any_number_of_queries_in_one_cluster_and_in_many(tokens):
     for clusters in ((1, 7), (131, 7)):
         assert_right(random_case(tokens=tokens, batch=1, groups=1, clusters=clusters, dtype=torch.float16))
