@@ -30,7 +30,7 @@ def _tile(dtype: torch.dtype, dim: int, k_clusters: int) -> dict[str, int]:
     if dtype == torch.float32:
         queries, clusters, warps = 32, 32, 8
     else:
-        queries, clusters, warps = (128, 128, 8) if dim <= 128 else (64, 32, 4)
+        queries, clusters, warps = (128, 64, 4) if dim <= 128 else (64, 32, 4)
     return {"BLOCK_M": queries, "BLOCK_C": min(clusters, padded_power_of_two(k_clusters, 16)), "num_warps": warps}
 
 
