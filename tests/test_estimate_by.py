@@ -9,6 +9,7 @@ import svg2_compile
 from svg2_compile import denoise_step
 from svg2_compile.passes.sparsify import sparsify
 from test_passes_rewrite import CASES, SPARSE, assert_equal_within_rounding, ops, run, traced
+from triton_interpreter import DEVICE
 
 pytestmark = pytest.mark.usefixtures("no_grad_and_a_fresh_start")
 
@@ -51,7 +52,7 @@ OPTIONS |= {"q_clusters": 4, "k_clusters": 8}
 
 def tokens(step, dtype=torch.float32):
     generator = torch.Generator().manual_seed(step)
-    return [2 * torch.randn(1, 2, TOKENS, DIM, generator=generator).to(dtype) for _ in "qkv"]
+    return [2 * torch.randn(1, 2, TOKENS, DIM, generator=generator).to(DEVICE, dtype) for _ in "qkv"]
 
 
 def by_hand(q, k, v, state):
@@ -70,9 +71,9 @@ def test_a_compiled_model_does_it_step_by_step(lowering, dtype):
     options = OPTIONS | {"estimate_by": "queries", "lowering": lowering}
     model = torch.compile(Model(), backend="svg2", options=options, fullgraph=True)
     state = (
-        [torch.zeros(1, 2, count, DIM) for count in (4, 8)],
-        [torch.zeros(1, dtype=torch.int32) for _ in "qk"],
-        torch.zeros(1, 2, 4, 5),
+        [torch.zeros(1, 2, count, DIM, device=DEVICE) for count in (4, 8)],
+        [torch.zeros(1, dtype=torch.int32, device=DEVICE) for _ in "qk"],
+        torch.zeros(1, 2, 4, 5, device=DEVICE),
     )
     for step in range(3):
         q, k, v = tokens(step, dtype)
