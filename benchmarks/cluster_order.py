@@ -30,7 +30,7 @@ import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels.kmeans import initial_tokens, nearest_neighbour_chain
-from svg2_compile.kernels.select_blocks import kept_clusters
+from svg2_compile.kernels.select_blocks import block_logits, kept_clusters
 from svg2_compile.kernels.work_list import kept_runs_reference
 from svg2_compile.measure import Video
 
@@ -94,7 +94,7 @@ class Side:
 
 def costs(query: Side, key: Side, tokens: int, scale: float, top_p: float) -> Tensor:
     """Return (density, run, K padding, whole tiles) per head, fp64 [H, 4]."""
-    keep, _ = kept_clusters(query.centroids, key.centroids, key.sizes, scale, top_p, 0.1)
+    keep, _ = kept_clusters(block_logits(query.centroids, key.centroids, key.sizes, scale), top_p, 0.1)
     keep = keep & (key.sizes.unsqueeze(2) > 0)
     kept_runs = kept_runs_reference(keep, key.sizes)
     tiles_of_keys = key_tiles(kept_runs.counts, BLOCK_N, PIECE)

@@ -317,6 +317,8 @@ def measure_overhead(
     measured = torch.zeros((*plan.q_sizes.shape, len(STATISTICS)), device=q.device)
     select = partial(svg2.select_blocks, *centroids, plan.q_sizes, plan.k_sizes, shape.dim**-0.5, TOP_P)
     ms["select"] = device_median_ms(partial(select, MIN_KEEP_RATIO, measured), OVERHEAD_ROUNDS)
+    estimate = partial(svg2.block_masses, q, plan.q_order, centroids[1], plan.q_sizes, plan.k_sizes, shape.dim**-0.5)
+    ms["masses by query"] = device_median_ms(estimate, OVERHEAD_ROUNDS)
     percent = {n: 100 * (ms["select"] + ms[f"cluster, warm {n}"]) / dense for n in (1, 2)}
     theirs = [flash_kmeans_ms(x, count, 2, rep_ms) for x, count in zip((q, k), plan.clusters)]
     failed = next((answer for answer in theirs if isinstance(answer, str)), None)

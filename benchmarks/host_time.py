@@ -76,6 +76,7 @@ def measure(
     scale = dim**-0.5
     select = partial(svg2.select_blocks, *centroids, q_sizes, k_sizes, scale, 0.5, config.min_keep_ratio, measured)
     runs, counts = select()
+    estimate = partial(svg2.block_masses, q, q_order, centroids[1], q_sizes, k_sizes, scale)
     attend = partial(
         svg2.block_sparse_attention, q, keys, values, q_sizes, runs, counts, None, None, None, q_order, scale
     )
@@ -85,7 +86,7 @@ def measure(
     print(f"{name} (1, {heads}, {tokens}, {dim}), {clusters[0]} / {clusters[1]} clusters")
     result: dict[str, object] = {"shape": name, "size": [1, heads, tokens, dim], "clusters": clusters}
     of_the_layer = ("cluster_tokens_", cluster), ("select_blocks", select), ("block_sparse_attention", attend)
-    for op, call in (*of_the_layer, ("measure_recall_", look)):
+    for op, call in (*of_the_layer, ("block_masses", estimate), ("measure_recall_", look)):
         launches = count_launches(call)
         host, gpu = host_ms(call, repeats), device_median_ms(call, repeats)
         result[op] = {"launches": launches, "host_ms": host, "device_ms": gpu}

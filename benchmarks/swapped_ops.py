@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 import svg2_compile
 from svg2_compile import backend
-from svg2_compile.kernels.select_blocks import kept_clusters
+from svg2_compile.kernels.select_blocks import block_logits, kept_clusters
 from svg2_compile.kernels.work_list import kept_runs_reference
 from svg2_compile.measure import Video, generate
 from svg2_compile.passes.sparsify import Sparsified, sparsify
@@ -183,8 +183,7 @@ def density_of(q_sizes: Tensor, runs: Tensor, counts: Tensor, k_tokens: int) -> 
 
 def by_centroids(blocks: Blocks) -> tuple[Tensor, Tensor]:
     """SVG2's own: top-p over the masses that the centroids estimate."""
-    sides = (blocks.q_centroids, blocks.k_centroids, blocks.q_sizes, blocks.k_sizes)
-    return svg2.select_blocks(*sides, blocks.scale, blocks.top_p, blocks.min_keep_ratio, blocks.statistics)
+    return _by_masses(None, blocks)
 
 
 def by_true_mass(blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -202,18 +201,23 @@ def by_queries(blocks: Blocks) -> tuple[Tensor, Tensor]:
     return _by_masses(masses, blocks)
 
 
+def by_sampled_queries(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """As ``by_queries``, of at most 128 queries of a cluster: what ``estimate_by="queries"`` does."""
+    masses = svg2.block_masses(
+        blocks.q, blocks.q_order, blocks.k_centroids, blocks.q_sizes, blocks.k_sizes, blocks.scale
+    )
+    return _by_masses(masses, blocks)
+
+
 def by_keys(blocks: Blocks) -> tuple[Tensor, Tensor]:
     """The same rule, the keys taken one by one and the queries by their centroids."""
     probability = (blocks.q_centroids @ blocks.k.float().transpose(-1, -2) * blocks.scale).softmax(-1)
     return _by_masses(probability @ membership(blocks.k_sizes, blocks.k.shape[2]), blocks)
 
 
-def _by_masses(masses: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    # scores that, weighted by the sizes as the rule does, are the masses
-    scores = (masses.clamp(min=1e-30) / blocks.k_sizes.clamp(min=1).unsqueeze(2)).log()
-    axes = torch.eye(scores.shape[3], device=scores.device).expand(*scores.shape[:2], -1, -1)
-    keep, _ = kept_clusters(scores, axes, blocks.k_sizes, 1.0, blocks.top_p, blocks.min_keep_ratio)
-    return _runs(keep, blocks)
+def _by_masses(masses: Tensor | None, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    sides = (blocks.q_centroids, blocks.k_centroids, blocks.q_sizes, blocks.k_sizes)
+    return svg2.select_blocks(*sides, blocks.scale, blocks.top_p, blocks.min_keep_ratio, blocks.statistics, masses)
 
 
 def by_spread(blocks: Blocks) -> tuple[Tensor, Tensor]:
@@ -228,8 +232,8 @@ def by_spread(blocks: Blocks) -> tuple[Tensor, Tensor]:
     # <(q, q^2), (k, variance * scale / 2)> is the mean of the score and half its variance, over the scale
     q = torch.cat((blocks.q_centroids, blocks.q_centroids.square()), dim=-1)
     k = torch.cat((blocks.k_centroids, variance * blocks.scale / 2), dim=-1)
-    keep, _ = kept_clusters(q, k, blocks.k_sizes, blocks.scale, blocks.top_p, blocks.min_keep_ratio)
-    return _runs(keep, blocks)
+    logits = block_logits(q, k, blocks.k_sizes, blocks.scale)
+    return _runs(kept_clusters(logits, blocks.top_p, blocks.min_keep_ratio)[0], blocks)
 
 
 @dataclass(slots=True)
@@ -239,8 +243,8 @@ class AtRandom:
     generator: torch.Generator
 
     def __call__(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        sides = (blocks.q_centroids, blocks.k_centroids, blocks.k_sizes)
-        keep, _ = kept_clusters(*sides, blocks.scale, blocks.top_p, blocks.min_keep_ratio)
+        logits = block_logits(blocks.q_centroids, blocks.k_centroids, blocks.k_sizes, blocks.scale)
+        keep, _ = kept_clusters(logits, blocks.top_p, blocks.min_keep_ratio)
         share = (keep * blocks.k_sizes.unsqueeze(2)).sum(-1, keepdim=True) / blocks.k.shape[2]
         return _runs(random_blocks(self.generator, share, blocks.k_sizes, keep.shape[2]), blocks)
 

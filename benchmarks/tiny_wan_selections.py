@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svg2_compile import tiny_wan
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.select_blocks import kept_clusters
+from svg2_compile.kernels.select_blocks import block_logits, kept_clusters
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.tiny_wan import clips, model
 
@@ -66,5 +66,6 @@ def select(layers: Layers, clusters: tuple[int, int] | Literal["auto"]) -> tuple
         iterations = (config.kmeans_iters_init, config.kmeans_iters_step)
         labels = svg2.kmeans_(x, centroids[-1], calls, *iterations, config.seed)
         sizes.append(svg2.sort_labels(labels, number)[1])
-    keep, _ = kept_clusters(centroids[0], centroids[1], sizes[1], layers.scale, TOP_P, config.min_keep_ratio)
+    logits = block_logits(*centroids, sizes[1], layers.scale)
+    keep, _ = kept_clusters(logits, TOP_P, config.min_keep_ratio)
     return (*sizes, keep & (sizes[1] > 0).unsqueeze(2))

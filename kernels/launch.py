@@ -71,6 +71,7 @@ TRITON_LIMITS = {
     "kmeans_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
     "sort_labels": TritonLimits(clusters=MAX_CLUSTERS),
     "permute_tokens": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM),
+    "block_masses": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
     "select_blocks": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
     "block_sparse_attention": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS, MAX_KEYS - 1),
     "measure_recall_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM),

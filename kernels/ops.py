@@ -1,6 +1,7 @@
 """Importing this module registers every ``torch.ops.svg2`` operator."""
 
 from svg2_compile.kernels import (
+    block_masses,
     block_sparse_attention,
     cluster_tokens,
     context_attention,
@@ -14,6 +15,7 @@ from svg2_compile.kernels import (
 )
 
 __all__ = [
+    "block_masses",
     "block_sparse_attention",
     "cluster_tokens",
     "context_attention",

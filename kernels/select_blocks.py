@@ -22,11 +22,13 @@ from svg2_compile.kernels.work_list import COUNTS, PIECES, kept_runs_reference, 
 # 1 where it is empty; its part of the pairs multiplied, when pieces of ``PIECES[0]`` keys fill tiles of ``TILE_KEYS``.
 STATISTICS = ("calls", "density_sum", "kept_mass_sum", "own_kept_mass_sum", "issued_sum")
 TILE_KEYS = 128
+# The smallest normal number of fp32.
+LEAST_MASS = 2.0**-126
 
 torch.library.define(
     "svg2::select_blocks",
     "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, float top_p, "
-    "float min_keep_ratio, Tensor(a!) statistics) -> (Tensor, Tensor)",
+    "float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -39,6 +41,7 @@ def _check(
     top_p: float,
     min_keep_ratio: float,
     statistics: Tensor,
+    masses: Tensor | None,
 ) -> None:
     """Check the arguments of ``svg2::select_blocks``."""
     check_rank("q_centroids", q_centroids, 4)
@@ -55,6 +58,9 @@ def _check(
     check_dtype("q_sizes", q_sizes, torch.int32)
     check_dtype("k_sizes", k_sizes, torch.int32)
     check_dtype("statistics", statistics, accumulation_dtype(q_centroids))
+    if masses is not None:
+        check_shape("masses", masses, (batch, heads, q_clusters, k_clusters))
+        check_dtype("masses", masses, statistics.dtype)
     check_value(
         q_clusters >= 1 and k_clusters >= 1,
         lambda: f"there must be at least 1 cluster on either side, got {q_clusters} and {k_clusters}",
@@ -72,6 +78,7 @@ def select_blocks_reference(
     top_p: float,
     min_keep_ratio: float,
     statistics: Tensor,
+    masses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keep, for each query cluster, the likeliest key clusters until they carry ``top_p`` of the attention mass.
 
@@ -88,6 +95,8 @@ def select_blocks_reference(
         top_p: share of the mass to keep, above 0; 1 and more keep every block.
         min_keep_ratio: share of the key clusters, by count, to keep in any case, in [0, 1].
         statistics: fp32 (fp64 for judging) [B, H, C_q, 5], columns named by ``STATISTICS``; added to.
+        masses: dtype of statistics [B, H, C_q, C_k], at least 0; what to take for P, as ``block_masses`` returns it, in
+            place of what the centroids say.
 
     Returns:
         runs: int32 [B, H, C_q, ceil(C_k / 2), 2], contiguous, the kept ranges of keys as ``KeptRuns`` has them; there
@@ -102,9 +111,15 @@ def select_blocks_reference(
         Deterministic, no device synchronisation. Ties go to the lowest index. An empty key cluster has probability 0
         and the last rank, so every row keeps a key. A larger ``top_p`` keeps a superset.
     """
-    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
+    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics, masses)
     dtype = statistics.dtype
-    keep, mass = kept_clusters(q_centroids.to(dtype), k_centroids.to(dtype), k_sizes, scale, top_p, min_keep_ratio)
+    if masses is None:
+        logits = block_logits(q_centroids.to(dtype), k_centroids.to(dtype), k_sizes, scale)
+    else:
+        # Every cluster with keys has some mass, and those of an empty one do not matter.
+        is_empty = _per_query_head(k_sizes, q_sizes.shape[1]).unsqueeze(2) == 0
+        logits = torch.where(masses > LEAST_MASS, masses, LEAST_MASS).log().masked_fill(is_empty, -math.inf)
+    keep, mass = kept_clusters(logits, top_p, min_keep_ratio)
     kept = kept_runs_reference(keep, k_sizes)
     kept_tokens = torch.einsum("bhqk,bhk->bhq", keep.to(dtype), _per_query_head(k_sizes, keep.shape[1]).to(dtype))
     statistics += statistics_of(kept.counts, kept_tokens, mass, q_sizes, k_sizes)
@@ -132,15 +147,20 @@ def statistics_of(counts: Tensor, kept_tokens: Tensor, mass: Tensor, q_sizes: Te
     )
 
 
-def kept_clusters(
-    q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, scale: float, top_p: float, min_keep_ratio: float
-) -> tuple[Tensor, Tensor]:
-    """Return which key clusters each query cluster keeps, bool [B, H, C_q, C_k], and their mass [B, H, C_q]."""
+def block_logits(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, scale: float) -> Tensor:
+    """Return log(n_j) + s_ij of section 1.3, [B, H, C_q, C_k]; -inf for a cluster without keys."""
     heads = q_centroids.shape[1]
     k_centroids, k_sizes = _per_query_head(k_centroids, heads), _per_query_head(k_sizes, heads).to(q_centroids.dtype)
     # log n_j is -inf for an empty cluster. Its centroid may hold anything, so it is overwritten, not added to.
-    scores = q_centroids @ k_centroids.transpose(-1, -2) * scale  # [B, H, C_q, C_k]
-    logits = (scores + k_sizes.log().unsqueeze(2)).masked_fill(k_sizes.unsqueeze(2) == 0, -math.inf)
+    scores = q_centroids @ k_centroids.transpose(-1, -2) * scale
+    return (scores + k_sizes.log().unsqueeze(2)).masked_fill(k_sizes.unsqueeze(2) == 0, -math.inf)
+
+
+def kept_clusters(logits: Tensor, top_p: float, min_keep_ratio: float) -> tuple[Tensor, Tensor]:
+    """Return which key clusters each query cluster keeps, bool [B, H, C_q, C_k], and their mass [B, H, C_q].
+
+    ``logits`` [B, H, C_q, C_k] are logarithms of the masses, but for a constant in every row; -inf in empty clusters.
+    """
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     probability = ranked.softmax(-1)
     if top_p >= 1:
@@ -149,7 +169,7 @@ def kept_clusters(
         before = torch.nn.functional.pad(probability.cumsum(-1)[..., :-1], (1, 0))
         # `before` is 0 at rank 1, which therefore is always kept.
         kept = before <= top_p
-        kept[..., : math.floor(min_keep_ratio * k_sizes.shape[2])] = True
+        kept[..., : math.floor(min_keep_ratio * logits.shape[3])] = True
     return torch.empty_like(kept).scatter_(-1, order, kept), (probability * kept).sum(-1)
 
 
@@ -171,17 +191,20 @@ def _select_blocks_cuda(
     top_p: float,
     min_keep_ratio: float,
     statistics: Tensor,
+    masses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
+    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics, masses)
     clusters = max(q_centroids.shape[2], k_centroids.shape[2])
     dim = q_centroids.shape[3]
     if why_not_triton("select_blocks", q_centroids.device, q_centroids.dtype, dim=dim, clusters=clusters):
         return select_blocks_reference(
-            q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics
+            q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics, masses
         )
     from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
 
-    return select_blocks_triton(q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics)
+    return select_blocks_triton(
+        q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics, masses
+    )
 
 
 def _select_blocks_fake(
@@ -193,8 +216,9 @@ def _select_blocks_fake(
     top_p: float,
     min_keep_ratio: float,
     statistics: Tensor,
+    masses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
+    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics, masses)
     runs = q_sizes.new_empty((*q_sizes.shape, max_runs(k_centroids.shape[2]), 2))
     return runs, q_sizes.new_empty((*q_sizes.shape, len(COUNTS)))
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
-from svg2_compile.kernels.select_blocks import TILE_KEYS
+from svg2_compile.kernels.select_blocks import LEAST_MASS, TILE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES, max_runs
 
 BLOCK_Q = 16  # query clusters of a program
@@ -41,6 +41,7 @@ ROUNDS = tl.constexpr(17)
 # Logits are finite where there is a key: what overflowed, or is no number, is bounded by this.
 LARGEST = tl.constexpr(3.0e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(LEAST_MASS)
 SHORT, MEDIUM, LONG = (tl.constexpr(piece) for piece in PIECES)
 PIECES_PER_TILE = tl.constexpr(TILE_KEYS // PIECES[0])
 
@@ -151,6 +152,33 @@ def _write_logits(
         logits = tl.minimum(tl.maximum(logits, -LARGEST), LARGEST)
         # The centroid of an empty cluster may hold anything, so its score is overwritten, not added to.
         logits = tl.where((sizes > 0.0)[None, :], logits, float("-inf"))
+        tl.store(logits_ptr + offs_q[:, None] * BLOCK_K + position[None, :], logits)
+
+
+@triton.jit
+def _write_logs(
+    masses_ptr,
+    k_sizes_ptr,
+    logits_ptr,
+    q_rows,
+    k_clusters,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write the logarithms of given masses where ``_write_logits`` would write its own."""
+    TURNS: tl.constexpr = BLOCK_K // LANES
+    offs_q = tl.arange(0, BLOCK_Q)
+    for block in range(0, BLOCK_K, BLOCK_N):
+        position = block + tl.arange(0, BLOCK_N)
+        cluster = position % LANES * TURNS + position // LANES
+        is_k = cluster < k_clusters
+        mask = (offs_q < q_rows)[:, None] & is_k[None, :]
+        masses = tl.load(masses_ptr + offs_q[:, None] * k_clusters + cluster[None, :], mask=mask, other=0.0)
+        sizes = tl.load(k_sizes_ptr + cluster, mask=is_k, other=0)
+        # What is no number is below the least as well, and an infinity bounded.
+        logs = tl.minimum(tl.log2(tl.where(masses > LEAST, masses, LEAST)), LARGEST)
+        logits = tl.where((sizes > 0)[None, :], logs, float("-inf"))
         tl.store(logits_ptr + offs_q[:, None] * BLOCK_K + position[None, :], logits)
 
 
@@ -336,6 +364,7 @@ def select_kernel(
     runs_ptr,
     counts_ptr,
     statistics_ptr,
+    masses_ptr,
     scale,
     top_p,
     min_keep,
@@ -365,20 +394,25 @@ def select_kernel(
     q_sizes_ptr += head * q_clusters
 
     k_tokens, filled = _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K)
-    _write_logits(
-        q_ptr + (head * q_clusters + first_row) * DIM,
-        k_ptr + group * k_clusters * DIM,
-        k_sizes_ptr,
-        logits_ptr,
-        scale,
-        q_clusters - first_row,
-        k_clusters,
-        DIM,
-        BLOCK_Q,
-        BLOCK_K,
-        BLOCK_N,
-        BLOCK_D,
-    )
+    if masses_ptr is not None:
+        masses_ptr += (head * q_clusters + first_row) * k_clusters
+        q_rows = q_clusters - first_row
+        _write_logs(masses_ptr, k_sizes_ptr, logits_ptr, q_rows, k_clusters, BLOCK_Q, BLOCK_K, BLOCK_N)
+    else:
+        _write_logits(
+            q_ptr + (head * q_clusters + first_row) * DIM,
+            k_ptr + group * k_clusters * DIM,
+            k_sizes_ptr,
+            logits_ptr,
+            scale,
+            q_clusters - first_row,
+            k_clusters,
+            DIM,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_N,
+            BLOCK_D,
+        )
     q_tokens = _sum_of(q_sizes_ptr, q_clusters, 128)
     # What a thread reads now, others have written.
     tl.debug_barrier()
@@ -425,6 +459,7 @@ def select_blocks_triton(
     top_p: float,
     min_keep_ratio: float,
     statistics: Tensor,
+    masses: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``select_blocks_reference`` for at most ``MAX_CLUSTERS`` clusters on either side.
 
@@ -452,6 +487,7 @@ def select_blocks_triton(
             runs.view(torch.int64),
             counts,
             sums,
+            None if masses is None else masses.contiguous(),
             scale,
             top_p,
             k_clusters if top_p >= 1 else math.floor(min_keep_ratio * k_clusters),
@@ -486,25 +522,30 @@ def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
 
 
 def aot_variants() -> list[AotVariant]:
-    """Return the kernel for the usual head dims, few and many clusters."""
+    """Return the kernel for the usual head dims, few and many clusters, and for given masses."""
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
     signature |= dict.fromkeys(("q_sizes_ptr", "k_sizes_ptr"), "*i32")
     signature |= {"logits_ptr": "*fp32", "edges_ptr": "*i64", "runs_ptr": "*i64", "counts_ptr": "*i32"}
-    signature |= {"statistics_ptr": "*fp32", "scale": "fp32", "top_p": "fp32"}
+    signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "scale": "fp32", "top_p": "fp32"}
     signature |= dict.fromkeys(
         ("min_keep", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"), "i32"
     )
-    return [
-        AotVariant(
-            name=f"select_kernel_d{dim}_c{clusters}",
-            fn=select_kernel,
-            signature=signature,
-            constexprs=dict(_constexprs(dim, clusters)),
-            num_warps=NUM_WARPS,
-            num_stages=NUM_STAGES,
-            divisible_by_16=tuple(name for name, kind in signature.items() if kind[0] == "*" and name not in UNALIGNED),
-            max_registers=MAX_REGISTERS.get(_constexprs(dim, clusters)["BLOCK_K"]),
+    variants = []
+    for dim, clusters, given in (
+        *((dim, clusters, False) for dim in (64, 80, 128, 256) for clusters in (32, 100, 200, 512, 1024)),
+        *((128, clusters, True) for clusters in (32, 100, 200, 512, 1024)),
+    ):
+        types = {name: kind for name, kind in signature.items() if given or name != "masses_ptr"}
+        variants.append(
+            AotVariant(
+                name=f"select_kernel_d{dim}_c{clusters}" + ("_given_masses" if given else ""),
+                fn=select_kernel,
+                signature=types,
+                constexprs=_constexprs(dim, clusters) | ({} if given else {"masses_ptr": None}),
+                num_warps=NUM_WARPS,
+                num_stages=NUM_STAGES,
+                divisible_by_16=tuple(name for name, kind in types.items() if kind[0] == "*" and name not in UNALIGNED),
+                max_registers=MAX_REGISTERS.get(_constexprs(dim, clusters)["BLOCK_K"]),
+            )
         )
-        for dim in (64, 80, 128, 256)
-        for clusters in (32, 100, 200, 512, 1024)
-    ]
+    return variants

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.block_masses import block_masses_reference
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
 from svg2_compile.kernels.launch import (
     GLUON_ASSIGNMENT,
@@ -51,6 +52,8 @@ class Kind:
     k_clusters: int
     has_context: bool = False
     has_context_mask: bool = False
+    given_masses: bool = False
+    """Whether the selection takes masses, not centroids."""
     attention: str = "auto"
     """The attention kernel that is asked for."""
 
@@ -62,7 +65,7 @@ class Kind:
     @property
     def compiled_apart(self) -> tuple[object, ...]:
         """What a kernel has code of its own for, by far the most of it."""
-        return self.device, self.dtype, self.dim, self.has_context, self.has_context_mask
+        return self.device, self.dtype, self.dim, self.has_context, self.has_context_mask, self.given_masses
 
     @property
     def tokens(self) -> int:
@@ -257,6 +260,18 @@ def _check_permute_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
     return None if torch.equal(restored, unpermute_tokens_reference(x, order)) else "tokens are restored wrongly"
 
 
+def _check_block_masses(call: Callable[..., Any], kind: Kind) -> str | None:
+    q = _random(0, kind.tokens, kind.dim, kind.dtype)
+    k_means = _random(1, kind.k_clusters, kind.dim, torch.float32)
+    (q_order, q_sizes), (_, k_sizes) = (
+        sort_labels_reference(_random_labels(kind, c), c) for c in (kind.q_clusters, kind.k_clusters)
+    )
+    arguments = (q, q_order, k_means, q_sizes, k_sizes)
+    scale = kind.dim**-0.5
+    got = call(*_on(kind.device, arguments), scale)
+    return _far(got, block_masses_reference(*arguments, scale), 10 * MIN_TOLERANCE)
+
+
 def _check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
     q_sizes, k_sizes = (
         sort_labels_reference(_random_labels(kind, c), c)[1] for c in (kind.q_clusters, kind.k_clusters)
@@ -264,10 +279,13 @@ def _check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
     q_means = _random(0, kind.q_clusters, kind.dim, torch.float32)
     k_means = _random(1, kind.k_clusters, kind.dim, torch.float32)
     numbers = (kind.dim**-0.5, 0.7, 0.1)
+    masses = _random(2, kind.q_clusters, kind.k_clusters, torch.float32).softmax(-1) if kind.given_masses else None
     on_device = _zeros(kind, kind.q_clusters, len(STATISTICS))
     statistics = on_device.cpu().clone()
-    got = call(*_on(kind.device, (q_means, k_means, q_sizes, k_sizes)), *numbers, on_device)
-    wanted = select_blocks_reference(q_means, k_means, q_sizes, k_sizes, *numbers, statistics)
+    got = call(
+        *_on(kind.device, (q_means, k_means, q_sizes, k_sizes)), *numbers, on_device, *_on(kind.device, [masses])
+    )
+    wanted = select_blocks_reference(q_means, k_means, q_sizes, k_sizes, *numbers, statistics, masses)
     runs, counts = (each.cpu() for each in got)
     keep = kept_keys(runs, counts, kind.tokens), kept_keys(*wanted, kind.tokens)
     other = float((keep[0] != keep[1]).float().mean())
@@ -325,6 +343,7 @@ CHECKS: dict[str, Callable[[Callable[..., Any], Kind], str | None]] = {
     "kmeans_": _check_kmeans,
     "sort_labels": _check_sort_labels,
     "permute_tokens": _check_permute_tokens,
+    "block_masses": _check_block_masses,
     "select_blocks": _check_select_blocks,
     "block_sparse_attention": _check_attention,
     "measure_recall_": _check_measure_recall,

@@ -49,6 +49,10 @@ class SparseConfig:
     min_keep_ratio: float = 0.1
     """Least share of the key clusters (not tokens) that each query cluster keeps, in [0, 1]."""
 
+    estimate_by: Literal["centroids", "queries"] = "centroids"
+    """What the attention mass of a block is estimated from: the centroid of its queries (the paper's, eq. 1), or up to
+    128 of the queries, for a little more time (experimental). Keys go by their centroids either way."""
+
     q_clusters: int | Literal["auto"] = "auto"
     """Query clusters per head, 1 to 1024; ``auto`` takes one per 600 tokens, 16 at least."""
 
@@ -123,6 +127,7 @@ class SparseConfig:
         else:
             advice = "as an int it is a count; use a float in [0, 1] for a share"
             check_integer("dense_steps", self.dense_steps, 0, None, advice)
+        check_choice("estimate_by", self.estimate_by, ("centroids", "queries"))
         check_choice("lowering", self.lowering, ("inductor", "eager", "tensorrt"))
         check_choice("on_unsupported", self.on_unsupported, ("dense", "error"))
 

@@ -15,6 +15,8 @@ With context rows, q, k and v are cut first; the context keys go to ``block_spar
 the context queries attend to everything (``context_attention``), and the outputs are joined in the original order;
 where context rows are keys only, q stays whole and nothing is joined. The video keys that a mask may hide are moved
 behind the last cluster, where no run reaches; a mask known to show them all leaves them alone.
+With ``estimate_by="queries"``, ``select_blocks`` gets masses from ``block_masses(q, q_order, k_centroids, q_sizes,
+k_sizes)``.
 With ``recall_rows``, ``measure_recall_`` looks at the queries in token order, the permuted keys and the selection, and
 adds to a state tensor; with ``min_recall``, ``keep_dense_heads_`` then replaces the selection of the heads that kept
 too little by all keys.
@@ -151,6 +153,7 @@ class _SiteRewriter:
             float(self.config.top_p),
             float(self.config.min_keep_ratio),
             selected,
+            *self.masses(q, q_order, q_sizes, k_sizes),
         )
         permute = torch.ops.svg2.permute_tokens.default
         q_clustered = self.emit(permute, q, q_order)
@@ -181,6 +184,13 @@ class _SiteRewriter:
             *self.kernel_arguments(),
         )
         return self.emit(torch.ops.svg2.unpermute_tokens.default, self.emit(operator.getitem, attention, 0), q_order)
+
+    def masses(self, q: Any, q_order: Any, q_sizes: Any, k_sizes: Any) -> list[Any]:
+        """Return the last argument of the selection, if it is not the default."""
+        if self.config.estimate_by == "centroids":
+            return []
+        estimate = torch.ops.svg2.block_masses.default
+        return [self.emit(estimate, q, q_order, self.state["k_centroids"], q_sizes, k_sizes, self.scale)]
 
     def measure_recall(self, *tokens_and_selection: Any) -> None:
         config = self.config

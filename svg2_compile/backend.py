@@ -24,7 +24,6 @@ from svg2_compile.kernels.self_check import Kind
 from svg2_compile.obstacles import certain_obstacles
 from svg2_compile.options import Options, split_options
 from svg2_compile.passes.clone import clone
-from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
 from svg2_compile.region import DenseGraph, LayerOrder, Lower, Owner, Region, Runner, Variant, reset, ticking
 from svg2_compile.tensorrt_engines import require_tensorrt
@@ -85,11 +84,11 @@ def svg2_backend(
         layers=LayerOrder.of(compiled.parent) if compiled.parent is not None and compiled.is_repeated else None,
         timestep=timestep,
         ticks=timestep is not None or compiled.parent is None,
-        kinds=_kinds_of_kernels(plan, ours.kernel) if ours.kernel.self_check else (),
+        kinds=_kinds_of_kernels(plan, ours) if ours.kernel.self_check else (),
     )
 
 
-def _kinds_of_kernels(plan: Sparsified, config: KernelConfig) -> tuple[Kind, ...]:
+def _kinds_of_kernels(plan: Sparsified, options: Options) -> tuple[Kind, ...]:
     """Return the kinds of tensors that the kernels of the graph will be given, each once."""
     return tuple(
         dict.fromkeys(
@@ -101,7 +100,8 @@ def _kinds_of_kernels(plan: Sparsified, config: KernelConfig) -> tuple[Kind, ...
                 k_clusters=site.k_clusters,
                 has_context=len(site.segments) > 1,
                 has_context_mask=site.has_mask and len(site.segments) > 1,
-                attention=config.attention,
+                given_masses=options.sparse.estimate_by == "queries",
+                attention=options.kernel.attention,
             )
             for site in plan.sites
         )

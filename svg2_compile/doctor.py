@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -76,6 +76,7 @@ def check(workload: Workload) -> None:
     """Compare the kernels for ``workload`` with their references, so that ``diagnose`` knows the wrong ones."""
     kind = Kind(workload.device, workload.dtype, workload.dim, workload.clusters, workload.clusters)
     check_kernels(list(TRITON_LIMITS), kind)
+    check_kernels(["select_blocks"], replace(kind, given_masses=True))
 
 
 def diagnose(workload: Workload) -> Diagnosis:

@@ -126,6 +126,7 @@ def _work(graphs: list[GraphModule], sites: list[AttentionSite], config: SparseC
             q_clusters=site.q_clusters,
             k_clusters=site.k_clusters,
             iterations=config.kmeans_iters_step,
+            asks_queries=config.estimate_by == "queries",
         )
         for site in sites
     )

@@ -38,6 +38,7 @@ CLUSTERING_OPS = (
     "svg2::kmeans_",
     "svg2::sort_labels",
     "svg2::permute_tokens",
+    "svg2::block_masses",
     "svg2::select_blocks",
 )
 ATTENTION_OPS = ("svg2::block_sparse_attention", "svg2::context_attention", "aten::_scaled_dot_product")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from svg2_compile.kernels.block_masses import QUERIES
 from svg2_compile.passes.errors import ConfigError
 
 ELEMENTWISE_PASSES = 45
 """Times that norms, modulation, rotary embedding, activations and residuals of a layer read or write all its tokens."""
 BYTES = 2
+ASKING_RATE = 0.36
+"""What `block_masses` reaches of a matrix product's rate (docs/measurements.md, 28)."""
 SPARSE_EFFICIENCY, PORTABLE_EFFICIENCY = 0.9, 0.7
 """Of the sparse attention per selected pair, over the dense one: on Hopper inside models, and of portable kernels."""
 SMALL_HEAD_EFFICIENCY = 0.72
@@ -84,6 +87,8 @@ class SparseWork:
     k_clusters: int
     iterations: int
     """Of k-means, in a call that is not the first."""
+    asks_queries: bool = False
+    """Whether the selection asks queries of a cluster, not their centroid."""
 
     @property
     def flops(self) -> float:
@@ -100,12 +105,16 @@ class SparseWork:
         return SPARSE_EFFICIENCY if is_fast else PORTABLE_EFFICIENCY
 
     def clustering_seconds(self, gpu: Gpu) -> float:
-        """Time of k-means, sorting and permuting, from centroids: products and passes over memory do not overlap."""
+        """Time of k-means, sorting, permuting and selecting: products and passes over memory do not overlap."""
         q_size, k_size = (self.batch * each * self.tokens * self.head_dim for each in (self.heads, self.key_heads))
         products = 2.0 * self.iterations * (q_size * self.q_clusters + k_size * self.k_clusters)
         # an iteration reads the tokens for labels and for sums; at the end keys and values are written, values read
         passed = 2 * self.iterations * (q_size + k_size) + 3 * k_size
-        return products / (0.7 * gpu.product_tflops * 1e12) + BYTES * passed / (gpu.bandwidth_tb * 1e12)
+        seconds = products / (0.7 * gpu.product_tflops * 1e12) + BYTES * passed / (gpu.bandwidth_tb * 1e12)
+        if self.asks_queries:
+            rows = self.batch * self.heads * self.q_clusters * QUERIES
+            seconds += 4.0 * rows * self.k_clusters * self.head_dim / (ASKING_RATE * gpu.product_tflops * 1e12)
+        return seconds
 
 
 def _attention_rate(gpu: Gpu, head_dim: int) -> float:

@@ -92,14 +92,16 @@ def test_the_oracle_keeps_less_than_everything_and_more_mass_than_chance(ops, bl
     assert 0 < density < float(true_mass(blocks, runs, counts, ops).mean())
 
 
-@pytest.mark.parametrize(("side", "exact"), [("q", "by_queries"), ("k", "by_keys")])
+@pytest.mark.parametrize(("side", "exact"), [("q", "by_queries"), ("q", "by_sampled_queries"), ("k", "by_keys")])
 def test_with_a_cluster_a_token_on_the_other_side_an_estimate_is_the_oracle(ops, tokens, side, exact):
     q, k, v = (each[:, :, :64] for each in tokens)
     one_each = torch.arange(64, dtype=torch.int32).expand(1, 2, -1).contiguous()
     few = svg2.kmeans_(q, torch.zeros(1, 2, 5, 16), counters()[0], 5, 1, 0)
     labels, means = ((few, one_each), state(5, 64)) if side == "q" else ((one_each, few), state(64, 5))
     order, q_sizes, k_sizes, keys, _ = ops.with_labels(q, k, v, means, labels)
-    blocks = ops.Blocks(q, order, keys, *means, q_sizes, k_sizes, SCALE, 0.6, 0.1, torch.zeros(1, 2, len(q_sizes), 5))
+    blocks = ops.Blocks(
+        q, order, keys, *means, q_sizes, k_sizes, SCALE, 0.6, 0.1, torch.zeros(1, 2, means[0].shape[2], 5)
+    )
     assert_close(getattr(ops, exact)(blocks), ops.by_true_mass(blocks))
 
 

@@ -138,6 +138,16 @@ def test_short_attention_waits_for_the_host_and_long_does_not():
     assert tiny.waits_for_the_host(0.2) and not wan.waits_for_the_host(0.2)
 
 
+@pytest.mark.parametrize(("clusters", "measured_ms"), [((100, 500), 0.56), ((300, 1000), 3.05)])
+def test_asking_the_queries_costs_what_was_measured(clusters, measured_ms):
+    """docs/measurements.md, 28."""
+    asking, not_asking = (
+        SparseWork(1, 40, 40, 75_600, 128, *clusters, 2, asks_queries=asks).clustering_seconds(GPUS["h200"])
+        for asks in (True, False)
+    )
+    assert 1e3 * (asking - not_asking) == pytest.approx(measured_ms, rel=0.1)
+
+
 def test_a_short_sequence_does_not_pay():
     work = Work((SparseWork(1, 12, 12, 1024, 64, 16, 16, 2),), 0.0, 0.0, 1.0)
     assert predict(work, GPUS["h100"]).highest_density < 0.5

@@ -239,6 +239,9 @@ def test_cuda_graphs_of_inductor_replay_both_cfg_branches_bit_for_bit(model, reg
     assert calls == {steps}
 
 
+VARIANTS: tuple[dict[str, object], ...] = ({}, {"min_recall": 0.9}, {"estimate_by": "queries"})
+
+
 class Layer(torch.nn.Module):
     """One self-attention, between products that round the same however they are launched."""
 
@@ -256,7 +259,7 @@ def tokens(seed: int) -> torch.Tensor:
     return torch.randn(1, 3, 4099, 64, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.bfloat16)
 
 
-@pytest.mark.parametrize("guard", [{}, {"min_recall": 0.9}], ids=["unguarded", "guarded"])
+@pytest.mark.parametrize("guard", VARIANTS, ids=str)
 def test_a_captured_step_replays_with_new_inputs_and_the_state_moves_on(guard):
     """A graph of our own for each CFG branch, as a serving loop captures them."""
     layer = Layer().to(DEVICE, torch.bfloat16)
@@ -357,7 +360,7 @@ def test_a_warm_sparse_step_waits_for_the_device_no_more_often_than_a_dense_one(
         assert len(sparse) == 1, sparse
 
 
-@pytest.mark.parametrize("guard", [{}, {"min_recall": 0.9}], ids=["unguarded", "guarded"])
+@pytest.mark.parametrize("guard", VARIANTS, ids=str)
 def test_a_layer_without_a_timestep_never_waits(guard):
     compiled = torch.compile(
         Layer().to(DEVICE, torch.bfloat16), backend=svg2_backend, options=ALWAYS_SPARSE | guard, fullgraph=True

@@ -83,7 +83,9 @@ def test_query_tiles_spill_nothing_on_ampere_and_hopper(tmp_path):
     assert_spills_nothing(kernels)
 
 
-@pytest.mark.parametrize("module", ["centroids", "cluster_tokens", "kmeans", "permute", "select_blocks", "sort_labels"])
+@pytest.mark.parametrize(
+    "module", ["block_masses", "centroids", "cluster_tokens", "kmeans", "permute", "select_blocks", "sort_labels"]
+)
 def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_path):
     if not (SCRIPT.parent.parent / "kernels" / f"{module}_triton.py").exists():
         pytest.skip(f"kernels/{module}_triton.py does not exist")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.select_blocks import STATISTICS, TILE_KEYS, kept_clusters
+from svg2_compile.kernels.select_blocks import STATISTICS, TILE_KEYS, block_logits, kept_clusters
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 
 PROPERTY = settings(max_examples=60, deadline=None)
@@ -39,9 +39,8 @@ class Case:
         """Return which key clusters are kept, empty ones included, which the runs cannot tell."""
         case = dataclasses.replace(self, **changes)
         assert (case.q_centroids.dtype, case.k_centroids.dtype) == (torch.float32, torch.float32)
-        keep, _ = kept_clusters(
-            case.q_centroids, case.k_centroids, case.k_sizes, case.scale, case.top_p, case.min_keep_ratio
-        )
+        logits = block_logits(case.q_centroids, case.k_centroids, case.k_sizes, case.scale)
+        keep, _ = kept_clusters(logits, case.top_p, case.min_keep_ratio)
         return keep
 
     def statistics(self):
@@ -206,6 +205,15 @@ def test_statistics_are_density_kept_mass_and_padding(case):
     torch.testing.assert_close(case.statistics().double(), expected, rtol=0, atol=atol)
 
 
+def near_a_boundary(case, masses):
+    """Return where rounding may choose another cluster: a mass before one is near top_p, or two are nearly equal."""
+    ranked = masses.double().sort(-1, descending=True).values
+    before = ranked.cumsum(-1) - ranked
+    near_top_p = (before - case.top_p).abs().amin(-1) <= case.tolerance()
+    near_ties = (ranked[..., :-1] - ranked[..., 1:] <= case.tolerance()).any(-1) if ranked.shape[-1] > 1 else False
+    return near_top_p | near_ties
+
+
 def random_case():
     generator = torch.Generator().manual_seed(0)
     return Case(
@@ -214,6 +222,39 @@ def random_case():
         q_sizes=random_sizes(generator, 2, 4, 5, 63, "uneven"),
         k_sizes=random_sizes(generator, 2, 2, 7, 63, "uneven"),
     )
+
+
+@PROPERTY
+@given(selection_cases())
+def test_given_masses_of_the_centroids_select_what_the_centroids_do(case):
+    *arguments, statistics = case.arguments()
+    logits = block_logits(case.q_centroids, case.k_centroids, case.k_sizes, case.scale)
+    masses = logits.softmax(-1)
+    runs, counts = torch.ops.svg2.select_blocks(*arguments, statistics, masses)
+    kept = kept_keys(runs, counts, 100).sum(-1)
+    # what has no mass in fp32 counts as the least that has some, which may change the order of the last ones
+    lost = ((masses == 0) & logits.isfinite()).any(-1)
+    doubtful = lost | near_a_boundary(case, masses)
+    expected = (case.keep() * case.for_every_query_head(case.k_sizes).unsqueeze(2)).sum(-1)
+    assert ((kept == expected) | doubtful).all()
+    tolerance = case.tolerance() + torch.finfo(torch.float32).eps * 4
+    expected = case.statistics()
+    for column in (0, 1, 2, 3, 4):
+        close = (statistics[..., column] - expected[..., column]).abs() <= tolerance * expected[
+            ..., column
+        ].abs().clamp(1)
+        assert (close | doubtful).all()
+
+
+def test_given_masses_need_not_be_what_the_centroids_say():
+    case = random_case()
+    masses = torch.zeros(2, 4, 5, 7)
+    masses[..., 6], masses[..., 2] = 0.6, 0.4
+    *arguments, statistics = dataclasses.replace(case, top_p=0.5).arguments()
+    runs, counts = torch.ops.svg2.select_blocks(*arguments, statistics, masses)
+    sizes = case.for_every_query_head(case.k_sizes)
+    assert (kept_keys(runs, counts, 63).sum(-1) == sizes[..., 6:]).all()
+    assert statistics[..., 3][case.q_sizes > 0].tolist() == pytest.approx([0.6] * int((case.q_sizes > 0).sum()))
 
 
 def test_density_weighs_clusters_by_their_tokens():
@@ -264,15 +305,20 @@ def test_equal_probabilities_keep_the_lowest_indices():
         ({"q_sizes": torch.zeros(2, 4, 6).int()}, ValueError, r"q_sizes must have shape \(2, 4, 5\), got \(2, 4, 6\)"),
         ({"k_sizes": torch.zeros(2, 2, 7)}, TypeError, "k_sizes must be torch.int32, got torch.float32"),
         ({"q_centroids": torch.zeros(2, 4, 5, 8).int()}, TypeError, "q_centroids must be .* got torch.int32"),
+        ({"masses": torch.zeros(2, 4, 7, 5)}, ValueError, r"masses must have shape \(2, 4, 5, 7\), got \(2, 4, 7, 5\)"),
+        ({"masses": torch.zeros(2, 4, 5, 7).half()}, TypeError, "masses must be torch.float32, got torch.float16"),
     ],
 )
 def test_bad_input_is_named(changes, error, message):
+    masses = changes.pop("masses", None)
     with pytest.raises(error, match=message):
-        random_case().select(**changes)
+        torch.ops.svg2.select_blocks(*dataclasses.replace(random_case(), **changes).arguments(), masses)
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.svg2.select_blocks.default, random_case().arguments())
+    arguments = random_case().arguments()
+    torch.library.opcheck(torch.ops.svg2.select_blocks.default, arguments)
+    torch.library.opcheck(torch.ops.svg2.select_blocks.default, (*arguments, torch.rand(2, 4, 5, 7)))
 
 
 def test_compiled_equals_eager():

@@ -47,12 +47,12 @@ def random_case(q_clusters, k_clusters, repeats, dim, sharpness=1.0, kind="uneve
     return [tensor.to(DEVICE) for tensor in (q, k, q_sizes, k_sizes)]
 
 
-def select(case, top_p, min_keep_ratio=0.0, scale=0.125):
+def select(case, top_p, min_keep_ratio=0.0, scale=0.125, masses=None):
     """Return the runs, the counts and the statistics."""
     from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
 
     statistics = torch.zeros(*case[2].shape, len(STATISTICS), device=DEVICE)
-    return *select_blocks_triton(*case, scale, top_p, min_keep_ratio, statistics), statistics
+    return *select_blocks_triton(*case, scale, top_p, min_keep_ratio, statistics, masses), statistics
 
 
 def used(runs, counts):
@@ -81,6 +81,12 @@ def probability_of(case, scale=0.125):
     return (case[0].double() @ k.mT * scale + k_sizes.log().unsqueeze(2)).softmax(-1)
 
 
+def shares_of(case, masses):
+    """Return given masses as P, in fp64."""
+    masses = masses.double() * (per_query_head(case, case[3]) > 0).unsqueeze(2)
+    return masses / masses.sum(-1, keepdim=True)
+
+
 def tolerance_of(case, scale=0.125):
     """Return what fp32 may err by in a mass: a step per summed cluster, and some of either score of a ratio."""
     largest = case[0].norm(dim=-1).max() * case[1].norm(dim=-1).max() * scale
@@ -101,18 +107,18 @@ def poison_new_tensors(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
-def check_against_the_reference(case, monkeypatch, top_p, min_keep_ratio):
+def check_against_the_reference(case, monkeypatch, top_p, min_keep_ratio, masses=None):
     expected_statistics = torch.zeros(*case[2].shape, len(STATISTICS), device=DEVICE)
-    expected = select_blocks_reference(*case, 0.125, top_p, min_keep_ratio, expected_statistics)
+    expected = select_blocks_reference(*case, 0.125, top_p, min_keep_ratio, expected_statistics, masses)
     with monkeypatch.context() as context:
         poison_new_tensors(context)
-        runs, counts, statistics = select(case, top_p, min_keep_ratio)
+        runs, counts, statistics = select(case, top_p, min_keep_ratio, masses=masses)
     keep = kept(case, runs, counts)
     of_keep = kept_runs_reference(keep, case[3])
     assert torch.equal(counts, of_keep.counts)
     assert torch.equal(used(runs, counts), of_keep.runs)
 
-    probability, tolerance = probability_of(case), tolerance_of(case)
+    probability, tolerance = probability_of(case) if masses is None else shares_of(case, masses), tolerance_of(case)
     # The mass of the likelier clusters decides; within rounding of top_p, or of each other, either is right.
     likelier = (probability.unsqueeze(-1) > probability.unsqueeze(-2)).double()  # [..., j, i]: j before i
     before = (probability.unsqueeze(-2) @ likelier).squeeze(-2)
@@ -136,6 +142,32 @@ def test_the_runs_are_those_of_the_reference_selection_but_at_the_boundary(shape
     case = random_case(*shape, sharpness, kind)
     for top_p, min_keep_ratio in ((0.5, 0.0), (0.9, 0.1)):
         check_against_the_reference(case, monkeypatch, top_p, min_keep_ratio)
+
+
+@runs_kernels
+@pytest.mark.parametrize("shape", SHAPES)
+def test_given_masses_take_the_place_of_the_centroids(shape, monkeypatch):
+    case = random_case(*shape, batch=2)
+    generator = torch.Generator().manual_seed(0)
+    masses = torch.rand(*case[2].shape, shape[1], generator=generator).pow(6).to(DEVICE)
+    masses = masses / masses.sum(-1, keepdim=True)
+    for top_p, min_keep_ratio in ((0.5, 0.0), (0.9, 0.1)):
+        check_against_the_reference(case, monkeypatch, top_p, min_keep_ratio, masses)
+    runs, counts, statistics = select(case, 0.9, masses=masses)
+    strided = select(case, 0.9, masses=masses.transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(used(*strided[:2]), used(runs, counts))
+    assert torch.equal(strided[2], statistics)
+
+
+@runs_kernels
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_masses_that_are_nothing_or_no_number_still_keep_keys_within_bounds(value):
+    case = random_case(3, 65, 1, 16)
+    masses = torch.full((1, 1, 3, 65), 1 / 65, device=DEVICE)
+    masses[0, 0, 1] = value
+    runs, counts, _ = select(case, 0.9, 0.1, masses=masses)
+    assert (counts[..., 0] >= 1).all()
+    assert ((used(runs, counts) >= 0) & (used(runs, counts) <= int(case[3].sum()))).all()
 
 
 @runs_kernels

@@ -36,6 +36,7 @@ def test_the_kernels_pass_under_the_interpreter():
         {"dtype": torch.bfloat16, "has_context": True, "has_context_mask": True},
         {"dtype": torch.float16, "dim": 64, "has_context": True},
         {"q_clusters": 1, "k_clusters": 1},
+        {"given_masses": True},
         {"dim": 128, "q_clusters": 60, "k_clusters": 300, "dtype": torch.bfloat16},
     ],
     ids=str,
@@ -103,6 +104,10 @@ WRONG = [
     ("select_blocks", with_argument(5, lambda arguments: 0.6)),
     ("select_blocks", with_argument(4, lambda arguments: 2 * arguments[4])),
     ("select_blocks", with_state(7, lambda statistics: statistics.mul_(1.05))),
+    ("block_masses", with_argument(5, lambda arguments: 1.1 * arguments[5])),
+    ("block_masses", with_argument(1, lambda arguments: arguments[1].roll(1, 2))),
+    ("block_masses", with_argument(4, lambda arguments: torch.ones_like(arguments[4]))),
+    ("block_masses", with_result(0, set_at(LAST, math.nan))),
     ("block_sparse_attention", with_argument(10, lambda arguments: 1.1 * arguments[10])),
     ("block_sparse_attention", with_argument(5, lambda arguments: (arguments[5] - 1).clamp(min=0))),
     ("block_sparse_attention", with_argument(2, lambda arguments: arguments[2].roll(1, 2))),
@@ -112,6 +117,11 @@ WRONG = [
     ("measure_recall_", with_argument(6, lambda arguments: (arguments[6] - 1).clamp(min=0))),
     ("measure_recall_", with_state(10, lambda recall: recall.mul_(0.99))),
 ]
+
+
+def test_a_wrong_selection_of_given_masses_is_found():
+    plant = with_argument(8, lambda arguments: None if arguments[8] is None else arguments[8].flip(-1))
+    assert why_wrong("select_blocks", dataclasses.replace(CPU_KIND, given_masses=True), plant("select_blocks"))
 
 
 @pytest.mark.parametrize(("op", "plant"), WRONG, ids=[f"{op}{i}" for i, (op, _) in enumerate(WRONG)])
@@ -151,6 +161,7 @@ def test_a_kernel_that_fails_is_wrong_and_memory_that_is_out_is_not():
 @every_op
 def test_the_kernels_are_right(op):
     from svg2_compile.kernels import (
+        block_masses_triton,
         block_sparse_attention_triton,
         cluster_tokens_triton,
         kmeans_triton,
@@ -166,12 +177,14 @@ def test_the_kernels_are_right(op):
         "kmeans_": kmeans_triton.kmeans_triton,
         "sort_labels": sort_labels_triton.sort_labels_triton,
         "permute_tokens": permute_triton.permute_tokens_triton,
+        "block_masses": block_masses_triton.block_masses_triton,
         "select_blocks": select_blocks_triton.select_blocks_triton,
         "block_sparse_attention": block_sparse_attention_triton.block_sparse_attention_triton,
         "measure_recall_": partial(recall.measure_recall_reference, key_masses=recall_triton.key_masses_triton),
     }
     kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, has_context=True)
     assert why_wrong(op, kind, launchers[op]) is None
+    assert why_wrong(op, dataclasses.replace(kind, given_masses=True), launchers[op]) is None
 
 
 @pytest.mark.gpu
@@ -183,6 +196,7 @@ def test_nothing_is_wrong_on_this_gpu(dtype, dim, monkeypatch):
     monkeypatch.setattr(self_check, "_checked", set())
     kind = Kind(GPU, dtype, dim, q_clusters=100, k_clusters=500, has_context=True, has_context_mask=True)
     check_kernels(list(CHECKS), kind)
+    check_kernels(["select_blocks"], dataclasses.replace(kind, given_masses=True))
     assert launch.wrong_kernels == {}
     assert {key[0] for key in self_check._checked} == set(CHECKS)
 

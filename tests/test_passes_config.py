@@ -15,6 +15,7 @@ NOT_NUMBERS = st.one_of(st.none(), st.text(), st.booleans(), st.lists(st.integer
 ADVICE = {
     "top_p": ("(0, 1]", "0.9 is a good start"),
     "min_keep_ratio": ("[0, 1]", "0.1 is the paper's setting"),
+    "estimate_by": ("'centroids', 'queries'", "must be one of"),
     "max_context_ratio": ("[0, 1]", "0.5 is the default"),
     "q_clusters": ("[1, 1024]", '"auto"'),
     "k_clusters": ("[1, 1024]", '"auto"'),
@@ -71,7 +72,7 @@ def bad_value(name: str) -> st.SearchStrategy[object]:
         values.append(st.integers(min_value=HIGHEST[name] + 1))
     if name in LOWEST and name != "dense_steps":
         values.append(st.floats())
-    if name in ("lowering", "on_unsupported"):
+    if name in ("estimate_by", "lowering", "on_unsupported"):
         values = [
             st.one_of(st.text(), st.integers(), st.none()).filter(lambda value: repr(value) not in ADVICE[name][0])
         ]

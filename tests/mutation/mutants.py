@@ -10,6 +10,9 @@ KMEANS = ("tests/test_kernels_kmeans.py",)
 PERMUTE = ("tests/test_kernels_permute.py",)
 RUNS = ("tests/test_kernels_work_list.py",)
 SELECT = ("tests/test_kernels_select_blocks.py",)
+SELECT_TRITON = ("tests/test_kernels_select_blocks_triton.py",)
+ESTIMATE = ("tests/test_kernels_block_masses.py",)
+ESTIMATE_TRITON = ("tests/test_kernels_block_masses_triton.py",)
 SORT = ("tests/test_kernels_sort_labels.py",)
 MATCH = ("tests/test_passes_match.py",)
 TRACE = ("tests/test_passes_trace_axis.py",)
@@ -55,6 +58,7 @@ class Mutant:
 
 ATTENTION = "kernels/block_sparse_attention.py"
 SELECTION = "kernels/select_blocks.py"
+MASSES = "kernels/block_masses.py"
 WORK_LIST = "kernels/work_list.py"
 CLUSTERING = "kernels/kmeans.py"
 MASKED = "kernels/masked_attention.py"
@@ -225,15 +229,15 @@ MUTANTS = (
     Mutant(
         "floor of kept clusters forgotten",
         SELECTION,
-        "kept[..., : math.floor(min_keep_ratio * k_sizes.shape[2])] = True",
+        "kept[..., : math.floor(min_keep_ratio * logits.shape[3])] = True",
         "pass",
         SELECT,
     ),
     Mutant(
         "floor of kept clusters rounded up",
         SELECTION,
-        "math.floor(min_keep_ratio * k_sizes.shape[2])",
-        "math.ceil(min_keep_ratio * k_sizes.shape[2])",
+        "math.floor(min_keep_ratio * logits.shape[3])",
+        "math.ceil(min_keep_ratio * logits.shape[3])",
         SELECT,
     ),
     Mutant(
@@ -242,6 +246,90 @@ MUTANTS = (
         "q_share = q_sizes.to(dtype) / q_sizes.sum(-1, keepdim=True)",
         "q_share = torch.ones_like(mass) / q_sizes.shape[-1]",
         SELECT,
+    ),
+    Mutant(
+        "given masses are not looked at",
+        SELECTION,
+        "if masses is None:\n        logits",
+        "if True:\n        logits",
+        SELECT,
+    ),
+    Mutant(
+        "given masses of empty clusters take part",
+        SELECTION,
+        ".log().masked_fill(is_empty, -math.inf)",
+        ".log()",
+        SELECT_TRITON,
+    ),
+    Mutant(
+        "block masses do not weigh the keys",
+        MASSES,
+        "* scale + sizes.to(dtype).log()",
+        "* scale",
+        ESTIMATE,
+    ),
+    Mutant(
+        "block masses are sums over the queries",
+        MASSES,
+        "masses[b, h, here] = sums / asked.sum(-1, keepdim=True).clamp(min=1)",
+        "masses[b, h, here] = sums",
+        ESTIMATE,
+    ),
+    Mutant(
+        "block masses take the queries in token order",
+        MASSES,
+        "q[b, h, q_order[b, h, positions[b, h, here]].long()]",
+        "q[b, h, positions[b, h, here]]",
+        ESTIMATE,
+    ),
+    Mutant(
+        "block masses take the key sizes of another head",
+        MASSES,
+        "sizes = k_sizes[b, h // repeats]",
+        "sizes = k_sizes[b, h % k_sizes.shape[1]]",
+        ESTIMATE,
+    ),
+    Mutant(
+        "of a large cluster the first queries are asked",
+        MASSES,
+        "within = (2 * index + 1) * sizes // (2 * asked.clamp(min=1))",
+        "within = index.expand(*sizes.shape[:3], -1)",
+        ESTIMATE,
+    ),
+    Mutant(
+        "an empty query cluster has whatever masses",
+        MASSES,
+        "torch.where(q_sizes.unsqueeze(-1) > 0, masses, shares.unsqueeze(2))",
+        "masses",
+        ESTIMATE,
+    ),
+    Mutant(
+        "the kernel of block masses counts rows that are none",
+        "kernels/block_masses_triton.py",
+        'tl.where(is_query, highest + tl.log2(total), float("inf"))',
+        "highest + tl.log2(total)",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses begins a cluster one later",
+        "kernels/block_masses_triton.py",
+        "mask=offs < cluster, other=0",
+        "mask=offs <= cluster, other=0",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses reads means of empty clusters",
+        "kernels/block_masses_triton.py",
+        "valid = (sizes > 0)[:, None] &",
+        "valid = (offs_c < k_clusters)[:, None] &",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "every query is asked where centroids were to be",
+        REWRITING,
+        'self.config.estimate_by == "centroids"',
+        'self.config.estimate_by == "queries"',
+        ("tests/test_estimate_by.py",),
     ),
     Mutant(
         "farthest centroid instead of nearest",
