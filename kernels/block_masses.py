@@ -93,9 +93,8 @@ def block_masses_reference(
                 queries = q[b, h, q_order[b, h, positions[b, h, here]].long()].to(dtype)
                 scores = queries @ means.T * scale + sizes.to(dtype).log()
                 probability = scores.masked_fill_(sizes == 0, float("-inf")).softmax(-1)
-                asked = is_asked[b, h, here].to(dtype)
-                sums = torch.einsum("cqk,cq->ck", probability.masked_fill(asked.unsqueeze(-1) == 0, 0), asked)
-                masses[b, h, here] = sums / asked.sum(-1, keepdim=True).clamp(min=1)
+                asked = is_asked[b, h, here].unsqueeze(-1)
+                masses[b, h, here] = probability.masked_fill(~asked, 0).sum(1) / asked.sum(1).clamp(min=1)
     shares = (k_sizes.to(dtype) / k_sizes.sum(-1, keepdim=True)).repeat_interleave(repeats, dim=1)
     return torch.where(q_sizes.unsqueeze(-1) > 0, masses, shares.unsqueeze(2))
 

@@ -8,18 +8,16 @@ is always the same.
 # Triton has no types.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.attention_steps import rows_of_unit_stride
+from svg2_compile.kernels.attention_steps import LOG2_E, load_rows, rows_of_unit_stride, scores_of, softmax
 from svg2_compile.kernels.block_masses import QUERIES
 from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
+from svg2_compile.kernels.select_blocks_triton import sum_of
 
-LOG2_E = math.log2(math.e)
 NUM_STAGES = 2
 SIZES_BLOCK = tl.constexpr(128)
 ASKED = tl.constexpr(QUERIES)
@@ -40,19 +38,13 @@ def _load_means(means_ptr, k_sizes_ptr, first, k_clusters, offs_d, DIM: tl.const
     offs_c = first + tl.arange(0, BLOCK_C)
     sizes = tl.load(k_sizes_ptr + offs_c, mask=offs_c < k_clusters, other=0)
     # The mean of an empty cluster may hold anything.
-    valid = (sizes > 0)[:, None] & (offs_d < DIM)[None, :]
-    means = tl.load(means_ptr + offs_c[:, None] * DIM + offs_d[None, :], mask=valid, other=0.0)
-    return means, tl.log2(sizes.to(tl.float32))
+    return load_rows(means_ptr, offs_c, DIM, sizes > 0, offs_d, DIM, True), tl.log2(sizes.to(tl.float32))
 
 
 @triton.jit
 def _locate(q_sizes_ptr, cluster):
     """Return where a query cluster begins, and its size."""
-    before = tl.zeros([SIZES_BLOCK], tl.int32)
-    for first in range(0, cluster, SIZES_BLOCK):
-        offs = first + tl.arange(0, SIZES_BLOCK)
-        before += tl.load(q_sizes_ptr + offs, mask=offs < cluster, other=0)
-    return tl.sum(before, 0), tl.load(q_sizes_ptr + cluster)
+    return sum_of(q_sizes_ptr, cluster, SIZES_BLOCK), tl.load(q_sizes_ptr + cluster)
 
 
 @triton.jit
@@ -62,8 +54,7 @@ def _load_queries(q_ptr, q_order_ptr, start, size, index, stride_q_n, offs_d, DI
     is_query = index < asked
     within = tl.where(size > ASKED, (2 * index + 1).to(tl.int64) * size // (2 * ASKED), index)
     query = tl.load(q_order_ptr + start + within, mask=is_query, other=0)
-    pointers = q_ptr + query.to(tl.int64)[:, None] * stride_q_n + offs_d[None, :]
-    return tl.load(pointers, mask=is_query[:, None] & (offs_d < DIM)[None, :], other=0.0), is_query
+    return load_rows(q_ptr, query, stride_q_n, is_query, offs_d, DIM, True), is_query
 
 
 @triton.jit(do_not_specialize=["heads", "repeats", "tokens", "q_clusters", "k_clusters"])
@@ -104,12 +95,8 @@ def totals_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in range(0, k_clusters, BLOCK_C):
         means, log_sizes = _load_means(means_ptr, k_sizes_ptr, first, k_clusters, offs_d, DIM, BLOCK_C)
-        scores = tl.dot(q, tl.trans(means), input_precision="ieee") * scale_log2 + log_sizes[None, :]
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        # a block of empty clusters has no highest score
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        total = total * tl.exp2(highest - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
-        highest = new_highest
+        scores = scores_of(q, means) * scale_log2 + log_sizes[None, :]
+        _, _, highest, total = softmax(scores, log_sizes >= 0, 1.0, highest, total, True)
     # Nothing is left of the probabilities of a row that is none.
     total = tl.where(is_query, highest + tl.log2(total), float("inf"))
     tl.store(totals_ptr + (head * q_clusters + cluster) * ASKED + index, total)
@@ -150,7 +137,6 @@ def masses_kernel(
     k_sizes_ptr += group * k_clusters
     row = head * q_clusters + cluster
     start, size = _locate(q_sizes_ptr + head * q_clusters, cluster)
-    asked = tl.minimum(size, ASKED)
     means_ptr += group * k_clusters * DIM
     means, log_sizes = _load_means(means_ptr, k_sizes_ptr, first_cluster, k_clusters, offs_d, DIM, BLOCK_C)
     masses = tl.zeros([BLOCK_C], tl.float32)
@@ -159,16 +145,13 @@ def masses_kernel(
         q, _ = _load_queries(q_ptr, q_order_ptr, start, size, index, stride_q_n, offs_d, DIM)
         total = tl.load(totals_ptr + row * ASKED + index)
         # Queries along the second axis: their sum is one of neighbouring lanes.
-        scores = tl.dot(means, tl.trans(q), input_precision="ieee") * scale_log2 + log_sizes[:, None]
+        scores = scores_of(means, q) * scale_log2 + log_sizes[:, None]
         masses += tl.sum(tl.exp2(scores - total[None, :]), 1)
     offs_c = first_cluster + tl.arange(0, BLOCK_C)
+    asked = tl.minimum(size, ASKED)
     if size == 0:
-        keys = tl.zeros([SIZES_BLOCK], tl.int32)
-        for first in range(0, k_clusters, SIZES_BLOCK):
-            offs = first + tl.arange(0, SIZES_BLOCK)
-            keys += tl.load(k_sizes_ptr + offs, mask=offs < k_clusters, other=0)
         masses = tl.load(k_sizes_ptr + offs_c, mask=offs_c < k_clusters, other=0).to(tl.float32)
-        asked = tl.sum(keys, 0)
+        asked = sum_of(k_sizes_ptr, k_clusters, SIZES_BLOCK)
     tl.store(masses_ptr + row * k_clusters + offs_c, masses / asked.to(tl.float32), mask=offs_c < k_clusters)
 
 

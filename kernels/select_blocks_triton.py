@@ -339,7 +339,8 @@ def _add_statistics(pointers, is_row, q_sizes, q_tokens, k_tokens, kept_keys, ma
 
 
 @triton.jit
-def _sum_of(sizes_ptr, clusters, BLOCK: tl.constexpr):
+def sum_of(sizes_ptr, clusters, BLOCK: tl.constexpr):
+    """Return the tokens of the first ``clusters`` clusters."""
     total = tl.zeros([BLOCK], tl.int32)
     for first in range(0, clusters, BLOCK):
         offs = first + tl.arange(0, BLOCK)
@@ -413,7 +414,7 @@ def select_kernel(
             BLOCK_N,
             BLOCK_D,
         )
-    q_tokens = _sum_of(q_sizes_ptr, q_clusters, 128)
+    q_tokens = sum_of(q_sizes_ptr, q_clusters, 128)
     # What a thread reads now, others have written.
     tl.debug_barrier()
 
