@@ -100,7 +100,7 @@ def compare(
                 for name in names[begin % len(names) :] + names[: begin % len(names)]:
                     times[name].append(device_ms(everything[name]))
             ms = {name: statistics.median(each) for name, each in times.items()}
-            shares = {"eps_tile": case.issued(GLUON), "eps_sel": case.density}
+            shares = {"eps_tile": case.issued("gluon", GLUON[shape.dim]), "eps_sel": case.density}
             yield {
                 "shape": shape.name,
                 "clusters": clusters,

@@ -49,7 +49,7 @@ from svg2_compile.kernels.launch import (
     why_not_triton,
 )
 from svg2_compile.kernels.select_blocks import STATISTICS
-from svg2_compile.kernels.tuning import GLUON, AttentionTiles, attention_tiles
+from svg2_compile.kernels.tuning import GLUON, GLUON_ROWS, AttentionTiles, attention_tiles
 from svg2_compile.kernels.work_list import COUNTS, MAX_KEYS, kept_runs_reference, max_runs, max_tiles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +169,7 @@ def check_plans(max_heads: int) -> None:
         for q_clusters, k_clusters in shape.clusters:
             if shape.tokens > MAX_KEYS:
                 raise SystemExit(f"{shape.name}: a run cannot address {shape.tokens} keys")
-            tile_slots, run_slots = max_tiles(shape.tokens, q_clusters, GLUON.block_m), max_runs(k_clusters)
+            tile_slots, run_slots = max_tiles(shape.tokens, q_clusters, GLUON[shape.dim].block_m), max_runs(k_clusters)
             mib = 4 * heads * (3 * tile_slots + q_clusters * (2 * run_slots + len(COUNTS))) / 2**20
             print(
                 f"{shape.name:<18} {heads:>5} {shape.tokens:>7} {shape.dim:>4} {f'{q_clusters}/{k_clusters}':>10} "
@@ -283,9 +283,10 @@ class Case:
         """Selected pairs over all pairs."""
         return selected_pairs(self.plan.q_sizes, self.plan.k_sizes, self.keep) / self.pairs
 
-    def issued(self, tiles: AttentionTiles) -> float:
+    def issued(self, implementation: str, tiles: AttentionTiles) -> float:
         """Return the pairs that a kernel multiplies over all pairs."""
-        return issued_pairs(self.plan.q_sizes, self.counts, tiles.block_m, tiles.block_n, tiles.piece) / self.pairs
+        rows = GLUON_ROWS if implementation == "gluon" else tiles.block_m
+        return issued_pairs(self.plan.q_sizes, self.counts, rows, tiles.block_n, tiles.piece) / self.pairs
 
 
 def measure_overhead(
@@ -357,7 +358,7 @@ def measure_attention(
         name: attempt(partial(svg2.block_sparse_attention, *case.arguments, name), rep_ms) for name, _ in others
     }
     density = case.density
-    eps_tile, eps_sel = (share * dense / ms for share in (case.issued(tiles), density))
+    eps_tile, eps_sel = (share * dense / ms for share in (case.issued(chosen, tiles), density))
     _, k, v, *_ = case.arguments
     clustered = svg2.permute_tokens(q, plan.q_order)
     theirs = {

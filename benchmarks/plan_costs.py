@@ -19,10 +19,13 @@ def key_tiles(counts: Tensor, block_n: int, piece: int) -> Tensor:
     return (pieces * piece + block_n - 1) // block_n
 
 
-def issued_pairs(q_sizes: Tensor, counts: Tensor, block_m: int, block_n: int, piece: int) -> int:
-    """Return the pairs of query and key that are multiplied, padding included."""
-    tiles = query_tiles(q_sizes, block_m) * key_tiles(counts, block_n, piece)
-    return int(tiles.sum()) * block_m * block_n
+def issued_pairs(q_sizes: Tensor, counts: Tensor, rows: int, block_n: int, piece: int) -> int:
+    """Return the pairs of query and key that are multiplied, padding included.
+
+    ``rows`` are the queries that are multiplied or not as a whole: of a tile, or of a group of its warps.
+    """
+    tiles = query_tiles(q_sizes, rows) * key_tiles(counts, block_n, piece)
+    return int(tiles.sum()) * rows * block_n
 
 
 def selected_pairs(q_sizes: Tensor, k_sizes: Tensor, keep: Tensor) -> int:

@@ -1,9 +1,13 @@
 """Block-sparse attention for Hopper: warps that load and warps that multiply.
 
-One program per tile of 128 queries. A warp walks the runs of kept keys in pieces of 16 and lets the tensor memory
-accelerator put eight of them into one tile of keys, wherever they lie; two groups of four warps each attend from 64
-queries. Tensor cores work on the values of one tile while the exponentials of the next are computed. A group whose 64
-rows hold no query, as half of all last tiles of a cluster have, leaves the tensor cores to the other.
+One program per tile of queries. A warp walks the runs of kept keys in pieces of 16 and lets the tensor memory
+accelerator put eight of them into one tile of keys, wherever they lie; groups of four warps each attend from 64
+queries. A group whose 64 rows hold no query, as many have in the last tile of a cluster, leaves the tensor cores to the
+others.
+
+At head dimension 128 there are two groups, and tensor cores work on the values of one tile while the exponentials of
+the next are computed. At 64 exponentials take as long as products, and what counts is that some group always has a
+product to issue: there are three, with too few registers each to do both at once.
 
 A tile has eight slots. Slots hold the full pieces of all runs first, then the tail of every run: a piece that ends
 where the run does, of which only the keys after the full pieces count. So all but the tails of runs shorter than a
@@ -32,16 +36,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from svg2_compile.kernels.attention_steps import LOG2_E, empty_results, rows_of_unit_stride
 from svg2_compile.kernels.gluon_names import element_type, load_box, shared_layout, thread_barrier
 from svg2_compile.kernels.launch import AotVariant
-from svg2_compile.kernels.tuning import GLUON
+from svg2_compile.kernels.tuning import GLUON, GLUON_ROWS
+from svg2_compile.kernels.tuning import PIECE as PIECE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES
 from svg2_compile.kernels.work_list_triton import query_tiles_triton
 
 LN_2 = gl.constexpr(math.log(2))
-PIECE = gl.constexpr(GLUON.piece)
+PIECE = gl.constexpr(PIECE_KEYS)
 NUM_COUNTS = gl.constexpr(len(COUNTS))
-FULL_PIECES = gl.constexpr(1 + PIECES.index(GLUON.piece))
-CONSUMER_REGISTERS = 224
-PRODUCER_REGISTERS = 56
+FULL_PIECES = gl.constexpr(1 + PIECES.index(PIECE_KEYS))
+LANES = gl.constexpr(32)
+# Of a thread, by head dimension: the consumers', and the producer's.
+REGISTERS = {64: (160, 32), 128: (224, 56)}
 
 
 class Tiles(NamedTuple):
@@ -49,8 +55,9 @@ class Tiles(NamedTuple):
 
     k_smem: Any  # [STAGES, BLOCK_N, DIM]
     v_smem: Any  # [STAGES, BLOCK_N, DIM]
-    valid_smem: Any  # [MASKS, BLOCK_N]
-    """Which keys of a tile may be attended to; of the first tile and all that are not full."""
+    limit_smem: Any  # [MASKS, BLOCK_N]
+    """The highest score of every key: -inf if it may not be attended to, else inf; of the first tile and all that are
+    not full."""
     dirty_smem: Any  # [MASKS, 1]
     """Whether other keys of the tile may be NaN."""
     bars: Any
@@ -76,12 +83,14 @@ class Keys(NamedTuple):
     first_row: Any
     """Where the head begins in ``k_desc``."""
     first_context_row: Any
+    first_mask: Any
+    """Where the batch entry begins in ``context_mask_ptr``."""
 
 
 class Queries(NamedTuple):
     """A tile of queries, and where its results go."""
 
-    q_smem: Any  # [2, BLOCK_M / 2, DIM]
+    q_smem: Any  # [GROUPS, ROWS, DIM]
     q_ptr: Any
     order_ptr: Any
     out_ptr: Any
@@ -115,33 +124,43 @@ def _next_piece(keys, run, key, stop, next_key, next_stop):
 
 
 @gluon.jit
-def _fill(tiles, tile, k_desc, v_desc, rows):
-    """Load a tile of keys and values, a piece from each of ``rows``, once what was there before has been used."""
+def _begin(tiles, tile):
+    """Announce a tile of keys and one of values, once what was there before has been used."""
     STAGES: gl.constexpr = tiles.k_smem.shape[0]
     BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
     BYTES: gl.constexpr = tiles.k_smem.dtype.primitive_bitwidth // 8 * BLOCK_N * tiles.k_smem.shape[2]
     stage = tile % STAGES
-    phase = (tile // STAGES) & 1
-    mbarrier.wait(tiles.bars.index(STAGES + stage), phase ^ 1)
-    mbarrier.expect(tiles.bars.index(stage), BYTES)
-    for i in gl.static_range(BLOCK_N // PIECE):
-        box = tiles.k_smem.index(stage).slice(i * PIECE, PIECE)
-        load_box(k_desc, [rows[i], 0], tiles.bars.index(stage), box)
-    after = tile - STAGES + 1  # says that the values of tile - STAGES were used
+    after = tile - STAGES + 1  # says that the values of tile - STAGES were used, and before it that the keys were
     if after > 0:
         mbarrier.wait(tiles.bars.index(STAGES + after % STAGES), (after // STAGES) & 1)
+    mbarrier.expect(tiles.bars.index(stage), BYTES)
     mbarrier.expect(tiles.bars.index(2 * STAGES + stage), BYTES)
-    for i in gl.static_range(BLOCK_N // PIECE):
-        box = tiles.v_smem.index(stage).slice(i * PIECE, PIECE)
-        load_box(v_desc, [rows[i], 0], tiles.bars.index(2 * STAGES + stage), box)
 
 
 @gluon.jit
-def _tell_validity(tiles, tile, is_valid, is_dirty):
-    """Write which keys of a tile are valid. What arrives on a barrier afterwards takes it to who waits there."""
-    MASKS: gl.constexpr = tiles.valid_smem.shape[0]
-    tiles.valid_smem.index(tile % MASKS).store(is_valid.to(gl.int8))
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+def _load_piece(tiles, tile, slot: gl.constexpr, k_desc, v_desc, row):
+    """Load the keys and the values of one slot of a tile."""
+    STAGES: gl.constexpr = tiles.k_smem.shape[0]
+    stage = tile % STAGES
+    k_box = tiles.k_smem.index(stage).slice(slot * PIECE, PIECE)
+    load_box(k_desc, [row, 0], tiles.bars.index(stage), k_box)
+    v_box = tiles.v_smem.index(stage).slice(slot * PIECE, PIECE)
+    load_box(v_desc, [row, 0], tiles.bars.index(2 * STAGES + stage), v_box)
+
+
+@gluon.jit
+def _tell_validity(tiles, tile, part: gl.constexpr, is_valid):
+    """Write which keys of a part of a tile are valid, as many as a warp has lanes: all at once would spill."""
+    MASKS: gl.constexpr = tiles.limit_smem.shape[0]
+    limit = gl.where(is_valid, float("inf"), -float("inf"))
+    tiles.limit_smem.index(tile % MASKS).slice(part * LANES, LANES).store(limit)
+
+
+@gluon.jit
+def _tell_dirt(tiles, tile, is_dirty):
+    """Write whether a tile has NaN. What arrives on a barrier afterwards takes it, and validity, to who waits there."""
+    MASKS: gl.constexpr = tiles.limit_smem.shape[0]
+    one: gl.constexpr = gl.BlockedLayout([1], [LANES], [1], [0])
     tiles.dirty_smem.index(tile % MASKS).store(gl.full([1], is_dirty, gl.int32, one))
     thread_barrier()
 
@@ -151,56 +170,64 @@ def _produce(tiles, keys):
     """Load the tiles of keys and values in the order in which they are used."""
     BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
     SLOTS: gl.constexpr = BLOCK_N // PIECE
-    layout: gl.constexpr = gl.BlockedLayout([BLOCK_N // 32], [32], [1], [0])
-    offs_n = gl.arange(0, BLOCK_N, layout)
-    zeros = gl.zeros([BLOCK_N], gl.int32, layout)
+    PARTS: gl.constexpr = BLOCK_N // LANES
+    layout: gl.constexpr = gl.BlockedLayout([1], [LANES], [1], [0])
+    offs = gl.arange(0, LANES, layout)
+    zeros = gl.zeros([LANES], gl.int32, layout)
     piece_tiles = (keys.num_full + keys.num_runs + SLOTS - 1) // SLOTS * (tiles.total > 0).to(gl.int32)
     # The first tile is masked in any case.
-    _tell_validity(tiles, 0, offs_n >= 0, False)
+    for part in gl.static_range(PARTS):
+        _tell_validity(tiles, 0, part, offs >= 0)
+    _tell_dirt(tiles, 0, False)
     run = 0
     key, stop = _load_run(keys, 0, True, 0, 0)
     next_key, next_stop = _load_run(keys, 1, True, 0, 0)
     for tile in range(tiles.full):
-        rows = ()
-        for _ in gl.static_range(SLOTS):
-            rows = rows + (keys.first_row + key,)  # noqa: RUF005
+        _begin(tiles, tile)
+        for slot in gl.static_range(SLOTS):
+            _load_piece(tiles, tile, slot, keys.k_desc, keys.v_desc, keys.first_row + key)
             run, key, stop, next_key, next_stop = _next_piece(keys, run, key, stop, next_key, next_stop)
-        _fill(tiles, tile, keys.k_desc, keys.v_desc, rows)
     for tile in range(tiles.full, piece_tiles):
         tail = tile * SLOTS - keys.num_full
-        tails = tail + offs_n // PIECE
-        firsts, stops = _load_run(keys, tails, tails >= 0, zeros, zeros)
-        is_valid = (tails < 0) | (offs_n % PIECE >= PIECE - (stops - firsts) % PIECE)
+        for part in gl.static_range(PARTS):
+            tails = tail + (part * LANES + offs) // PIECE
+            firsts, stops = _load_run(keys, tails, tails >= 0, zeros, zeros)
+            is_valid = (tails < 0) | (offs % PIECE >= PIECE - (stops - firsts) % PIECE)
+            _tell_validity(tiles, tile, part, is_valid)
         # The last run is the shortest. What is read beside a run of less than a piece may be NaN.
         last = gl.minimum(tail + SLOTS, keys.num_runs) - 1
         last_key, last_stop = _load_run(keys, last, True, 0, 0)
-        _tell_validity(tiles, tile, is_valid, last_stop - last_key < PIECE)
-        rows = ()
-        for i in gl.static_range(SLOTS):
+        _tell_dirt(tiles, tile, last_stop - last_key < PIECE)
+        _begin(tiles, tile)
+        for slot in gl.static_range(SLOTS):
             # Slots that are left over repeat the last tail.
-            _, tail_stop = _load_run(keys, gl.minimum(tail + i, last), tail + i >= 0, 0, 0)
-            rows = rows + (keys.first_row + gl.where(tail + i >= 0, tail_stop - PIECE, key),)  # noqa: RUF005
+            _, tail_stop = _load_run(keys, gl.minimum(tail + slot, last), tail + slot >= 0, 0, 0)
+            row = keys.first_row + gl.where(tail + slot >= 0, tail_stop - PIECE, key)
+            _load_piece(tiles, tile, slot, keys.k_desc, keys.v_desc, row)
             run, key, stop, next_key, next_stop = _next_piece(keys, run, key, stop, next_key, next_stop)
-        _fill(tiles, tile, keys.k_desc, keys.v_desc, rows)
     for tile in range(piece_tiles, tiles.total):
         first_key = (tile - piece_tiles) * BLOCK_N
-        is_valid = first_key + offs_n < keys.context
-        if keys.context_mask_ptr is not None:
-            is_valid = gl.load(keys.context_mask_ptr + first_key + offs_n, mask=is_valid, other=0) != 0
-        _tell_validity(tiles, tile, is_valid, gl.min(is_valid.to(gl.int32), 0) == 0)
-        rows = ()
-        for i in gl.static_range(SLOTS):
-            rows = rows + (keys.first_context_row + first_key + i * PIECE,)  # noqa: RUF005
-        _fill(tiles, tile, keys.context_k_desc, keys.context_v_desc, rows)
+        all_valid = 1
+        for part in gl.static_range(PARTS):
+            place = first_key + part * LANES + offs
+            is_valid = place < keys.context
+            if keys.context_mask_ptr is not None:
+                is_valid = gl.load(keys.context_mask_ptr + keys.first_mask + place, mask=is_valid, other=0) != 0
+            _tell_validity(tiles, tile, part, is_valid)
+            all_valid = gl.minimum(all_valid, gl.min(is_valid.to(gl.int32), 0))
+        _tell_dirt(tiles, tile, all_valid == 0)
+        _begin(tiles, tile)
+        for slot in gl.static_range(SLOTS):
+            row = keys.first_context_row + first_key + slot * PIECE
+            _load_piece(tiles, tile, slot, keys.context_k_desc, keys.context_v_desc, row)
 
 
 @gluon.jit
 def _mask(tiles, tile, scores):
-    """Return the scores with those of keys that may not be attended to at -inf."""
-    MASKS: gl.constexpr = tiles.valid_smem.shape[0]
-    layout: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
-    valid = tiles.valid_smem.index(tile % MASKS).load(layout) != 0
-    return gl.where(valid[None, :], scores, -float("inf"))
+    """Return the scores with those of keys that may not be attended to at -inf, were they NaN."""
+    MASKS: gl.constexpr = tiles.limit_smem.shape[0]
+    limit = tiles.limit_smem.index(tile % MASKS).load(gl.SliceLayout(0, scores.type.layout))
+    return gl.minimum(scores, limit[None, :])
 
 
 @gluon.jit
@@ -217,9 +244,9 @@ def _softmax(scores, scale_log2, row_max, row_sum):
 def _clear(tiles, tile):
     """Overwrite values that may be NaN, which a weight of 0 would not undo.
 
-    Either group of warps does it before it multiplies; they write the same.
+    Every group of warps does it before it multiplies; they write the same.
     """
-    MASKS: gl.constexpr = tiles.valid_smem.shape[0]
+    MASKS: gl.constexpr = tiles.limit_smem.shape[0]
     STAGES: gl.constexpr = tiles.v_smem.shape[0]
     DIM: gl.constexpr = tiles.v_smem.shape[2]
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -229,37 +256,44 @@ def _clear(tiles, tile):
         ROWS: gl.constexpr = 32
         for i in gl.static_range(tiles.v_smem.shape[1] // ROWS):
             values = tiles.v_smem.index(tile % STAGES).slice(i * ROWS, ROWS)
-            valid = tiles.valid_smem.index(tile % MASKS).slice(i * ROWS, ROWS).load(gl.SliceLayout(1, layout)) != 0
-            values.store(gl.where(valid[:, None], values.load(layout), 0.0))
+            limit = tiles.limit_smem.index(tile % MASKS).slice(i * ROWS, ROWS).load(gl.SliceLayout(1, layout))
+            values.store(gl.where(limit[:, None] > 0, values.load(layout), 0.0))
         fence_async_shared()
         thread_barrier()
 
 
 @gluon.jit
-def _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2):
+def _step(tiles, tile, queries, group: gl.constexpr, acc, weights, row_max, row_sum):
     """Score tile ``tile`` and accumulate the one before it."""
     STAGES: gl.constexpr = tiles.k_smem.shape[0]
     BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
-    ROWS: gl.constexpr = q.shape[0]
+    ROWS: gl.constexpr = queries.q_smem.shape[1]
+    OVERLAPS: gl.constexpr = queries.q_smem.shape[0] == 2
     s_layout: gl.constexpr = row_max.type.layout.parent
     o_layout: gl.constexpr = acc.type.layout
     stage = tile % STAGES
     phase = (tile // STAGES) & 1
     before = (tile - 1) % STAGES
     mbarrier.wait(tiles.bars.index(stage), phase)
+    q = queries.q_smem.index(group)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     scores = warpgroup_mma(q, tiles.k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     acc = warpgroup_mma(weights, tiles.v_smem.index(before), acc, is_async=True)
-    scores = warpgroup_mma_wait(1, deps=(scores,))
+    # An arrival costs a barrier among the warps: one for keys and values together.
+    if OVERLAPS:
+        scores = warpgroup_mma_wait(1, deps=(scores,))
+    else:
+        scores, acc, weights = warpgroup_mma_wait(0, deps=(scores, acc, weights))
+        mbarrier.arrive(tiles.bars.index(STAGES + stage), count=1)
     if tile >= tiles.full:
         scores = _mask(tiles, tile, scores)
-    new_weights, decay, row_max, row_sum = _softmax(scores, scale_log2, row_max, row_sum)
+    new_weights, decay, row_max, row_sum = _softmax(scores, queries.scale_log2, row_max, row_sum)
     new_weights = gl.convert_layout(new_weights.to(tiles.v_smem.dtype), weights.type.layout)
     # Standing here, this wait keeps the assembler from finishing the product before the exponentials.
     mbarrier.wait(tiles.bars.index(2 * STAGES + stage), phase)
-    acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
-    # An arrival costs a barrier among the warps: one for keys and values together.
-    mbarrier.arrive(tiles.bars.index(STAGES + stage), count=1)
+    if OVERLAPS:
+        acc, weights = warpgroup_mma_wait(0, deps=(acc, weights))
+        mbarrier.arrive(tiles.bars.index(STAGES + stage), count=1)
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
     if tile >= tiles.full:
         _clear(tiles, tile)
@@ -267,10 +301,10 @@ def _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2):
 
 
 @gluon.jit
-def _query_rows(queries, half, layout: gl.constexpr):
-    """Return where 64 queries lie in their head, -1 for those that the tile does not have."""
+def _query_rows(queries, group, layout: gl.constexpr):
+    """Return where the queries of a group lie in their head, -1 for those that the tile does not have."""
     ROWS: gl.constexpr = queries.q_smem.shape[1]
-    rows = queries.first_row + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    rows = queries.first_row + group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     is_query = rows < queries.last_row
     if queries.order_ptr is not None:
         rows = gl.load(queries.order_ptr + rows, mask=is_query, other=0)
@@ -278,8 +312,8 @@ def _query_rows(queries, half, layout: gl.constexpr):
 
 
 @gluon.jit
-def _consume(half, tiles, queries):
-    """Attend from 64 queries to every tile of keys. Without a query, let the tiles pass."""
+def _consume(group: gl.constexpr, tiles, queries):
+    """Attend from the queries of a group to every tile of keys. Without a query, let the tiles pass."""
     STAGES: gl.constexpr = tiles.k_smem.shape[0]
     BLOCK_N: gl.constexpr = tiles.k_smem.shape[1]
     ROWS: gl.constexpr = queries.q_smem.shape[1]
@@ -288,21 +322,20 @@ def _consume(half, tiles, queries):
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     load_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     operand_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
-    scale_log2 = queries.scale_log2
 
-    rows = _query_rows(queries, half, load_layout)
+    rows = _query_rows(queries, group, load_layout)
     offs_d = gl.arange(0, DIM, gl.SliceLayout(0, load_layout))
     q_ptrs = queries.q_ptr + rows.to(gl.int64)[:, None] * queries.stride_q_n + offs_d[None, :]
-    q = queries.q_smem.index(half)
+    q = queries.q_smem.index(group)
     q.store(gl.load(q_ptrs, mask=(rows >= 0)[:, None], other=0.0))
-    rows = _query_rows(queries, half, o_layout)
+    rows = _query_rows(queries, group, o_layout)
     fence_async_shared()
     thread_barrier()
 
     row_max = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, s_layout))
     row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
     acc = gl.zeros([ROWS, DIM], gl.float32, o_layout)
-    total = tiles.total * (queries.first_row + half * ROWS < queries.last_row).to(gl.int32)
+    total = tiles.total * (queries.first_row + group * ROWS < queries.last_row).to(gl.int32)
     # Branching around all that follows would spill.
     for tile in range(total, tiles.total):
         mbarrier.wait(tiles.bars.index(tile % STAGES), (tile // STAGES) & 1)
@@ -313,12 +346,12 @@ def _consume(half, tiles, queries):
         scores = warpgroup_mma(q, tiles.k_smem.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(tiles.bars.index(STAGES), count=1)
-        weights, _, row_max, row_sum = _softmax(_mask(tiles, 0, scores), scale_log2, row_max, row_sum)
+        weights, _, row_max, row_sum = _softmax(_mask(tiles, 0, scores), queries.scale_log2, row_max, row_sum)
         weights = gl.convert_layout(weights.to(tiles.v_smem.dtype), operand_layout)
         mbarrier.wait(tiles.bars.index(2 * STAGES), 0)
         _clear(tiles, 0)
         for tile in range(1, total):
-            acc, weights, row_max, row_sum = _step(tiles, tile, q, acc, weights, row_max, row_sum, scale_log2)
+            acc, weights, row_max, row_sum = _step(tiles, tile, queries, group, acc, weights, row_max, row_sum)
         acc = warpgroup_mma(weights, tiles.v_smem.index((total - 1) % STAGES), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
@@ -378,6 +411,7 @@ def _attention_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    ROWS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -407,27 +441,26 @@ def _attention_kernel(
     lse_ptr += bh * tokens
     if order_ptr is not None:
         order_ptr += bh * tokens
-    if context_mask_ptr is not None:
-        context_mask_ptr += b * stride_mask_b
 
+    GROUPS: gl.constexpr = BLOCK_M // ROWS
     dtype: gl.constexpr = k_desc.dtype
-    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M // 2, DIM], dtype)
+    q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
     kv_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DIM], dtype)
-    q_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, DIM], q_layout)
+    q_smem = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, DIM], q_layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], kv_layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], kv_layout)
-    # The validity of a tile is written before its stage is free; by then twice the stages before it is used up.
-    masks: gl.constexpr = 2 * STAGES
+    # The limits of a tile are written before its stage is free: those of the tile there before may be read until then.
+    masks: gl.constexpr = STAGES + 1
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    valid_smem = gl.allocate_shared_memory(gl.int8, [masks, BLOCK_N], plain)
+    limit_smem = gl.allocate_shared_memory(gl.float32, [masks, BLOCK_N], plain)
     dirty_smem = gl.allocate_shared_memory(gl.int32, [masks, 1], plain)
     bars = gl.allocate_shared_memory(gl.int64, [3 * STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(bars.index(stage), count=1)
-        mbarrier.init(bars.index(STAGES + stage), count=2)
+        mbarrier.init(bars.index(STAGES + stage), count=GROUPS)
         mbarrier.init(bars.index(2 * STAGES + stage), count=1)
     fence_async_shared()
-    tiles = Tiles(k_smem, v_smem, valid_smem, dirty_smem, bars, full_tiles, total_tiles)
+    tiles = Tiles(k_smem, v_smem, limit_smem, dirty_smem, bars, full_tiles, total_tiles)
     keys = Keys(
         k_desc,
         v_desc,
@@ -440,15 +473,28 @@ def _attention_kernel(
         context,
         key_head * k_tokens,
         key_head * context,
+        b.to(gl.int32) * stride_mask_b,
     )
     queries = Queries(
         q_smem, q_ptr, order_ptr, out_ptr, lse_ptr, stride_q_n, stride_out_n, first_row, last_row, scale_log2
     )
-    gl.warp_specialize(
-        [(_consume, (0, tiles, queries)), (_consume, (1, tiles, queries)), (_produce, (tiles, keys))],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [(_consume, (0, tiles, queries)), (_consume, (1, tiles, queries)), (_produce, (tiles, keys))],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, tiles, queries)),
+                (_consume, (1, tiles, queries)),
+                (_consume, (2, tiles, queries)),
+                (_produce, (tiles, keys)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
 
 
 def block_sparse_attention_gluon(
@@ -480,7 +526,7 @@ def block_sparse_attention_gluon(
     out, lse = empty_results(q, q_order)
     if out.numel() == 0:
         return out, lse
-    tiles = query_tiles_triton(q_sizes, tokens, GLUON.block_m)
+    tiles = query_tiles_triton(q_sizes, tokens, GLUON[dim].block_m)
     runs, counts = runs.contiguous(), counts.contiguous()
     keys, values = _rows(k), _rows(v)
     # Without a context its arguments are never read.
@@ -514,7 +560,7 @@ def block_sparse_attention_gluon(
             runs.shape[2],
             tiles.shape[2],
             runs.shape[3],
-            num_warps=GLUON.num_warps,
+            num_warps=GLUON[dim].num_warps,
             **_constexprs(dim),
         )
     return out, lse
@@ -523,19 +569,21 @@ def block_sparse_attention_gluon(
 def _rows(x: Tensor) -> TensorDescriptor:
     """Return [B, G, N, D] as rows of all heads, to be loaded piece by piece."""
     rows = x.contiguous().view(-1, x.shape[3])
-    block = [GLUON.piece, x.shape[3]]
+    block = [PIECE_KEYS, x.shape[3]]
     return TensorDescriptor.from_tensor(rows, block, shared_layout(tuple(block), element_type(x)))
 
 
 def _constexprs(dim: int) -> dict[str, int]:
     """Return the compile-time arguments."""
+    consumer, producer = REGISTERS[dim]
     return {
         "DIM": dim,
-        "BLOCK_M": GLUON.block_m,
-        "BLOCK_N": GLUON.block_n,
-        "STAGES": GLUON.num_stages,
-        "CONSUMER_REGISTERS": CONSUMER_REGISTERS,
-        "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
+        "BLOCK_M": GLUON[dim].block_m,
+        "BLOCK_N": GLUON[dim].block_n,
+        "STAGES": GLUON[dim].num_stages,
+        "ROWS": GLUON_ROWS,
+        "CONSUMER_REGISTERS": consumer,
+        "PRODUCER_REGISTERS": producer,
     }
 
 
@@ -546,7 +594,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
     variants = []
     for dtype, name in ((gl.bfloat16, "bf16"), (gl.float16, "fp16")):
         for dim, has_context_mask in ((64, True), (64, False), (128, True), (128, False)):
-            layout = shared_layout((GLUON.piece, dim), dtype)
+            layout = shared_layout((PIECE_KEYS, dim), dtype)
             constexprs: dict[str, object] = {**_constexprs(dim)}
             if not has_context_mask:
                 constexprs["context_mask_ptr"] = None
@@ -554,7 +602,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
             types |= dict.fromkeys(("order_ptr", "tiles_ptr", "runs_ptr", "counts_ptr"), "*i32")
             types |= {"q_ptr": f"*{name}", "out_ptr": f"*{name}", "context_mask_ptr": "*u8"}
             descriptors = ("k_desc", "v_desc", "context_k_desc", "context_v_desc")
-            types |= dict.fromkeys(descriptors, f"tensordesc<{name}[{GLUON.piece}, {dim}],{layout!r}>")
+            types |= dict.fromkeys(descriptors, f"tensordesc<{name}[{PIECE_KEYS}, {dim}],{layout!r}>")
             signature = {argument: type_ for argument, type_ in types.items() if argument not in constexprs}
             aligned = (x for x in signature if x.endswith(("_ptr", "_b", "_h", "_n")) and "mask" not in x)
             variants.append(
@@ -563,8 +611,8 @@ def aot_variants(capability: int) -> list[AotVariant]:
                     fn=_attention_kernel,
                     signature=signature,
                     constexprs=constexprs,
-                    num_warps=GLUON.num_warps,
-                    num_stages=GLUON.num_stages,
+                    num_warps=GLUON[dim].num_warps,
+                    num_stages=GLUON[dim].num_stages,
                     divisible_by_16=tuple(aligned),
                 )
             )

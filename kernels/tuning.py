@@ -27,8 +27,13 @@ SAFE_DESCRIPTOR = {
     128: AttentionTiles(block_m=64, block_n=64, piece=16, num_warps=8, num_stages=2),
 }
 
-# Of the Gluon attention: warps of one group of 64 queries, and tiles of keys in flight.
-GLUON = AttentionTiles(block_m=128, block_n=128, piece=16, num_warps=4, num_stages=2)
+# Of the Gluon attention, by head dimension: warps of one group, and tiles of keys in flight.
+GLUON = {
+    64: AttentionTiles(block_m=192, block_n=128, piece=PIECE, num_warps=4, num_stages=3),
+    128: AttentionTiles(block_m=128, block_n=128, piece=PIECE, num_warps=4, num_stages=3),
+}
+# Queries of one group there.
+GLUON_ROWS = 64
 
 
 def attention_tiles(
@@ -38,12 +43,12 @@ def attention_tiles(
 
     Args:
         capability: compute capability such as 90; None or one without a table gets tiles that fit everywhere.
-        block_d: padded head dimension.
+        block_d: padded head dimension; of ``gluon`` 64 or 128.
         dtype: of the tokens.
         implementation: ``gluon``, ``descriptor`` or ``pointer``.
     """
     if implementation == "gluon":
-        return GLUON
+        return GLUON[block_d]
     if dtype == torch.float32:
         return SAFE_FP32
     safe_tiles = SAFE_DESCRIPTOR if implementation == "descriptor" else SAFE

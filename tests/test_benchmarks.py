@@ -276,6 +276,8 @@ def test_issued_pairs_are_counted_tile_by_tile(module):
     # Of 64: 0 + 2 full ones and 2 shorter ones; 3 and one; one.
     assert costs.key_tiles(counts, 64, 64)[0, 0].tolist() == [4, 4, 1]
     assert costs.issued_pairs(q_sizes, counts, 128, 64, 16) == 128 * 64 * (2 * 4 + 1)
+    # A group of 64 rows without queries multiplies nothing.
+    assert costs.issued_pairs(q_sizes, counts, 64, 64, 16) == 64 * 64 * (3 * 4 + 2)
     assert costs.selected_pairs(q_sizes, k_sizes, keep) == 130 * 190 + 70 * 10
 
 

@@ -50,9 +50,9 @@ def test_the_hopper_attention_computes_exponentials_while_tensor_cores_work(tmp_
     chosen = () if EVERYTHING else ("--match", "^attention_bf16_(64|128_context_mask)$")
     kernels = resources(tmp_path / "kernels.json", "--modules", "block_sparse_attention_gluon", "--arch", "90", *chosen)
     assert_fits(kernels)
-    # The loop over full tiles, once for either group of warps.
+    # The loop over full tiles, once for either group of warps; at head dimension 64 other groups' products overlap.
     assert {kernel["kernel"]: kernel["overlapped_loops"] >= 2 for kernel in kernels} == {
-        kernel["kernel"]: True for kernel in kernels
+        kernel["kernel"]: "_128" in kernel["kernel"] for kernel in kernels
     }
     assert_spills_nothing(kernels)
 
