@@ -13,6 +13,7 @@ Every method runs in the same rewritten graph, with the same attention op and th
   blocks oracle  ``blocks``, chosen by the exact masses
   boxes oracle   ``boxes``, chosen by the exact masses
   queries        k-means clusters; masses estimated from every query and the centroids of the keys
+                 (``estimate_by="queries"``)
   keys           k-means clusters; masses estimated from the centroids of the queries and every key
   spread         k-means clusters; masses estimated from the centroids and the variance of the keys
 
@@ -49,7 +50,6 @@ from swapped_ops import (
     by_centroids,
     by_keys,
     by_queries,
-    by_sampled_queries,
     by_spread,
     by_true_mass,
     density_at,
@@ -66,7 +66,7 @@ TOP_P = (0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 PROMPTS = ("rabbit_wakes", "rabbit_stretches", "passenger_talks", "passenger_sings")
 PRESETS = ("quality", "balanced", "turbo")
 RIVALS = ("svg2", "random", "blocks", "boxes", "oracle")
-METHODS = (*RIVALS, "blocks oracle", "boxes oracle", "queries", "sampled", "keys", "spread")
+METHODS = (*RIVALS, "blocks oracle", "boxes oracle", "queries", "keys", "spread")
 KEYS = tuple(field.name for field in fields(Point))
 TOKENS_PER_CLUSTER = (128, 32)
 """Of queries and keys: 64 and 256 clusters of 8192 tokens, as in ``TINY_OPTIONS``."""
@@ -129,8 +129,7 @@ def measure(
     result["noise_floor_psnr_db"] = bench.measure(ops, 0).psnr_db
     print(f"everything kept: {result['noise_floor_psnr_db']:.1f} dB", flush=True)
     grid = (base.frames, base.height // tiny_wan.model.TOKEN_SIZE, base.width // tiny_wan.model.TOKEN_SIZE)
-    selections = {"oracle": by_true_mass, "queries": by_queries, "sampled": by_sampled_queries}
-    selections |= {"keys": by_keys, "spread": by_spread}
+    selections = {"oracle": by_true_mass, "queries": by_queries, "keys": by_keys, "spread": by_spread}
     for method in arguments.methods:
         clusters, _, selection = method.partition(" ")
         by_position = {"blocks": ByPosition(grid, boxes=False), "boxes": ByPosition(grid, boxes=True)}

@@ -31,7 +31,6 @@ from swapped_ops import (
     by_centroids,
     by_keys,
     by_queries,
-    by_sampled_queries,
     by_spread,
     by_true_mass,
     interpolate,
@@ -48,7 +47,6 @@ SELECTIONS: dict[str, Select] = {
     "spread": by_spread,
     "keys": by_keys,
     "queries": by_queries,
-    "sampled": by_sampled_queries,
     "oracle": by_true_mass,
 }
 TOP_P = (0.8, 0.9, 0.95)

@@ -192,17 +192,10 @@ def by_true_mass(blocks: Blocks) -> tuple[Tensor, Tensor]:
 
 
 def by_queries(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """The same rule, the queries taken one by one and the keys by their centroids: a softmax each, then the mean."""
-    q = svg2.permute_tokens(blocks.q, blocks.q_order).float()
-    sizes = blocks.k_sizes.float().log().unsqueeze(2)
-    probability = (q @ blocks.k_centroids.transpose(-1, -2) * blocks.scale + sizes).softmax(-1)
-    members = membership(blocks.q_sizes, q.shape[2])
-    masses = members.transpose(-1, -2) @ probability / blocks.q_sizes.clamp(min=1).unsqueeze(-1)
-    return _by_masses(masses, blocks)
+    """What ``estimate_by="queries"`` does: the same rule, the queries taken one by one and the keys by their centroids.
 
-
-def by_sampled_queries(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """As ``by_queries``, of at most 128 queries of a cluster: what ``estimate_by="queries"`` does."""
+    A softmax each, then the mean.
+    """
     masses = svg2.block_masses(
         blocks.q, blocks.q_order, blocks.k_centroids, blocks.q_sizes, blocks.k_sizes, blocks.scale
     )

@@ -14,8 +14,6 @@ from svg2_compile.kernels.checks import (
 )
 from svg2_compile.kernels.launch import why_not_triton
 
-# Of larger clusters, as many queries are asked. Fewer choose worse blocks, more hardly better ones.
-QUERIES = 128
 # What one step of the reference may hold at a time.
 MAX_SCORES = 2**24
 
@@ -55,8 +53,8 @@ def block_masses_reference(
 
     Not of the paper, whose equation 1 takes the centroid of the queries in place of them. With scores
     s_tj = scale * <q_t, k_j> of query t and key centroid j, rounded to the dtype of q, and key cluster sizes n_j,
-    P_tj = n_j exp(s_tj) / sum_l n_l exp(s_tl), and the mass of block (i, j) is the mean of P_tj over the queries t of
-    cluster i; if there are more than ``QUERIES``, over that many, equally far apart in the order of the cluster.
+    P_tj = n_j exp(s_tj) / sum_l n_l exp(s_tl), and the mass of block (i, j) is the mean of P_tj over all queries t of
+    cluster i.
 
     Args:
         q: fp16, bf16 or fp32 (fp64 for judging) [B, H, N, D], any strides, in token order.
@@ -81,35 +79,25 @@ def block_masses_reference(
     dtype = k_centroids.dtype
     batch, heads, q_clusters = q_sizes.shape
     k_clusters, repeats = k_sizes.shape[2], heads // k_sizes.shape[1]
-    positions, is_asked = sampled_positions(q_sizes)
-    masses = torch.empty((batch, heads, q_clusters, k_clusters), dtype=dtype, device=q.device)
-    rows = max(1, MAX_SCORES // (QUERIES * k_clusters))
+    tokens = q.shape[2]
+    ends = q_sizes.cumsum(-1)
+    masses = torch.zeros((batch, heads, q_clusters, k_clusters), dtype=dtype, device=q.device)
+    rows = max(1, MAX_SCORES // (q_clusters + k_clusters))
     for b in range(batch):
         for h in range(heads):
             sizes = k_sizes[b, h // repeats]
             means = k_centroids[b, h // repeats].to(q.dtype).to(dtype)
-            for first in range(0, q_clusters, rows):
-                here = slice(first, first + rows)
-                queries = q[b, h, q_order[b, h, positions[b, h, here]].long()].to(dtype)
+            last, first = ends[b, h, :, None], (ends - q_sizes)[b, h, :, None]
+            for start in range(0, tokens, rows):
+                position = torch.arange(start, min(start + rows, tokens), device=q.device)
+                queries = q[b, h, q_order[b, h, position].long()].to(dtype)
                 scores = queries @ means.T * scale + sizes.to(dtype).log()
                 probability = scores.masked_fill_(sizes == 0, float("-inf")).softmax(-1)
-                asked = is_asked[b, h, here].unsqueeze(-1)
-                masses[b, h, here] = probability.masked_fill(~asked, 0).sum(1) / asked.sum(1).clamp(min=1)
+                # A product adds in the same order every time, on every device.
+                masses[b, h] += ((first <= position) & (position < last)).to(dtype) @ probability
+    masses /= q_sizes.clamp(min=1).unsqueeze(-1)
     shares = (k_sizes.to(dtype) / k_sizes.sum(-1, keepdim=True)).repeat_interleave(repeats, dim=1)
     return torch.where(q_sizes.unsqueeze(-1) > 0, masses, shares.unsqueeze(2))
-
-
-def sampled_positions(q_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which positions of the cluster order are asked, int64 [B, H, C_q, QUERIES], and which of those there are.
-
-    Of n queries r = min(n, QUERIES) are asked, the j-th at floor((2 j + 1) n / (2 r)) of its cluster.
-    """
-    sizes = q_sizes.long().unsqueeze(-1)
-    asked = sizes.clamp(max=QUERIES)
-    index = torch.arange(QUERIES, device=q_sizes.device)
-    within = (2 * index + 1) * sizes // (2 * asked.clamp(min=1))
-    is_asked = index < asked
-    return (sizes.cumsum(2) - sizes + within).where(is_asked, 0), is_asked
 
 
 torch.library.impl("svg2::block_masses", "cpu", block_masses_reference)

@@ -50,8 +50,9 @@ class SparseConfig:
     """Least share of the key clusters (not tokens) that each query cluster keeps, in [0, 1]."""
 
     estimate_by: Literal["centroids", "queries"] = "centroids"
-    """What the attention mass of a block is estimated from: the centroid of its queries (the paper's, eq. 1), or up to
-    128 of the queries, for a little more time (experimental). Keys go by their centroids either way."""
+    """What the attention mass of a block is estimated from: the centroid of its queries (the paper's, eq. 1), or every
+    one of the queries, which finds better blocks and costs time (not the paper's). Keys go by their centroids either
+    way."""
 
     q_clusters: int | Literal["auto"] = "auto"
     """Query clusters per head, 1 to 1024; ``auto`` takes one per 600 tokens, 16 at least."""

@@ -16,7 +16,7 @@ the context queries attend to everything (``context_attention``), and the output
 where context rows are keys only, q stays whole and nothing is joined. The video keys that a mask may hide are moved
 behind the last cluster, where no run reaches; a mask known to show them all leaves them alone.
 With ``estimate_by="queries"``, ``select_blocks`` gets masses from ``block_masses(q, q_order, k_centroids, q_sizes,
-k_sizes)``.
+k_sizes)``, which asks every query.
 With ``recall_rows``, ``measure_recall_`` looks at the queries in token order, the permuted keys and the selection, and
 adds to a state tensor; with ``min_recall``, ``keep_dense_heads_`` then replaces the selection of the heads that kept
 too little by all keys.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svg2_compile.kernels.block_masses import QUERIES
 from svg2_compile.passes.errors import ConfigError
 
 ELEMENTWISE_PASSES = 45
@@ -88,7 +87,7 @@ class SparseWork:
     iterations: int
     """Of k-means, in a call that is not the first."""
     asks_queries: bool = False
-    """Whether the selection asks queries of a cluster, not their centroid."""
+    """Whether the selection asks every query, not the centroids of their clusters."""
 
     @property
     def flops(self) -> float:
@@ -112,8 +111,7 @@ class SparseWork:
         passed = 2 * self.iterations * (q_size + k_size) + 3 * k_size
         seconds = products / (0.7 * gpu.product_tflops * 1e12) + BYTES * passed / (gpu.bandwidth_tb * 1e12)
         if self.asks_queries:
-            rows = self.batch * self.heads * self.q_clusters * QUERIES
-            seconds += 4.0 * rows * self.k_clusters * self.head_dim / (ASKING_RATE * gpu.product_tflops * 1e12)
+            seconds += 4.0 * q_size * self.k_clusters / (ASKING_RATE * gpu.product_tflops * 1e12)
         return seconds
 
 

@@ -92,7 +92,7 @@ def test_the_oracle_keeps_less_than_everything_and_more_mass_than_chance(ops, bl
     assert 0 < density < float(true_mass(blocks, runs, counts, ops).mean())
 
 
-@pytest.mark.parametrize(("side", "exact"), [("q", "by_queries"), ("q", "by_sampled_queries"), ("k", "by_keys")])
+@pytest.mark.parametrize(("side", "exact"), [("q", "by_queries"), ("k", "by_keys")])
 def test_with_a_cluster_a_token_on_the_other_side_an_estimate_is_the_oracle(ops, tokens, side, exact):
     q, k, v = (each[:, :, :64] for each in tokens)
     one_each = torch.arange(64, dtype=torch.int32).expand(1, 2, -1).contiguous()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels import block_masses
-from svg2_compile.kernels.block_masses import QUERIES, sampled_positions
 from svg2_compile.kernels.select_blocks import block_logits
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 
@@ -46,9 +46,8 @@ class Case:
         for b, h, i in torch.cartesian_prod(*map(torch.arange, self.q_sizes.shape)).tolist():
             start, size = int(self.q_sizes[b, h, :i].sum()), int(self.q_sizes[b, h, i])
             if size:
-                asked = min(size, QUERIES)
-                places = [start + (2 * j + 1) * size // (2 * asked) for j in range(asked)]
-                masses[b, h, i] = probability[b, h, self.q_order[b, h, places].long()].mean(0)
+                rows = [probability[b, h, int(t)] for t in self.q_order[b, h, start : start + size]]
+                masses[b, h, i] = torch.stack(rows).mean(0)
         return masses
 
     def tolerance(self):
@@ -142,27 +141,42 @@ def test_queries_that_look_elsewhere_than_their_mean_are_counted():
     assert case.masses().flatten().tolist() == pytest.approx([0.5, 0.5, 0.0], abs=1e-3)
 
 
-@PROPERTY
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=5))
-def test_of_a_large_cluster_some_queries_are_asked_equally_far_apart(sizes):
-    positions, is_asked = sampled_positions(torch.tensor(sizes, dtype=torch.int32).view(1, 1, -1))
-    start = 0
-    for size, places, asked in zip(sizes, positions[0, 0], is_asked[0, 0]):
-        within = places[asked] - start
-        assert len(within) == min(size, QUERIES)
-        if size <= QUERIES:
-            assert within.tolist() == list(range(size))
-        else:
-            gaps = within.diff(prepend=torch.tensor([-1 - int(within[0])]))
-            assert int(gaps.max() - gaps.min()) <= 1 and size - 1 - int(within[-1]) <= int(gaps.max())
-        start += size
+def one_of_many(which, queries=300):
+    """Return a case in which query ``which`` of one cluster wants a key cluster that no other query wants."""
+    q = torch.zeros(1, 1, queries, 2)
+    q[..., 0] = 1.0
+    q[:, :, which] = torch.tensor([0.0, 1.0])
+    order = torch.arange(queries, dtype=torch.int32).flip(0).view(1, 1, -1)
+    k = torch.tensor([[20.0, 0.0], [0.0, 20.0]]).view(1, 1, 2, 2)
+    sizes = torch.tensor([[[queries]]], dtype=torch.int32), torch.tensor([[[3, 5]]], dtype=torch.int32)
+    return Case(q, order, k, *sizes, scale=1.0)
 
 
-def test_many_clusters_in_parts_have_the_same_masses(monkeypatch):
+@pytest.mark.parametrize("which", [0, 1, 127, 128, 150, 298, 299])
+def test_a_key_cluster_that_one_query_in_300_wants_has_its_mass(which):
+    assert one_of_many(which).masses().flatten().tolist() == pytest.approx([299 / 300, 1 / 300], rel=1e-4)
+
+
+class Softmaxes(TorchDispatchMode):
+    """Remembers the elements of the largest one."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._softmax.default:
+            self.largest = max(self.largest, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 699])
+def test_queries_in_parts_have_the_same_masses_and_take_no_more_than_was_said(monkeypatch, rows):
     case = random_case(tokens=700)
     whole = case.masses()
-    monkeypatch.setattr(block_masses, "MAX_SCORES", 2 * 7 * QUERIES)
-    torch.testing.assert_close(case.masses(), whole, rtol=0, atol=case.tolerance())
+    monkeypatch.setattr(block_masses, "MAX_SCORES", rows * (5 + 7))
+    with Softmaxes() as softmaxes:
+        parts = block_masses.block_masses_reference(*case.arguments())
+    torch.testing.assert_close(parts, whole, rtol=0, atol=case.tolerance())
+    assert softmaxes.largest == rows * 7
 
 
 def test_fp64_judges():
