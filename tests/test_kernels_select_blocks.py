@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.select_blocks import STATISTICS, TILE_KEYS, block_logits, kept_clusters
+from svg2_compile.kernels.select_blocks import LEAST_MASS, STATISTICS, TILE_KEYS, block_logits, kept_clusters
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 
 PROPERTY = settings(max_examples=60, deadline=None)
@@ -206,12 +206,21 @@ def test_statistics_are_density_kept_mass_and_padding(case):
 
 
 def near_a_boundary(case, masses):
-    """Return where rounding may choose another cluster: a mass before one is near top_p, or two are nearly equal."""
+    """Return for which rows rounding may choose otherwise.
+
+    Those where the mass before a cluster is near top_p, where the last cluster kept is nearly as likely as the first
+    one dropped, and where it has no mass in fp32, which several may share.
+    """
     ranked = masses.double().sort(-1, descending=True).values
     before = ranked.cumsum(-1) - ranked
     near_top_p = (before - case.top_p).abs().amin(-1) <= case.tolerance()
-    near_ties = (ranked[..., :-1] - ranked[..., 1:] <= case.tolerance()).any(-1) if ranked.shape[-1] > 1 else False
-    return near_top_p | near_ties
+    logits = block_logits(case.q_centroids.double(), case.k_centroids.double(), case.k_sizes, case.scale)
+    occupied = logits.isfinite()
+    is_kept, is_dropped = case.keep() & occupied, ~case.keep() & occupied
+    gap = logits.masked_fill(~is_kept, math.inf).amin(-1) - logits.masked_fill(~is_dropped, -math.inf).amax(-1)
+    # Exact ties stay exact, and go to the lowest index.
+    near_tie = (gap != 0) & (gap.abs() <= case.tolerance())
+    return near_top_p | near_tie | (masses.masked_fill(~is_kept, math.inf).amin(-1) <= LEAST_MASS)
 
 
 def random_case():
@@ -224,23 +233,30 @@ def random_case():
     )
 
 
-@PROPERTY
-@given(selection_cases())
-def test_given_masses_of_the_centroids_select_what_the_centroids_do(case):
-    *arguments, statistics = case.arguments()
-    logits = block_logits(case.q_centroids, case.k_centroids, case.k_sizes, case.scale)
-    masses = logits.softmax(-1)
-    runs, counts = torch.ops.svg2.select_blocks(*arguments, statistics, masses)
-    kept = kept_keys(runs, counts, 100).sum(-1)
-    # what has no mass in fp32 counts as the least that has some, which may change the order of the last ones
-    lost = ((masses == 0) & logits.isfinite()).any(-1)
-    doubtful = lost | near_a_boundary(case, masses)
-    expected = (case.keep() * case.for_every_query_head(case.k_sizes).unsqueeze(2)).sum(-1)
-    assert ((kept == expected) | doubtful).all()
-    tolerance = case.tolerance() + torch.finfo(torch.float32).eps * 4
-    expected = case.statistics()
-    close = ((statistics - expected).abs() <= tolerance * expected.abs().clamp(min=1)).all(-1)
-    assert (close | doubtful).all()
+def test_given_masses_of_the_centroids_select_what_the_centroids_do():
+    compared = {"sharp": [], "flat": []}
+
+    @PROPERTY
+    @given(selection_cases())
+    def check(case):
+        *arguments, statistics = case.arguments()
+        logits = block_logits(case.q_centroids, case.k_centroids, case.k_sizes, case.scale)
+        masses = logits.softmax(-1)
+        runs, counts = torch.ops.svg2.select_blocks(*arguments, statistics, masses)
+        doubtful = near_a_boundary(case, masses)
+        kept, expected = kept_keys(runs, counts, 100), kept_keys(*case.select(), 100)
+        assert ((kept == expected).all(-1) | doubtful).all()
+        tolerance = case.tolerance() + torch.finfo(torch.float32).eps * 4
+        expected = case.statistics()
+        close = ((statistics - expected).abs() <= tolerance * expected.abs().clamp(min=1)).all(-1)
+        assert (close | doubtful).all()
+        sharp = masses.amax(-1) > 0.9
+        compared["sharp"] += (~doubtful[sharp]).tolist()
+        compared["flat"] += (~doubtful[~sharp]).tolist()
+
+    check()
+    for name, rows in compared.items():
+        assert rows and sum(rows) / len(rows) > 0.5, (name, sum(rows), len(rows))
 
 
 def test_given_masses_need_not_be_what_the_centroids_say():
