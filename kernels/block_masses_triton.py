@@ -36,7 +36,7 @@ LOWEST = tl.constexpr(-3.0e38)
 def _tile(dtype: torch.dtype, dim: int, k_clusters: int) -> dict[str, int]:
     """Return queries and key clusters of a tile, warps and stages: fp32 products keep both operands in registers."""
     if dtype == torch.float32:
-        queries, clusters, warps, stages = 32, 32, 8, 2
+        queries, clusters, warps, stages = 32, 32 if dim <= 128 else 16, 8, 2
     else:
         queries, clusters, warps, stages = (128, 64, 4, 2) if dim <= 128 else (64, 32, 4, 2)
     clusters = min(clusters, padded_power_of_two(k_clusters))
@@ -218,9 +218,15 @@ def _last_constexprs(block_m: int, q_clusters: int) -> dict[str, int]:
 def aot_variants() -> list[AotVariant]:
     """Return the kernels for the usual dtypes and head dims, few and many clusters."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    cases = (("bf16", 128, 512), ("bf16", 64, 512), ("bf16", 256, 64), ("fp16", 80, 100), ("fp32", 128, 512))
     variants = []
-    for kind, dim, clusters in cases:
+    for kind, dim, clusters in (
+        ("bf16", 128, 512),
+        ("bf16", 64, 512),
+        ("bf16", 256, 64),
+        ("fp16", 80, 100),
+        ("fp32", 128, 512),
+        ("fp32", 256, 64),
+    ):
         tile = _tile(dtypes[kind], dim, clusters)
         warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
         widths = {"DIM": dim, "BLOCK_D": padded_power_of_two(dim)}

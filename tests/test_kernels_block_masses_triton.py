@@ -48,9 +48,10 @@ def test_masses_are_those_of_every_query(clusters, sharpness, dtype):
 
 
 @runs_kernels
-@pytest.mark.parametrize("dim", [4, 64, 80, 128])
-def test_any_head_dimension(dim):
-    assert_right(random_case(dim=dim, batch=1, groups=1, dtype=torch.float16))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [4, 64, 80, 128, 256])
+def test_any_head_dimension(dim, dtype):
+    assert_right(random_case(dim=dim, batch=1, groups=1, clusters=(5, 70), dtype=dtype))
 
 
 @runs_kernels
