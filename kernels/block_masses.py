@@ -93,7 +93,7 @@ def block_masses_reference(
                 queries = q[b, h, q_order[b, h, position].long()].to(dtype)
                 scores = queries @ means.T * scale + sizes.to(dtype).log()
                 probability = scores.masked_fill_(sizes == 0, float("-inf")).softmax(-1)
-                # A product adds in the same order every time, on every device.
+                # Not scattered to the clusters, but a product: it adds in the same order every time.
                 masses[b, h] += ((first <= position) & (position < last)).to(dtype) @ probability
     masses /= q_sizes.clamp(min=1).unsqueeze(-1)
     shares = (k_sizes.to(dtype) / k_sizes.sum(-1, keepdim=True)).repeat_interleave(repeats, dim=1)

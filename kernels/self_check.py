@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 HEADS = 2
 CONTEXT = 17
 ROWS = 19
+# Queries of one cluster.
 MORE_THAN_A_TILE = 140
 # Of near equals, rounding may choose another cluster.
 MAX_OTHER_KEYS_RATIO = 0.01
