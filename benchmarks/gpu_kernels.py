@@ -137,18 +137,20 @@ def main() -> int:
     started = time.monotonic()
     rep_ms = 60.0 if args.quick else 150.0
     densities = DENSITIES[1:2] if args.quick else DENSITIES
-    results = [measure(shape, min(shape.heads, max_heads), densities, rep_ms) for shape in SHAPES]
-    record = {
+    results: list[dict[str, object]] = []
+    record: dict[str, object] = {
         "environment": describe_environment() | {"capability": list(torch.cuda.get_device_capability())},
         "date": time.strftime("%Y-%m-%d"),
         "options": {"heads": max_heads, "quick": args.quick, "tests": not args.skip_tests},
         "shapes": [asdict(shape) for shape in SHAPES],
         "results": results,
-        "seconds": time.monotonic() - started,
     }
+    for shape in SHAPES:
+        results.append(measure(shape, min(shape.heads, max_heads), densities, rep_ms))
+        record["seconds"] = time.monotonic() - started
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"measured in {record['seconds']:.0f} s on {record['environment']}, {record['date']}")
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

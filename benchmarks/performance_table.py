@@ -2,8 +2,9 @@
 
     python -P benchmarks/performance_table.py
 
-`KERNELS` and `STEPS` name what `gpu_kernels.py` and `denoising_step.py` wrote, in docs/images. A new measurement gets a
-file of its own there, and its name here. Nothing is measured, no GPU is needed.
+`KERNELS` and `STEPS` name what `gpu_kernels.py` and `denoising_step.py` wrote, in docs/images, the newest first: of an
+older file only what no newer one has is shown. A new measurement gets a file of its own there, and its name here.
+Nothing is measured, no GPU is needed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,17 @@ from marked_table import write_between
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "docs" / "images"
-KERNELS = "gpu_kernels_h200.json"
-STEPS: tuple[str, ...] = ("denoising_steps_h200.json", "denoising_steps_h200_more.json")
+KERNELS = ("gpu_kernels_h200.json", "gpu_kernels_h200_two_stages.json")
+STEPS = ("denoising_steps_h200.json", "denoising_steps_h200_two_stages.json", "denoising_steps_h200_more.json")
 DENSE = "dense_h200.json"
 """What `dense_baselines.py` wrote on the same kind of GPU."""
 PLOT = "performance.png"
 DENSITY = 0.25
 """What the tables show; the plot has all curves."""
+LAYER = (
+    f"Self-attention of one layer at a density of {DENSITY:.0%}, bf16, random kept clusters, with everything that "
+    "sparsity needs: two k-means iterations, sorting, permuting, selecting."
+)
 STEP = (
     "One forward of a model with random weights, every layer sparse, not the first step, the selection forced to a "
     f"density of {DENSITY:.0%}, against the same compiled with cuDNN's dense attention."
@@ -53,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-plot", action="store_true", help="write the table only")
     args = parser.parse_args()
-    kernels, steps = load(KERNELS), [load(name) for name in STEPS]
+    kernels, steps = load_kernels(), load_steps()
     text = page(kernels, steps, load(DENSE))
     print(text)
     write_between(ROOT / "README.md", "performance", text)
@@ -67,12 +72,36 @@ def load(name: str) -> dict[str, Any]:
     return record | {"file": name}
 
 
-def page(kernels: dict[str, Any], steps: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
+def load_kernels() -> list[dict[str, Any]]:
+    """Return the figures of single layers, every size once."""
+    return without_repeats(KERNELS, "results", lambda result: result["shape"])
+
+
+def load_steps() -> list[dict[str, Any]]:
+    """Return the figures of whole models, every model and way to compile it once."""
+    return without_repeats(STEPS, "runs", lambda run: (run["model"], run["way"], run["layers"]))
+
+
+def without_repeats(names: Sequence[str], rows: str, key: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
+    """Return what benchmarks wrote, each record with those of its rows that no record before it has."""
+    seen: set[object] = set()
+    records = []
+    for name in names:
+        record = load(name)
+        new = [row for row in record[rows] if key(row) not in seen]
+        seen.update(map(key, new))
+        records.append(record | {rows: new})
+    return records
+
+
+def page(kernels: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
     """Return the tables, in Markdown."""
-    lines = [f"![Speed-up over density](docs/images/{PLOT})", "", *kernel_table(kernels)]
-    for index, record in enumerate(steps):
-        lines += ["", *([] if index else [STEP]), *step_table(record)]
-    return "\n".join([*lines, "", beside_fa4(steps[0], dense)])
+    lines = [f"![Speed-up over density](docs/images/{PLOT})"]
+    for title, make, records in ((LAYER, kernel_table, kernels), (STEP, step_table, steps)):
+        lines += ["", title, *make(records[0])]
+        for record in records[1:]:
+            lines += ["", *make(record)]
+    return "\n".join([*lines, "", beside_fa4(steps, dense)])
 
 
 def source(record: dict[str, Any]) -> str:
@@ -134,8 +163,6 @@ def kernel_table(record: dict[str, Any]) -> list[str]:
     head = ("attention of", "size", "query / key clusters", "dense, cuDNN", "sparse attention")
     rows = [row for row in layers(record) if abs(row.density - DENSITY) < TOLERANCE]
     return [
-        f"Self-attention of one layer at a density of {DENSITY:.0%}, bf16, random kept clusters, with everything that "
-        "sparsity needs: two k-means iterations, sorting, permuting, selecting.",
         f"{source(record)}:",
         "",
         *table((*head, "clustering and selection", "faster, all counted"), [list(row.cells()) for row in rows]),
@@ -167,12 +194,12 @@ def step_table(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def beside_fa4(steps: dict[str, Any], dense: dict[str, Any]) -> str:
+def beside_fa4(steps: Iterable[dict[str, Any]], dense: dict[str, Any]) -> str:
     """Say what is left of the speed-ups where dense attention is FlashAttention-4's, counted from its rate."""
     ms = {each["shape"]: each["ms"] for each in dense["dense"]}
     counted = []
-    for run in steps["runs"]:
-        if run["whole"]:
+    for run in (run for record in steps for run in record["runs"]):
+        if run["whole"] or run["cuda_graphs"]:
             continue
         times = ms[SIZES[run["model"]]]
         saved = run["dense"]["kinds_ms"]["attention"] * (1 - times["FA4"] / times["cuDNN"])
@@ -191,7 +218,7 @@ def model_name(run: dict[str, Any]) -> str:
     return NAMES[run["model"]] + layers
 
 
-def plot(kernels: dict[str, Any], steps: list[dict[str, Any]], path: Path) -> None:
+def plot(kernels: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the speed-up over the density: of one layer, and of a step where some were timed."""
     import matplotlib
 
@@ -201,8 +228,9 @@ def plot(kernels: dict[str, Any], steps: list[dict[str, Any]], path: Path) -> No
     figure, axes = pyplot.subplots(1, 2 if steps else 1, figsize=(10 if steps else 6, 4), squeeze=False)
     layer = axes[0, 0]
     groups: dict[str, list[Layer]] = {}
-    for row in layers(kernels):
-        groups.setdefault(f"{row.name}, {row.clusters}", []).append(row)
+    for record in kernels:
+        for row in layers(record):
+            groups.setdefault(f"{row.name}, {row.clusters}", []).append(row)
     for label, rows in groups.items():
         layer.plot([row.density for row in rows], [row.speedup for row in rows], marker="o", label=label)
     ideal = [each / 100 for each in range(15, 41)]
@@ -224,7 +252,8 @@ def plot(kernels: dict[str, Any], steps: list[dict[str, Any]], path: Path) -> No
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.suptitle(f"{kernels['environment']['device']}, {kernels['date']}", fontsize=9)
+    device, dates = kernels[0]["environment"]["device"], sorted({record["date"] for record in (*kernels, *steps)})
+    figure.suptitle(f"{device}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

@@ -13,8 +13,8 @@ from svg2_compile.passes.errors import ConfigError
 ELEMENTWISE_PASSES = 45
 """Times that norms, modulation, rotary embedding, activations and residuals of a layer read or write all its tokens."""
 BYTES = 2
-ASKING_RATE = 0.36
-"""What `block_masses` reaches of a matrix product's rate (docs/measurements.md, 28)."""
+ASKING_RATE = 0.53
+"""What `block_masses` reaches of a matrix product's rate (docs/measurements.md, 30)."""
 SPARSE_EFFICIENCY, PORTABLE_EFFICIENCY = 0.9, 0.7
 """Of the sparse attention per selected pair, over the dense one: on Hopper inside models, and of portable kernels."""
 SMALL_HEAD_EFFICIENCY = 0.72

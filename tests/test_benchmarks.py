@@ -330,8 +330,9 @@ def test_a_table_replaces_the_one_between_its_markers(module, tmp_path):
 
 def test_the_readme_has_the_performance_table_of_the_committed_figures(module):
     performance = module("performance_table")
-    kernels, dense = performance.load(performance.KERNELS), performance.load(performance.DENSE)
-    text = performance.page(kernels, [performance.load(name) for name in performance.STEPS], dense)
+    kernels, steps = performance.load_kernels(), performance.load_steps()
+    assert len({result["shape"] for record in kernels for result in record["results"]}) == 4
+    text = performance.page(kernels, steps, performance.load(performance.DENSE))
     readme = (performance.ROOT / "README.md").read_text(encoding="utf-8")
     assert f"<!-- performance -->\n{text}\n<!-- end of performance -->" in readme
     assert (performance.FIGURES / performance.PLOT).stat().st_size > 10_000
@@ -339,7 +340,7 @@ def test_the_readme_has_the_performance_table_of_the_committed_figures(module):
 
 def test_timed_steps_get_a_table_and_a_plot(module, tmp_path):
     performance = module("performance_table")
-    kernels = performance.load(performance.KERNELS)
+    kernels = performance.load_kernels()
     kinds = {"attention": 20.0, "clustering": 2.0, "rest": 28.0}
     sparse = {"ms": 50.0, "speedup": 2.0, "ideal": 2.2, "peak_gib": 1.5, "kinds_ms": kinds}
     run = {"model": "hunyuan-720p", "way": "whole model", "layers": 3, "dense": {"ms": 100.0, "peak_gib": 1.0}}
@@ -356,7 +357,7 @@ def test_timed_steps_get_a_table_and_a_plot(module, tmp_path):
 
 def test_a_quick_run_gets_no_table(module):
     performance = module("performance_table")
-    kernels = performance.load(performance.KERNELS)
+    kernels = performance.load_kernels()[0]
     with pytest.raises(SystemExit, match="from a quick run"):
         performance.kernel_table(kernels | {"options": {"quick": True}})
 
