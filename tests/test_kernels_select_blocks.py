@@ -236,7 +236,8 @@ def random_case():
 def test_given_masses_of_the_centroids_select_what_the_centroids_do():
     compared = {"sharp": [], "flat": []}
 
-    @PROPERTY
+    # The same examples every time: chance must not decide how many of them are compared.
+    @settings(PROPERTY, derandomize=True, database=None)
     @given(selection_cases())
     def check(case):
         *arguments, statistics = case.arguments()
