@@ -39,7 +39,7 @@ class Case:
         repeats = self.q.shape[1] // self.k_sizes.shape[1]
         means = self.k_centroids.to(self.q.dtype).double().repeat_interleave(repeats, 1)
         sizes = self.k_sizes.double().repeat_interleave(repeats, 1).unsqueeze(2)
-        scores = self.q.double() @ means.mT * self.scale
+        scores = (self.q.double() @ means.mT * self.scale).masked_fill(sizes == 0, -math.inf)
         weights = sizes * (scores - scores.amax(-1, keepdim=True)).exp()
         probability = weights / weights.sum(-1, keepdim=True)
         masses = (sizes / sizes.sum(-1, keepdim=True)).expand(*self.q_sizes.shape, -1).clone()
