@@ -128,14 +128,15 @@ def test_a_warm_start_continues_where_the_last_call_stopped(case):
     assert calls.item() == 2
 
 
+@both_implementations
 @PROPERTY
 @given(token_cases(dtypes=[torch.float32]), st.integers(1, 4))
-def test_a_first_call_orders_the_centroids_before_its_last_iteration(case, iterations):
+def test_a_first_call_orders_the_centroids_before_its_last_iteration(kmeans_, case, iterations):
     x, clusters = case
-    before = start(x, clusters) if iterations == 1 else continued(x, start(x, clusters), iterations - 1)[1]
+    before = start(x, clusters) if iterations == 1 else continued(x, start(x, clusters), iterations - 1, kmeans_)[1]
     ordered = torch.stack([torch.stack([means[nearest_neighbour_chain(means)] for means in each]) for each in before])
-    labels, centroids = cluster(x, clusters, iterations)
-    expected_labels, expected_centroids = continued(x, ordered, 1)
+    labels, centroids = cluster(x, clusters, iterations, kmeans_=kmeans_)
+    expected_labels, expected_centroids = continued(x, ordered, 1, kmeans_)
     assert torch.equal(labels, expected_labels)
     assert torch.equal(centroids, expected_centroids)
 
@@ -169,15 +170,6 @@ def test_the_chain_goes_to_the_nearest_centroid_not_yet_visited(seed, clusters, 
 def test_a_distance_that_is_not_finite_comes_last_and_is_visited_once():
     centroids = torch.tensor([0.0, float("nan"), 3e38, float("inf"), 1.0]).unsqueeze(-1)
     assert nearest_neighbour_chain(centroids).tolist() == [0, 4, 1, 2, 3]
-
-
-@PROPERTY
-@given(token_cases(dtypes=[torch.float32]))
-def test_the_reference_orders_like_the_op(case):
-    x, clusters = case
-    centroids, calls = fresh_state(x, clusters)
-    labels = kmeans_reference(x, centroids, calls, 3, 1, 0)
-    assert torch.equal(labels, cluster(x, clusters, 3)[0])
 
 
 def test_kept_clusters_form_longer_runs_in_the_order_of_the_chain():
