@@ -3,9 +3,10 @@
     git show HEAD~3:kernels/block_sparse_attention_gluon.py > /tmp/older.py
     python -P benchmarks/compare_attention.py /tmp/older.py --out compare.json
 
-What is tried on the kernel is judged here: the shapes, clusters and kept blocks are those of `gpu_kernels.py`, every
-version runs once in each round, and a time is that on the GPU alone. Dense cuDNN attention of the same rounds is what
-eps_tile and eps_sel are ratios to. Without a GPU it says so and stops.
+What is tried on the kernel is judged here: the clusters and kept blocks are made as in `gpu_kernels.py`, for its shapes
+and two more of head dimension 64; every version runs once in each round, and a time is that on the GPU alone. Dense
+cuDNN attention of the same rounds is what eps_tile and eps_sel are ratios to, with the tiles of this tree. A version
+that imports what this tree no longer has must be given it first. Without a GPU it says so and stops.
 """
 
 import argparse
@@ -33,6 +34,11 @@ from svg2_compile.environment import describe_environment
 from svg2_compile.kernels.tuning import GLUON
 
 ROOT = Path(__file__).resolve().parent.parent
+ALL_SHAPES = (
+    *SHAPES,
+    Shape("CogVideoX", 48, 17_776, 64, ((30, 118),)),
+    Shape("head dimension 64, fine", 48, 33_000, 64, ((110, 440),)),
+)
 FILE = ROOT / "kernels" / "block_sparse_attention_gluon.py"
 OURS = "this tree"
 
@@ -52,7 +58,7 @@ def main() -> int:
     launchers = {name: module.block_sparse_attention_gluon for name, module in modules.items()}
     rows: list[dict[str, object]] = []
     record = {"environment": describe_environment(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
-    for shape in SHAPES:
+    for shape in ALL_SHAPES:
         for row in compare(shape, launchers, args.densities, args.rounds):
             rows.append(row)
             print(line(row), flush=True)

@@ -9,8 +9,8 @@ and stops.
 
 eps_tile: operations issued by the attention kernel per second over those of dense cuDNN; eps_sel: the same of selected
 pairs. The overhead is clustering (k-means and sort of q and k, permutation of k and v) and selection, in percent of
-dense cuDNN, on the GPU alone. The issued operations are those of the tiles of `tuning`. Every attention that runs here
-is timed; the first is the one that is chosen.
+dense cuDNN, on the GPU alone. The issued operations are those of the tiles of `tuning`; in Gluon, groups of rows
+without a query issue none. Every attention that runs here is timed; the first is the one that is chosen.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def without_repeats(names: Sequence[str], rows: str, key: Callable[[dict[str, An
         record = load(name)
         new = [row for row in record[rows] if key(row) not in seen]
         seen.update(map(key, new))
-        records.append(record | {rows: new})
+        if new:
+            records.append(record | {rows: new})
     return records
 
 

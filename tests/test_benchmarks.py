@@ -32,6 +32,7 @@ def run(script, *arguments):
     [
         "gpu_kernels.py",
         "tune_attention.py",
+        "tune_masses.py",
         "denoising_step.py",
         "dense_baselines.py",
         "host_time.py",
@@ -279,6 +280,21 @@ def test_issued_pairs_are_counted_tile_by_tile(module):
     # A group of 64 rows without queries multiplies nothing.
     assert costs.issued_pairs(q_sizes, counts, 64, 64, 16) == 64 * 64 * (3 * 4 + 2)
     assert costs.selected_pairs(q_sizes, k_sizes, keep) == 130 * 190 + 70 * 10
+
+
+def test_the_tiles_of_the_masses_are_timed_on_what_the_op_takes(module):
+    arguments = module("tune_masses").make_arguments(2, 300, 64, (3, 5), device="cpu")
+    masses = torch.ops.svg2.block_masses(*arguments)
+    assert masses.shape == (1, 2, 3, 5)
+    torch.testing.assert_close(masses.sum(-1), torch.ones(1, 2, 3))
+
+
+def test_a_newer_file_goes_before_an_older_one_and_a_file_with_nothing_new_is_left_out(module, monkeypatch):
+    performance = module("performance_table")
+    files = {"new": [1, 2], "older": [2, 3], "oldest": [1, 3]}
+    monkeypatch.setattr(performance, "load", lambda name: {"rows": files[name], "file": name})
+    found = performance.without_repeats(tuple(files), "rows", lambda row: row)
+    assert found == [{"rows": [1, 2], "file": "new"}, {"rows": [3], "file": "older"}]
 
 
 def test_verdicts_know_which_way_is_better(module):
