@@ -18,17 +18,17 @@ test: $(TESTABLE)
 
 # Every kernel for every GPU generation; `make test` compiles two of them.
 kernels: $(INSTALLED)
-	SVG2_AOT=all $(BIN)/pytest tests/test_kernels_aot.py
+	SVG2_AOT=all $(BIN)/pytest tests/kernels/test_aot.py
 
 # The kernels under NVIDIA's compute-sanitizer, where there are a GPU and the tool.
 sanitize: $(INSTALLED)
-	$(BIN)/python benchmarks/sanitize.py
+	$(BIN)/python benchmarks/kernels/sanitize.py
 
 # Dense segments of tiny models converted and built for TensorRT-RTX; needs no GPU. Skipped, with the reason, where the
 # packages do not install.
 tensorrt:
 	sh tests/tensorrt_environment.sh $(PYTHON) $(VENV)-tensorrt
-	[ ! -f $(VENV)-tensorrt/.installed ] || OMP_NUM_THREADS=1 $(VENV)-tensorrt/bin/pytest -s tests/test_tensorrt_build.py
+	[ ! -f $(VENV)-tensorrt/.installed ] || OMP_NUM_THREADS=1 $(VENV)-tensorrt/bin/pytest -s tests/api/test_tensorrt_build.py
 
 check: lint types test
 

@@ -12,8 +12,8 @@ import torch
 from diffusers import LTXPipeline
 
 import svg2_compile
-from svg2_compile.pictures import write_video
 from svg2_compile.presets import preset
+from svg2_compile.video.pictures import write_video
 
 parser = argparse.ArgumentParser()
 parser.add_argument("prompt")

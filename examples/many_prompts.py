@@ -14,8 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import svg2_compile
-from svg2_compile.pictures import to_uint8, write_video
 from svg2_compile.presets import preset
+from svg2_compile.video.pictures import to_uint8, write_video
 
 parser = argparse.ArgumentParser()
 parser.add_argument("prompts", nargs="+")

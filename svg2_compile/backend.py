@@ -18,7 +18,6 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from svg2_compile import clock
-from svg2_compile.engine_files import default_folder
 from svg2_compile.frames import Compiled, is_dynamic, owner_position, timestep_in, timestep_position, what_is_compiled
 from svg2_compile.kernels.self_check import Kind
 from svg2_compile.obstacles import certain_obstacles
@@ -26,8 +25,9 @@ from svg2_compile.options import Options, split_options
 from svg2_compile.passes.clone import clone
 from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
 from svg2_compile.region import DenseGraph, LayerOrder, Lower, Owner, Region, Runner, Variant, reset, ticking
-from svg2_compile.tensorrt_engines import require_tensorrt
-from svg2_compile.tensorrt_lowering import lower_with_tensorrt
+from svg2_compile.tensorrt.engine_files import default_folder
+from svg2_compile.tensorrt.engines import require_tensorrt
+from svg2_compile.tensorrt.lowering import lower_with_tensorrt
 
 log = logging.getLogger(__name__)
 

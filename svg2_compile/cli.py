@@ -30,10 +30,10 @@ def demo(
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU is used if there is one.")] = "auto",
 ) -> None:
     """Generate one video twice with the shipped tiny model, dense and sparse, and show the cost and the gain."""
-    from svg2_compile.demo import DemoSettings, run_demo
-    from svg2_compile.measure import Video
     from svg2_compile.passes.errors import ConfigError
     from svg2_compile.tiny_wan import TinyWanError
+    from svg2_compile.video.demo import DemoSettings, run_demo
+    from svg2_compile.video.measure import Video
 
     try:
         video = Video(prompt, frames, height, width, steps, guidance_scale, seed)
@@ -57,8 +57,8 @@ def explain(
     """Show what would be sparse in a model, what not and why, and how much faster it should get. Needs no weights."""
     from rich.console import Console
 
-    from svg2_compile.empty_pipeline import ExplainError
-    from svg2_compile.explaining import ExplainSettings, explain_model, print_explanation
+    from svg2_compile.explaining.empty_pipeline import ExplainError
+    from svg2_compile.explaining.explanation import ExplainSettings, explain_model, print_explanation
     from svg2_compile.options import parse_options
     from svg2_compile.passes.errors import ConfigError
     from svg2_compile.presets import preset as options_of
@@ -105,15 +105,15 @@ def evaluate(
     """Show what sparsity costs and gains for a pipeline, and which layer did it; go on where a run was stopped."""
     from rich.console import Console
 
-    from svg2_compile.evaluation_inputs import check_packages, parse_configurations, parse_seeds, read_prompts
+    from svg2_compile.evaluation.inputs import check_packages, parse_configurations, parse_seeds, read_prompts
+    from svg2_compile.evaluation.pipelines import EvaluationError, Size
     from svg2_compile.passes.errors import ConfigError
-    from svg2_compile.pipelines import EvaluationError, Size
     from svg2_compile.tiny_wan import TinyWanError
 
     try:
         check_packages()
-        from svg2_compile.evaluate import EvaluationSettings
-        from svg2_compile.evaluation_page import evaluate_and_show
+        from svg2_compile.evaluation.evaluation import EvaluationSettings
+        from svg2_compile.evaluation.page import evaluate_and_show
 
         settings = EvaluationSettings(
             model=model,

@@ -19,7 +19,7 @@ from svg2_compile.passes.records import AttentionSite, Rejection
 from svg2_compile.passes.sparsify import Sparsified, sparsify
 from svg2_compile.region import DenseGraph, Region
 from svg2_compile.state import SiteState, store
-from svg2_compile.tensorrt_lowering import SegmentReport, segments_of
+from svg2_compile.tensorrt.lowering import SegmentReport, segments_of
 
 MIB = 2**20
 

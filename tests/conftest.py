@@ -10,7 +10,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TESTS.parent]
-sys.path.append(str(TESTS))
+sys.path += [str(TESTS / folder) for folder in ("cases", "kernels", "passes")]
 
 
 @pytest.fixture

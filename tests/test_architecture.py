@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {
     "kernels": ("svg2_compile.passes", "diffusers", "torch.fx", "torch._dynamo", "torch._inductor"),
     "passes": ("diffusers",),

@@ -12,7 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli", reason="reading pyproject.toml needs Python 3.11 or tomli")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"svg2_compile": "svg2_compile", "svg2_compile.passes": "passes", "svg2_compile.kernels": "kernels"}
 
 
@@ -37,7 +37,7 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path):
         for file in (ROOT / folder).glob("*.py"):
             assert f"{package.replace('.', '/')}/{file.name}" in names
     assert "svg2_compile/py.typed" in names
-    assert "svg2_compile/templates/report.html.j2" in names
+    assert "svg2_compile/evaluation/templates/report.html.j2" in names
     assert "svg2_compile/tiny_wan/diffusion_pytorch_model.safetensors" in names
     assert not [name for name in names if name.startswith(("kernels/", "passes/"))]
     assert wheel.stat().st_size < 20_000_000

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-REFERENCE_AND_CPU = ("tests/test_kernels_block_sparse_attention.py",)
-CONTEXT = ("tests/test_kernels_context_attention.py",)
-KMEANS = ("tests/test_kernels_kmeans.py",)
-PERMUTE = ("tests/test_kernels_permute.py",)
-RUNS = ("tests/test_kernels_work_list.py",)
-SELECT = ("tests/test_kernels_select_blocks.py",)
-SELECT_TRITON = ("tests/test_kernels_select_blocks_triton.py",)
-ESTIMATE = ("tests/test_kernels_block_masses.py",)
-ESTIMATE_TRITON = ("tests/test_kernels_block_masses_triton.py",)
-SORT = ("tests/test_kernels_sort_labels.py",)
-MATCH = ("tests/test_passes_match.py",)
-TRACE = ("tests/test_passes_trace_axis.py",)
-CLASSIFY = ("tests/test_passes_classify.py",)
-REWRITE = ("tests/test_passes_rewrite.py",)
-FUSE = ("tests/test_passes_fuse.py",)
-SPLIT = ("tests/test_passes_split_segments.py",)
+REFERENCE_AND_CPU = ("tests/kernels/test_block_sparse_attention.py",)
+CONTEXT = ("tests/kernels/test_context_attention.py",)
+KMEANS = ("tests/kernels/test_kmeans.py",)
+PERMUTE = ("tests/kernels/test_permute.py",)
+RUNS = ("tests/kernels/test_work_list.py",)
+SELECT = ("tests/kernels/test_select_blocks.py",)
+SELECT_TRITON = ("tests/kernels/test_select_blocks_triton.py",)
+ESTIMATE = ("tests/kernels/test_block_masses.py",)
+ESTIMATE_TRITON = ("tests/kernels/test_block_masses_triton.py",)
+SORT = ("tests/kernels/test_sort_labels.py",)
+MATCH = ("tests/passes/test_match.py",)
+TRACE = ("tests/passes/test_trace_axis.py",)
+CLASSIFY = ("tests/passes/test_classify.py",)
+REWRITE = ("tests/passes/test_rewrite.py",)
+FUSE = ("tests/passes/test_fuse.py",)
+SPLIT = ("tests/passes/test_split_segments.py",)
 SPLITTING = "passes/split_segments.py"
-ENGINES = ("tests/test_tensorrt_engines.py",)
-CANONICALIZE = ("tests/test_passes_canonicalize.py",)
-CONFIG = ("tests/test_passes_config.py",)
-CHOICE = ("tests/test_kernels_choice.py",)
-ASSIGN = ("tests/test_kernels_assign_gluon.py",)
-TUNING = ("tests/test_kernels_tuning.py",)
-AUTOTUNE = ("tests/test_kernels_autotune.py",)
-LAUNCH_ATTENTION = ("tests/test_kernels_launch_attention.py",)
-KERNEL_CONFIG = ("tests/test_kernel_config.py",)
-RECALL = ("tests/test_kernels_recall.py",)
-RECALL_TRITON = ("tests/test_kernels_recall_triton.py",)
-GUARD = ("tests/test_guard.py",)
-SELF_CHECK = ("tests/test_kernels_self_check.py",)
-KNOWN = ("tests/test_kernels_known_state.py",)
-CLUSTER_TRITON = ("tests/test_kernels_cluster_tokens_triton.py",)
-VOUCHING = ("tests/test_backend.py",)
-API = ("tests/test_clock.py", "tests/test_backend.py")
+ENGINES = ("tests/api/test_tensorrt_engines.py",)
+CANONICALIZE = ("tests/passes/test_canonicalize.py",)
+CONFIG = ("tests/passes/test_config.py",)
+CHOICE = ("tests/kernels/test_choice.py",)
+ASSIGN = ("tests/kernels/test_assign_gluon.py",)
+TUNING = ("tests/kernels/test_tuning.py",)
+AUTOTUNE = ("tests/kernels/test_autotune.py",)
+LAUNCH_ATTENTION = ("tests/kernels/test_launch_attention.py",)
+KERNEL_CONFIG = ("tests/passes/test_kernel_config.py",)
+RECALL = ("tests/kernels/test_recall.py",)
+RECALL_TRITON = ("tests/kernels/test_recall_triton.py",)
+GUARD = ("tests/api/test_guard.py",)
+SELF_CHECK = ("tests/kernels/test_self_check.py",)
+KNOWN = ("tests/kernels/test_known_state.py",)
+CLUSTER_TRITON = ("tests/kernels/test_cluster_tokens_triton.py",)
+VOUCHING = ("tests/api/test_backend.py",)
+API = ("tests/api/test_clock.py", "tests/api/test_backend.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +378,7 @@ MUTANTS = (
         REWRITING,
         'self.config.estimate_by == "centroids"',
         'self.config.estimate_by == "queries"',
-        ("tests/test_estimate_by.py",),
+        ("tests/api/test_estimate_by.py",),
     ),
     Mutant(
         "farthest centroid instead of nearest",
@@ -850,70 +850,70 @@ MUTANTS = (
         "arguments = [getattr(given, field.name) for field in fields(SdpaArguments)]",
         "arguments = [None if field.name == 'attn_mask' else getattr(given, field.name)"
         " for field in fields(SdpaArguments)]",
-        ("tests/test_passes_hold_attention.py",),
+        ("tests/passes/test_hold_attention.py",),
     ),
     Mutant(
         "an input overwritten afterwards is updated in place",
         "passes/restore_mutation.py",
         "len(later) == 1 and _writes(later[0], base, _updated(node, position))",
         "len(later) >= 1",
-        ("tests/test_passes_restore_mutation.py",),
+        ("tests/passes/test_restore_mutation.py",),
     ),
     Mutant(
         "the first of two writes to a slice wins",
         "passes/join_slices.py",
         "found.setdefault(first, source)",
         "found[first] = source",
-        ("tests/test_passes_join_slices.py",),
+        ("tests/passes/test_join_slices.py",),
     ),
     Mutant(
         "part of a lane taken for the whole",
         "passes/join_slices.py",
         " or last < size or size % step",
         " or size % step",
-        ("tests/test_passes_join_slices.py",),
+        ("tests/passes/test_join_slices.py",),
     ),
     Mutant(
         "a damaged engine is taken",
-        "svg2_compile/engine_files.py",
+        "svg2_compile/tensorrt/engine_files.py",
         "elif hashlib.sha256(body).hexdigest().encode() != digest:",
         "elif False:",
-        ("tests/test_engine_files.py",),
+        ("tests/api/test_engine_files.py",),
     ),
     Mutant(
         "an engine of another graph is taken",
-        "svg2_compile/engine_files.py",
+        "svg2_compile/tensorrt/engine_files.py",
         'known["key"] == key and ',
         "",
-        ("tests/test_engine_files.py",),
+        ("tests/api/test_engine_files.py",),
     ),
     Mutant(
         "indices are left out of an engine's name",
-        "svg2_compile/tensorrt_engines.py",
+        "svg2_compile/tensorrt/engines.py",
         " or not constant.is_floating_point()",
         "",
         ENGINES,
     ),
     Mutant(
         "an engine with another layer's weights is taken as it is",
-        "svg2_compile/tensorrt_engines.py",
+        "svg2_compile/tensorrt/engines.py",
         "if found.weights == weights:",
         "if found.weights:",
         ENGINES,
     ),
     Mutant(
         "weights written in place go unnoticed",
-        "svg2_compile/tensorrt_lowering.py",
+        "svg2_compile/tensorrt/lowering.py",
         "(id(each), each.data_ptr(), _version(each))",
         "(id(each), each.data_ptr(), 0)",
-        ("tests/test_tensorrt_lowering.py",),
+        ("tests/api/test_tensorrt_lowering.py",),
     ),
     Mutant(
         "dense attention enters an engine",
-        "svg2_compile/tensorrt_lowering.py",
+        "svg2_compile/tensorrt/lowering.py",
         "    hold_attention(held)\n",
         "",
-        ("tests/test_tensorrt_lowering.py",),
+        ("tests/api/test_tensorrt_lowering.py",),
     ),
     Mutant("the given graph is changed", "passes/sparsify.py", "work = clone(gm)", "work = gm", REWRITE),
     Mutant(

@@ -1,0 +1,1 @@
+"""What sparsity costs in quality: generations beside dense ones, kept in a ledger, shown on a page."""

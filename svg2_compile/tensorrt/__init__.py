@@ -1,0 +1,1 @@
+"""``lowering="tensorrt"``: engines for everything between attentions."""

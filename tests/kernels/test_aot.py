@@ -1,0 +1,127 @@
+"""Every Triton kernel compiles for the GPUs we name, without one, and keeps its registers to itself."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "kernel_resources.py"
+# `SVG2_AOT=all` compiles every kernel for every architecture; by default one of each kind, for time.
+EVERYTHING = os.environ.get("SVG2_AOT") == "all"
+ATTENTION = "^attention_(bf16_(64|128)_context|fp16_128)$"
+
+
+def resources(path, *arguments):
+    """Return one record per kernel and architecture, compiled in a process without Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", str(SCRIPT), "--json", str(path), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(path.read_text())["kernels"]
+
+
+def assert_fits(kernels):
+    assert kernels
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= kernel["shared_limit_bytes"], kernel
+        assert not kernel["serialized"], kernel
+        assert kernel["overwritten_operands"] == 0, kernel
+
+
+def assert_spills_nothing(kernels):
+    assert [kernel for kernel in kernels if kernel["spilled_bytes"]] == []
+
+
+def test_attention_spills_nothing_on_ampere_and_hopper(tmp_path):
+    chosen = () if EVERYTHING else ("--match", ATTENTION)
+    kernels = resources(
+        tmp_path / "kernels.json", "--modules", "block_sparse_attention_triton", "--arch", "80", "90", *chosen
+    )
+    assert_fits(kernels)
+    assert_spills_nothing(kernels)
+
+
+def test_the_hopper_attention_computes_exponentials_while_tensor_cores_work(tmp_path):
+    chosen = () if EVERYTHING else ("--match", "^attention_bf16_(64|128_context_mask)$")
+    kernels = resources(tmp_path / "kernels.json", "--modules", "block_sparse_attention_gluon", "--arch", "90", *chosen)
+    assert_fits(kernels)
+    # The loop over full tiles, once for either group of warps; at head dimension 64 other groups' products overlap.
+    assert {kernel["kernel"]: kernel["overlapped_loops"] >= 2 for kernel in kernels} == {
+        kernel["kernel"]: "_128" in kernel["kernel"] for kernel in kernels
+    }
+    assert_spills_nothing(kernels)
+
+
+def test_the_hopper_assignment_spills_nothing(tmp_path):
+    chosen = () if EVERYTHING else ("--match", "^assign_bf16_(64|128)$")
+    kernels = resources(tmp_path / "kernels.json", "--modules", "assign_gluon", "--arch", "90", *chosen)
+    assert_fits(kernels)
+    assert_spills_nothing(kernels)
+
+
+@pytest.mark.parametrize("arch", ["90", "100", "120"])
+def test_the_attention_by_descriptors_spills_nothing_and_overlaps_its_exponentials(arch, tmp_path):
+    chosen = () if EVERYTHING else ("--match", "^attention_bf16_(64|128_context)$")
+    kernels = resources(
+        tmp_path / "kernels.json", "--modules", "block_sparse_attention_descriptor", "--arch", arch, *chosen
+    )
+    assert_fits(kernels)
+    assert_spills_nothing(kernels)
+    if arch == "90":
+        # The loop over whole tiles.
+        assert {kernel["overlapped_loops"] for kernel in kernels} == {1}
+
+
+def test_query_tiles_spill_nothing_on_ampere_and_hopper(tmp_path):
+    kernels = resources(tmp_path / "kernels.json", "--modules", "work_list_triton", "--arch", "80", "90")
+    assert_fits(kernels)
+    assert_spills_nothing(kernels)
+
+
+@pytest.mark.parametrize(
+    "module", ["block_masses", "centroids", "cluster_tokens", "kmeans", "permute", "select_blocks", "sort_labels"]
+)
+def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_path):
+    if not (SCRIPT.parents[2] / "kernels" / f"{module}_triton.py").exists():
+        pytest.skip(f"kernels/{module}_triton.py does not exist")
+    chosen = () if EVERYTHING else ("--match", "^(?!.*(fp32|fp16|256)).*$")
+    kernels = resources(tmp_path / "kernels.json", "--modules", f"{module}_triton", "--arch", "90", *chosen)
+    assert_fits(kernels)
+    assert_spills_nothing(kernels)
+
+
+def test_selection_among_up_to_256_clusters_spills_nothing_on_ampere(tmp_path):
+    kernels = resources(
+        tmp_path / "kernels.json", "--modules", "select_blocks_triton", "--arch", "86", "--match", "_c(32|200)$"
+    )
+    assert_fits(kernels)
+    assert_spills_nothing(kernels)
+
+
+def test_a_spill_is_what_is_loaded_again(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for folder in SCRIPT.parents[:2]:
+        monkeypatch.syspath_prepend(str(folder))
+    is_stack_read = importlib.import_module("kernel_resources").is_stack_read
+    # From functions around a shuffle, and before a call that takes an argument on the stack.
+    assert is_stack_read("STL [R1], R0 ;\nSHFL.UP PT, R48, R25, R48, R53 ;\nLDL.LU R0, [R1] ;")
+    assert not is_stack_read("STL.64 [R1], RZ ;\nLDC.64 R10, c[0x4][R0] ;\nCALL.ABS.NOINC R10 ;\nLDG.E R1, [R2] ;")
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="set SVG2_AOT=all to compile what autotuning would time")
+def test_no_candidate_of_the_autotuning_spills(tmp_path):
+    kernels = resources(tmp_path / "kernels.json", "--candidates", "--arch", "80", "86", "89", "90", "100", "120")
+    assert_fits(kernels)
+    assert_spills_nothing(kernels)
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="set SVG2_AOT=all to compile everything for every architecture")
+def test_everything_compiles_everywhere_and_spills_nothing(tmp_path):
+    kernels = resources(tmp_path / "kernels.json", "--arch", "80", "86", "89", "90", "100", "120")
+    assert_fits(kernels)
+    assert_spills_nothing(kernels)

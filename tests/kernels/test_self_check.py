@@ -1,0 +1,339 @@
+"""The self-check passes what is right, finds what is wrong, and a wrong kernel is replaced by the next one, loudly."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+from functools import partial
+
+import pytest
+import torch
+from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs_kernels, starts_the_interpreter
+
+import svg2_compile
+from svg2_compile import doctor, region
+from svg2_compile.doctor import Workload, diagnose
+from svg2_compile.kernels import launch, self_check
+from svg2_compile.kernels.launch import GLUON_ASSIGNMENT, choose_attention, why_not_triton
+from svg2_compile.kernels.self_check import CHECKS, Kind, check_kernels, kernel_of, why_wrong
+
+svg2 = torch.ops.svg2
+GPU = torch.device("cuda", 0)
+CPU_KIND = Kind(torch.device("cpu"), torch.float32, 16, q_clusters=3, k_clusters=7)
+ON_GPU = Kind(GPU, torch.bfloat16, 128, q_clusters=100, k_clusters=500)
+every_op = pytest.mark.parametrize("op", CHECKS)
+
+
+@starts_the_interpreter
+def test_the_kernels_pass_under_the_interpreter():
+    assert_passes_under_the_interpreter(__file__)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": torch.bfloat16, "has_context": True, "has_context_mask": True},
+        {"dtype": torch.float16, "dim": 64, "has_context": True},
+        {"q_clusters": 1, "k_clusters": 1},
+        {"given_masses": True},
+        {"dim": 128, "q_clusters": 60, "k_clusters": 300, "dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+@every_op
+def test_what_is_right_passes(op, changes):
+    assert why_wrong(op, dataclasses.replace(CPU_KIND, **changes)) is None
+
+
+def with_result(position, change):
+    """Return a plan for a wrong op: one of its results is changed in place."""
+
+    def plant(op):
+        def wrong(*arguments):
+            results = getattr(svg2, op)(*arguments)
+            change(results if isinstance(results, torch.Tensor) else results[position])
+            return results
+
+        return wrong
+
+    return plant
+
+
+def with_state(position, change):
+    """Return a plan for a wrong op: one of its arguments is changed in place afterwards."""
+
+    def plant(op):
+        def wrong(*arguments):
+            results = getattr(svg2, op)(*arguments)
+            change(arguments[position])
+            return results
+
+        return wrong
+
+    return plant
+
+
+def with_argument(position, value):
+    """Return a plan for a wrong op: one of its arguments is another one."""
+
+    def plant(op):
+        return lambda *arguments: getattr(svg2, op)(*arguments[:position], value(arguments), *arguments[position + 1 :])
+
+    return plant
+
+
+def set_at(index, value):
+    return lambda x: x.__setitem__(index, value)
+
+
+LAST = (0, 1, -1)
+WRONG = [
+    ("kmeans_", with_result(0, set_at(LAST, 0))),
+    ("kmeans_", with_result(0, set_at(LAST, 99))),
+    ("kmeans_", with_state(1, lambda centroids: centroids[0, 1, 2].mul_(1.01))),
+    ("kmeans_", with_state(1, set_at(LAST, math.nan))),
+    ("cluster_tokens_", with_result(0, lambda order: order.copy_(order.flip(-1)))),
+    ("cluster_tokens_", with_result(1, lambda sizes: sizes.copy_(sizes.flip(-1) + 1))),
+    ("cluster_tokens_", with_result(3, set_at(LAST, 0))),
+    ("cluster_tokens_", with_result(4, lambda values: values.copy_(values.roll(1, 2)))),
+    ("cluster_tokens_", with_state(4, lambda centroids: centroids.mul_(1.01))),
+    ("sort_labels", with_result(0, set_at(LAST, 0))),
+    ("sort_labels", with_result(1, set_at(LAST, 0))),
+    ("permute_tokens", with_result(0, lambda x: x.copy_(x.roll(1, 2)))),
+    ("select_blocks", with_argument(5, lambda arguments: 0.6)),
+    ("select_blocks", with_argument(4, lambda arguments: 2 * arguments[4])),
+    ("select_blocks", with_state(7, lambda statistics: statistics.mul_(1.05))),
+    ("block_masses", with_argument(5, lambda arguments: 1.1 * arguments[5])),
+    ("block_masses", with_argument(1, lambda arguments: arguments[1].roll(1, 2))),
+    ("block_masses", with_argument(4, lambda arguments: torch.ones_like(arguments[4]))),
+    ("block_masses", with_result(0, set_at(LAST, math.nan))),
+    ("block_sparse_attention", with_argument(10, lambda arguments: 1.1 * arguments[10])),
+    ("block_sparse_attention", with_argument(5, lambda arguments: (arguments[5] - 1).clamp(min=0))),
+    ("block_sparse_attention", with_argument(2, lambda arguments: arguments[2].roll(1, 2))),
+    ("block_sparse_attention", with_result(0, set_at(LAST, math.nan))),
+    ("block_sparse_attention", with_result(1, lambda lse: lse.add_(0.1))),
+    ("measure_recall_", with_argument(12, lambda arguments: 1.1 * arguments[12])),
+    ("measure_recall_", with_argument(6, lambda arguments: (arguments[6] - 1).clamp(min=0))),
+    ("measure_recall_", with_state(10, lambda recall: recall.mul_(0.99))),
+]
+
+
+def test_a_wrong_selection_of_given_masses_is_found():
+    plant = with_argument(8, lambda arguments: None if arguments[8] is None else arguments[8].flip(-1))
+    assert why_wrong("select_blocks", dataclasses.replace(CPU_KIND, given_masses=True), plant("select_blocks"))
+
+
+@pytest.mark.parametrize(("op", "plant"), WRONG, ids=[f"{op}{i}" for i, (op, _) in enumerate(WRONG)])
+def test_what_is_wrong_is_found(op, plant):
+    assert why_wrong(op, CPU_KIND, plant(op)) is not None
+
+
+def test_a_wrong_restoration_is_found(monkeypatch):
+    monkeypatch.setattr(svg2, "unpermute_tokens", lambda x, order: x)
+    assert why_wrong("permute_tokens", CPU_KIND) == "tokens are restored wrongly"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_attention_in_16_bits_that_misses_one_cluster_is_found(dtype):
+    def misses_one(*arguments):
+        runs = arguments[4].clone()
+        runs[:, :, 0, 0, 1] = runs[:, :, 0, 0, 0]
+        return svg2.block_sparse_attention(*arguments[:4], runs, *arguments[5:])
+
+    kind = dataclasses.replace(CPU_KIND, dtype=dtype, dim=64, k_clusters=30, has_context=True)
+    assert why_wrong("block_sparse_attention", kind, misses_one).startswith("off by ")
+
+
+def test_a_kernel_that_fails_is_wrong_and_memory_that_is_out_is_not():
+    def fails(*arguments):
+        raise ValueError("no such instruction")
+
+    def has_no_memory(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    assert why_wrong("sort_labels", CPU_KIND, fails) == "ValueError: no such instruction"
+    with pytest.raises(torch.OutOfMemoryError):
+        why_wrong("sort_labels", CPU_KIND, has_no_memory)
+
+
+@runs_kernels
+@every_op
+def test_the_kernels_are_right(op):
+    from svg2_compile.kernels import (
+        block_masses_triton,
+        block_sparse_attention_triton,
+        cluster_tokens_triton,
+        kmeans_triton,
+        permute_triton,
+        recall,
+        recall_triton,
+        select_blocks_triton,
+        sort_labels_triton,
+    )
+
+    launchers = {
+        "cluster_tokens_": cluster_tokens_triton.cluster_tokens_triton,
+        "kmeans_": kmeans_triton.kmeans_triton,
+        "sort_labels": sort_labels_triton.sort_labels_triton,
+        "permute_tokens": permute_triton.permute_tokens_triton,
+        "block_masses": block_masses_triton.block_masses_triton,
+        "select_blocks": select_blocks_triton.select_blocks_triton,
+        "block_sparse_attention": block_sparse_attention_triton.block_sparse_attention_triton,
+        "measure_recall_": partial(recall.measure_recall_reference, key_masses=recall_triton.key_masses_triton),
+    }
+    kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, has_context=True)
+    assert why_wrong(op, kind, launchers[op]) is None
+    assert why_wrong(op, dataclasses.replace(kind, given_masses=True), launchers[op]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_nothing_is_wrong_on_this_gpu(dtype, dim, monkeypatch):
+    monkeypatch.setattr(launch, "wrong_kernels", {})
+    monkeypatch.setattr(self_check, "_checked", set())
+    kind = Kind(GPU, dtype, dim, q_clusters=100, k_clusters=500, has_context=True, has_context_mask=True)
+    check_kernels(list(CHECKS), kind)
+    check_kernels(["select_blocks"], dataclasses.replace(kind, given_masses=True))
+    assert launch.wrong_kernels == {}
+    assert {key[0] for key in self_check._checked} == set(CHECKS)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU of compute capability 9.0, as far as Python can tell, on which nothing was checked."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launch, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(launch, "_why_no_module", lambda name: None)
+    monkeypatch.setattr(launch, "wrong_kernels", {})
+    monkeypatch.setattr(self_check, "_checked", set())
+    monkeypatch.setattr(doctor, "_driver", lambda: "1.2")
+    return monkeypatch
+
+
+@pytest.fixture
+def broken(hopper):
+    """Return a set: the names of the kernels that give wrong results; and what was checked, in order."""
+    names, checked = set(), []
+
+    def why_wrong(op, kind):
+        checked.append(kernel_of(op, kind))
+        return "off by 1" if checked[-1] in names else None
+
+    hopper.setattr(self_check, "why_wrong", why_wrong)
+    return names, checked
+
+
+ATTENTION = ["block_sparse_attention"]
+WAN = {"dim": 128, "clusters": 500, "keys": 75_600, "rows": 40 * 75_600}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "runs"),
+    [
+        ((), "gluon"),
+        (("gluon",), "pointer"),
+        (("gluon", "pointer"), "descriptor"),
+        (("gluon", "pointer", "descriptor"), "reference"),
+        (("pointer",), "gluon"),
+    ],
+    ids=str,
+)
+def test_a_wrong_attention_is_replaced_by_the_next_one(broken, wrong, runs, caplog):
+    names, checked = broken
+    names.update(wrong)
+    with caplog.at_level(logging.WARNING):
+        check_kernels(ATTENTION, ON_GPU)
+    choice = choose_attention(GPU, torch.bfloat16, **WAN)
+    assert choice.implementation == runs
+    assert all(choice.why_not[each] == "its self-check failed: off by 1" for each in checked if each in wrong)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * len(set(wrong) & set(checked))
+    assert all("is wrong on cuda:0 with torch.bfloat16" in record.message for record in caplog.records)
+
+
+def test_a_named_attention_that_is_wrong_is_an_error_with_the_way_out(broken):
+    broken[0].add("gluon")
+    with pytest.raises(ValueError, match=r"gluon attention cannot run: its self-check failed: off by 1; .*'auto'"):
+        check_kernels(ATTENTION, dataclasses.replace(ON_GPU, attention="gluon"))
+
+
+def test_a_wrong_assignment_is_replaced_before_its_op_is_suspected(broken):
+    names, checked = broken
+    names.add(GLUON_ASSIGNMENT)
+    check_kernels(["cluster_tokens_"], ON_GPU)
+    assert checked == [GLUON_ASSIGNMENT, "cluster_tokens_"]
+    assert why_not_triton("cluster_tokens_", GPU, torch.bfloat16, dim=128, clusters=500) is None
+
+
+@every_op
+def test_any_op_can_be_replaced_by_plain_pytorch_and_the_doctor_says_so(broken, op):
+    broken[0].update([op, GLUON_ASSIGNMENT, *launch.ATTENTIONS])
+    doctor.check(Workload(GPU))
+    (choice,) = (each for each in diagnose(Workload(GPU)).choices if each.op == op)
+    assert choice.implementation == "reference"
+    assert set(choice.why_not.values()) == {"its self-check failed: off by 1"}
+
+
+def test_each_kernel_is_checked_once_per_device_dtype_and_head_dimension(broken):
+    _, checked = broken
+    for kind in (ON_GPU, dataclasses.replace(ON_GPU, k_clusters=300), ON_GPU):
+        check_kernels(["sort_labels", *ATTENTION], kind)
+    assert checked == ["sort_labels", "gluon"]
+    check_kernels(ATTENTION, dataclasses.replace(ON_GPU, dim=80))
+    check_kernels(ATTENTION, dataclasses.replace(ON_GPU, device=torch.device("cuda", 1)))
+    assert checked == ["sort_labels", "gluon", "pointer", "gluon"]
+
+
+def test_a_kernel_wrong_in_one_dtype_or_on_one_gpu_runs_elsewhere(broken):
+    broken[0].add("gluon")
+    check_kernels(ATTENTION, ON_GPU)
+    assert choose_attention(torch.device("cuda", 1), torch.bfloat16, **WAN).implementation == "gluon"
+    assert choose_attention(GPU, torch.float16, **WAN).implementation == "gluon"
+
+
+def test_nothing_is_checked_while_a_graph_is_captured_or_without_a_gpu(broken, hopper):
+    hopper.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    check_kernels(list(CHECKS), ON_GPU)
+    check_kernels(list(CHECKS), CPU_KIND)
+    assert broken[1] == []
+
+
+class Model(torch.nn.Module):
+    def forward(self, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("self_check_option", [True, False])
+def test_the_first_sparse_call_is_preceded_by_the_check_unless_it_is_opted_out_of(monkeypatch, self_check_option):
+    asked = []
+    monkeypatch.setattr(region, "check_kernels", lambda ops, kind: asked.append((ops, kind)))
+    options = {"min_tokens": 64, "dense_layers": 0, "dense_steps": 1, "lowering": "eager"}
+    torch._dynamo.reset()
+    svg2_compile.reset()
+    model = torch.compile(Model(), backend="svg2", options=options | {"self_check": self_check_option}, fullgraph=True)
+    q = torch.randn(1, 2, 96, 16)
+    seen = []
+    with torch.no_grad():
+        for step in range(3):
+            with svg2_compile.denoise_step(step, 3):
+                model(q, q, q)
+            seen.append(len(asked))
+    assert seen == ([0, 1, 1] if self_check_option else [0, 0, 0])
+    for ops, kind in asked:
+        assert {"cluster_tokens_", "select_blocks", "block_sparse_attention"} <= ops
+        assert (kind.dim, kind.dtype, kind.q_clusters, kind.has_context) == (16, torch.float32, 16, False)
+
+
+def test_the_report_shows_wrong_kernels(hopper):
+    launch.report_wrong_kernel("gluon", GPU, torch.bfloat16, "off by 1")
+    from svg2_compile import reporting
+
+    hopper.setattr(reporting, "wrong_kernels", launch.wrong_kernels)
+    report = svg2_compile.report(torch.nn.Linear(1, 1))
+    assert report.wrong_kernels == ("gluon on cuda:0, torch.bfloat16: off by 1",)
+    assert "WRONG KERNEL, not used: gluon on cuda:0, torch.bfloat16: off by 1" in str(report)
