@@ -12,7 +12,7 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.launch import why_not_triton
+from svg2_compile.kernels.why_not import why_not_triton
 
 # What one step of the reference may hold at a time.
 MAX_SCORES = 2**24

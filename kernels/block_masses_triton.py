@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.attention_steps import (
     LOG2_E,
     load_rows,
@@ -21,7 +22,7 @@ from svg2_compile.kernels.attention_steps import (
     scores_of,
     softmax,
 )
-from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
+from svg2_compile.kernels.launch import cdiv, padded_power_of_two
 from svg2_compile.kernels.select_blocks_triton import sum_of
 from svg2_compile.kernels.work_list_triton import query_tiles_triton
 

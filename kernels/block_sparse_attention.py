@@ -15,7 +15,6 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.launch import ATTENTIONS, choose_attention
 from svg2_compile.kernels.launch_attention import launch_attention
 from svg2_compile.kernels.masked_attention import masked_attention
 from svg2_compile.kernels.permute import (
@@ -24,6 +23,7 @@ from svg2_compile.kernels.permute import (
     permute_tokens_reference,
     unpermute_tokens_reference,
 )
+from svg2_compile.kernels.why_not import ATTENTIONS, choose_attention
 from svg2_compile.kernels.work_list import COUNTS, kept_keys
 
 # Fewer rows than this are not worth sharing between threads. Left alone, the flash attention deals blocks of 32 rows.

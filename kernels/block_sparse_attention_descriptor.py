@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.attention_steps import (
     LOG2_E,
     accumulate,
@@ -34,8 +35,9 @@ from svg2_compile.kernels.attention_steps import (
     spread,
     store_results,
 )
-from svg2_compile.kernels.launch import AotVariant, capability_of, padded_power_of_two
+from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
+from svg2_compile.kernels.why_not import capability_of
 from svg2_compile.kernels.work_list import COUNTS, PIECES
 from svg2_compile.kernels.work_list_triton import query_tiles_triton
 

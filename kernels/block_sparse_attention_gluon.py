@@ -33,9 +33,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.attention_steps import LOG2_E, empty_results, rows_of_unit_stride
 from svg2_compile.kernels.gluon_names import element_type, load_box, shared_layout, thread_barrier
-from svg2_compile.kernels.launch import AotVariant
 from svg2_compile.kernels.tuning import GLUON, GLUON_ROWS
 from svg2_compile.kernels.tuning import PIECE as PIECE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES

@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from svg2_compile.kernels.launch import GLUON_DIMS, GLUON_DTYPES, AotVariant, padded_power_of_two
+from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.sort_labels_triton import SIZES, locate, row_start, tiles_to_do
+from svg2_compile.kernels.why_not import GLUON_DIMS, GLUON_DTYPES
 
 SUM_N = 256  # sorted tokens added up by one program at a time
 SLOT_ELEMENTS = 2048  # of the partial sums, added up by one program at a time

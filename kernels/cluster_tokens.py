@@ -7,9 +7,9 @@ from torch import Tensor
 
 from svg2_compile.kernels.checks import check_dtype, check_rank, check_shape, check_value
 from svg2_compile.kernels.kmeans import check_clustering, kmeans_cpu, kmeans_reference
-from svg2_compile.kernels.launch import why_not_triton
 from svg2_compile.kernels.permute import permute_tokens_cpu, permute_tokens_reference
 from svg2_compile.kernels.sort_labels import sort_labels_reference
+from svg2_compile.kernels.why_not import why_not_triton
 
 Clustered = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

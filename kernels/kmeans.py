@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.checks import FLOATING, accumulation_dtype, check_dtype, check_rank, check_shape, check_value
-from svg2_compile.kernels.launch import why_not_triton
+from svg2_compile.kernels.why_not import why_not_triton
 
 # Scores in flight at a time, so that a long sequence never holds its whole N x C matrix.
 MAX_TILE_SCORES = 2**24

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.centroids_triton import (
     GLUON_ASSIGN_C,
     MEAN_WARPS,
@@ -39,16 +40,7 @@ from svg2_compile.kernels.centroids_triton import (
     token_variant,
 )
 from svg2_compile.kernels.known_state import is_known_as_clustered
-from svg2_compile.kernels.launch import (
-    AotVariant,
-    RepeatableLaunch,
-    capability_of,
-    cdiv,
-    padded_power_of_two,
-    persistent_grid,
-    why_not_boxes,
-    why_not_gluon_assign,
-)
+from svg2_compile.kernels.launch import RepeatableLaunch, cdiv, padded_power_of_two, persistent_grid
 from svg2_compile.kernels.sort_labels_triton import (
     COUNT_N,
     SIZES,
@@ -61,6 +53,7 @@ from svg2_compile.kernels.sort_labels_triton import (
     row_start,
     tiles_to_do,
 )
+from svg2_compile.kernels.why_not import capability_of, why_not_boxes, why_not_gluon_assign
 
 SUM_BYTES = 8192  # of x, read together by one program
 SUM_WARPS = 4

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from svg2_compile.kernels.autotune import TuningKey, fastest
 from svg2_compile.kernels.checks import check_value
-from svg2_compile.kernels.launch import capability_of, padded_power_of_two
+from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.tuning import attention_candidates, chosen_tiles
+from svg2_compile.kernels.why_not import capability_of
 
 Launcher = Callable[..., tuple[Tensor, Tensor]]
 LAUNCHERS = {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.checks import check_dtype, check_rank, check_shape
-from svg2_compile.kernels.launch import why_not_triton
+from svg2_compile.kernels.why_not import why_not_triton
 
 torch.library.define("svg2::permute_tokens", "(Tensor x, Tensor order) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 torch.library.define("svg2::unpermute_tokens", "(Tensor x, Tensor order) -> Tensor", tags=torch.Tag.pt2_compliant_tag)

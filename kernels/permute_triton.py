@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
+from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.launch import cdiv, padded_power_of_two
 from svg2_compile.kernels.permute import empty_token_major
 
 TILE_BYTES = 16384  # of x, copied by one program

@@ -15,7 +15,7 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.launch import why_not_triton
+from svg2_compile.kernels.why_not import why_not_triton
 from svg2_compile.kernels.work_list import COUNTS, kept_keys
 
 RECALL = ("calls", "recall_sum")

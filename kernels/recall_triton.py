@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
+from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.launch import cdiv, padded_power_of_two
 
 LOG2_E = math.log2(math.e)
 KEYS_PER_PROGRAM = 4096

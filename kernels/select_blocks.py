@@ -14,7 +14,7 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.launch import why_not_triton
+from svg2_compile.kernels.why_not import why_not_triton
 from svg2_compile.kernels.work_list import COUNTS, PIECES, kept_runs_reference, max_runs
 
 # The last axis of ``statistics``, per query cluster and summed over calls: 1; its part of the head's density, which is

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.launch import AotVariant, cdiv, padded_power_of_two
+from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.launch import cdiv, padded_power_of_two
 from svg2_compile.kernels.select_blocks import LEAST_MASS, TILE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES, max_runs
 

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from svg2_compile.kernels.block_masses import block_masses_reference
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
-from svg2_compile.kernels.launch import (
+from svg2_compile.kernels.permute import permute_tokens_reference, unpermute_tokens_reference
+from svg2_compile.kernels.recall import RECALL, measure_recall_reference
+from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
+from svg2_compile.kernels.sort_labels import sort_labels_reference
+from svg2_compile.kernels.why_not import (
     GLUON_ASSIGNMENT,
     choose_attention,
     report_wrong_kernel,
     why_not_gluon_assign,
     why_not_triton,
 )
-from svg2_compile.kernels.permute import permute_tokens_reference, unpermute_tokens_reference
-from svg2_compile.kernels.recall import RECALL, measure_recall_reference
-from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
-from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 
 log = logging.getLogger(__name__)

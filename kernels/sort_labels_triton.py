@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.launch import AotVariant, RepeatableLaunch, cdiv, padded_power_of_two, persistent_grid
+from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.launch import RepeatableLaunch, cdiv, padded_power_of_two, persistent_grid
 
 COUNT_N = 512  # tokens counted together; the table of counts takes 4 * C / 512 bytes a token
 PLACE_N = 32  # tokens placed at a time, one by each thread

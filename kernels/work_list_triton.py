@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svg2_compile.kernels.launch import AotVariant, padded_power_of_two
+from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.work_list import max_tiles
 
 NUM_WARPS = 4

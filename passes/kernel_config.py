@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from svg2_compile.kernels.launch import ATTENTIONS
+from svg2_compile.kernels.why_not import ATTENTIONS
 from svg2_compile.kernels.work_list import PIECES
 from svg2_compile.passes.config import check_choice, check_integer
 from svg2_compile.passes.errors import ConfigError

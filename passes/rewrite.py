@@ -33,8 +33,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from svg2_compile.kernels import ops as _registers_the_ops  # noqa: F401
-from svg2_compile.kernels.launch import capability_of, padded_power_of_two
+from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.tuning import attention_tiles
+from svg2_compile.kernels.why_not import capability_of
 from svg2_compile.passes.attach_state import StateNodes
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.kernel_config import TILES, KernelConfig

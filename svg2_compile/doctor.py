@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from svg2_compile.environment import describe_environment
-from svg2_compile.kernels.launch import (
+from svg2_compile.kernels.self_check import Kind, check_kernels
+from svg2_compile.kernels.why_not import (
     MIN_CAPABILITY,
     TRITON_LIMITS,
     choose_attention,
     why_not_gluon_assign,
     why_not_triton,
 )
-from svg2_compile.kernels.self_check import Kind, check_kernels
 
 # The same on any device: text rows, and what is kept out of TensorRT engines, attend densely, with PyTorch's fused
 # attention; the guard is plain PyTorch.

@@ -10,9 +10,9 @@ import torch
 from torch.fx import GraphModule
 
 from svg2_compile.frames import what_is_compiled
-from svg2_compile.kernels.launch import wrong_kernels
 from svg2_compile.kernels.recall import RECALL
 from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.why_not import wrong_kernels
 from svg2_compile.obstacles import obstacles
 from svg2_compile.options import current_defaults
 from svg2_compile.passes.records import AttentionSite, Rejection

@@ -41,15 +41,10 @@ from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.known_state import known_as_clustered
-from svg2_compile.kernels.launch import (
-    ATTENTIONS,
-    capability_of,
-    padded_power_of_two,
-    why_not_attention,
-    why_not_triton,
-)
+from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.kernels.tuning import GLUON, GLUON_ROWS, AttentionTiles, attention_tiles
+from svg2_compile.kernels.why_not import ATTENTIONS, capability_of, why_not_attention, why_not_triton
 from svg2_compile.kernels.work_list import COUNTS, MAX_KEYS, kept_runs_reference, max_runs, max_tiles
 
 ROOT = Path(__file__).resolve().parents[2]

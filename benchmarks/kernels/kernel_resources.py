@@ -1,7 +1,7 @@
 """Compile every Triton kernel ahead of time, without a GPU, and report what it takes of one.
 
-``python -P benchmarks/kernels/kernel_resources.py --arch 80 90`` prints a table; ``--json PATH`` also writes it as JSON,
-and ``--write PATH`` replaces the table between the markers of a Markdown file. Needs triton alone, no device.
+``python -P benchmarks/kernels/kernel_resources.py --arch 80 90`` prints a table; ``--json PATH`` also writes it as
+JSON, and ``--write PATH`` replaces the table between the markers of a Markdown file. Needs triton alone, no device.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 import svg2_compile.kernels
-from svg2_compile.kernels.launch import AotVariant
+from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.tuning import AttentionTiles, attention_candidates
 
 MAX_CANDIDATES = 4

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import kmeans_triton
 from svg2_compile.kernels.centroids_triton import AssignTile
-from svg2_compile.kernels.launch import why_not_gluon_assign
+from svg2_compile.kernels.why_not import why_not_gluon_assign
 
 HEADS, TOKENS, DIM = 40, 75_600, 128
 CLUSTERS = (100, 500, 1000)

@@ -18,8 +18,9 @@ sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 from dense_baselines import attempt
 from random_blocks import lognormal_sizes, random_blocks
 
-from svg2_compile.kernels.launch import capability_of, padded_power_of_two
+from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
+from svg2_compile.kernels.why_not import capability_of
 from svg2_compile.kernels.work_list import kept_runs_reference
 
 HEADS, TOKENS, Q_CLUSTERS, K_CLUSTERS, DENSITY = 4, 32_760, 55, 218, 0.3

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from svg2_compile import doctor
 from svg2_compile.cli import app
 from svg2_compile.doctor import Workload, diagnose
-from svg2_compile.kernels import launch, ops
+from svg2_compile.kernels import ops, why_not
 
 GPU = torch.device("cuda", 0)
 
@@ -21,8 +21,8 @@ def hopper(monkeypatch):
     """A GPU of compute capability 9.0, as far as Python can tell."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
-    monkeypatch.setattr(launch, "_triton_is_installed", lambda: True)
-    monkeypatch.setattr(launch, "_why_no_module", lambda name: None)
+    monkeypatch.setattr(why_not, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(why_not, "_why_no_module", lambda name: None)
     monkeypatch.setattr(doctor, "_driver", lambda: "1.2")
 
 
@@ -42,7 +42,7 @@ def test_nothing_is_triton_on_a_cpu():
     found = choices(device=torch.device("cpu"))
     assert {choice.implementation for choice in found.values()} == {"cpu", "sdpa", "pytorch"}
     assert found["kmeans_"].why_not == {"triton": "no kernel for the cpu"}
-    assert found["block_sparse_attention"].why_not == dict.fromkeys(launch.ATTENTIONS, "no kernel for the cpu")
+    assert found["block_sparse_attention"].why_not == dict.fromkeys(why_not.ATTENTIONS, "no kernel for the cpu")
     assert found["context_attention"].why_not == {}
 
 
@@ -133,10 +133,10 @@ def test_every_generation_has_its_fastest_attention(hopper, capability, runs, mo
 
 def test_a_module_that_does_not_go_with_this_triton_is_passed_over(hopper, monkeypatch):
     reason = "it does not go with this Triton"
-    monkeypatch.setattr(launch, "_why_no_module", lambda name: reason if name.endswith("_gluon") else None)
+    monkeypatch.setattr(why_not, "_why_no_module", lambda name: reason if name.endswith("_gluon") else None)
     choice = choices()["block_sparse_attention"]
     assert (choice.implementation, choice.why_not) == ("pointer", {"gluon": reason})
-    monkeypatch.setattr(launch, "_why_no_module", lambda name: reason)
+    monkeypatch.setattr(why_not, "_why_no_module", lambda name: reason)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     choice = choices()["block_sparse_attention"]
     assert choice.implementation == "pointer"
@@ -146,8 +146,8 @@ def test_a_module_that_does_not_go_with_this_triton_is_passed_over(hopper, monke
 def test_an_old_gpu_and_a_missing_triton_are_named(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0" in choices()["sort_labels"].why_not["triton"]
-    assert set(choices()["block_sparse_attention"].why_not) == set(launch.ATTENTIONS)
-    monkeypatch.setattr(launch, "_triton_is_installed", lambda: False)
+    assert set(choices()["block_sparse_attention"].why_not) == set(why_not.ATTENTIONS)
+    monkeypatch.setattr(why_not, "_triton_is_installed", lambda: False)
     assert choices()["sort_labels"].why_not == {"triton": "triton is not installed"}
 
 
@@ -162,7 +162,7 @@ def test_dispatch_asks_the_same_predicate(monkeypatch):
 
     for module in (cluster_tokens, kmeans, permute, select_blocks, sort_labels):
         assert module.why_not_triton is doctor.why_not_triton
-    assert doctor.choose_attention is launch.choose_attention is block_sparse_attention.choose_attention
+    assert doctor.choose_attention is why_not.choose_attention is block_sparse_attention.choose_attention
 
 
 def test_the_command_prints_ops_versions_and_warnings():

@@ -4,7 +4,7 @@ import pytest
 import test_kmeans_triton as kmeans_tests
 import torch
 
-from svg2_compile.kernels.launch import why_not_boxes, why_not_gluon_assign
+from svg2_compile.kernels.why_not import why_not_boxes, why_not_gluon_assign
 
 TOKENS = torch.zeros(1, 5, 2, 64, dtype=torch.bfloat16).transpose(1, 2)
 CUDA = torch.device("cuda")

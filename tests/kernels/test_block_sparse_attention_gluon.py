@@ -6,7 +6,7 @@ import pytest
 import test_block_sparse_attention as op_tests
 import torch
 
-from svg2_compile.kernels.launch import GLUON_DIMS, GLUON_DTYPES, why_not_gluon
+from svg2_compile.kernels.why_not import GLUON_DIMS, GLUON_DTYPES, why_not_gluon
 
 REASON = why_not_gluon(torch.device("cuda"), torch.bfloat16, dim=128, rows=1) if torch.cuda.is_available() else "no GPU"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"not run by Gluon: {REASON}")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svg2_compile.kernels import launch
-from svg2_compile.kernels.launch import ATTENTIONS, AttentionChoice, capability_of, choose_attention, why_not_attention
+from svg2_compile.kernels import why_not
+from svg2_compile.kernels.why_not import ATTENTIONS, AttentionChoice, capability_of, choose_attention, why_not_attention
 
 GPU = torch.device("cuda", 0)
 WAN = {"dim": 128, "clusters": 500, "keys": 75_600, "rows": 40 * 75_600}
@@ -19,14 +19,14 @@ def gpu(monkeypatch):
     def set_capability(*capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    monkeypatch.setattr(launch, "_triton_is_installed", lambda: True)
-    monkeypatch.setattr(launch, "_why_no_module", lambda name: None)
+    monkeypatch.setattr(why_not, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(why_not, "_why_no_module", lambda name: None)
     set_capability(9, 0)
     return set_capability
 
 
 def why_not_descriptor(dtype=torch.bfloat16, **changes):
-    return launch.why_not_descriptor(GPU, dtype, **({"dim": 128, "rows": 1} | changes))
+    return why_not.why_not_descriptor(GPU, dtype, **({"dim": 128, "rows": 1} | changes))
 
 
 @pytest.mark.parametrize("dim", [8, 16, 40, 64, 80, 128])
@@ -62,17 +62,17 @@ def test_descriptors_need_hopper_or_newer(capability, fits, gpu):
 
 def test_descriptors_need_a_gpu_and_their_module(gpu, monkeypatch):
     cpu = torch.device("cpu")
-    assert launch.why_not_descriptor(cpu, torch.float16, dim=64, rows=1) == "no kernel for the cpu"
-    monkeypatch.setattr(launch, "_why_no_module", lambda name: name)
+    assert why_not.why_not_descriptor(cpu, torch.float16, dim=64, rows=1) == "no kernel for the cpu"
+    monkeypatch.setattr(why_not, "_why_no_module", lambda name: name)
     assert why_not_descriptor() == "svg2_compile.kernels.block_sparse_attention_descriptor"
-    name = launch.why_not_gluon(GPU, torch.float16, dim=64, rows=1)
+    name = why_not.why_not_gluon(GPU, torch.float16, dim=64, rows=1)
     assert name == "svg2_compile.kernels.block_sparse_attention_gluon"
 
 
 def test_a_module_that_cannot_be_imported_is_a_reason():
-    reason = launch._why_no_module("svg2_compile.kernels.no_such_module")
+    reason = why_not._why_no_module("svg2_compile.kernels.no_such_module")
     assert reason.startswith("it does not go with this Triton: No module named")
-    assert launch._why_no_module("svg2_compile.kernels.tiles") is None
+    assert why_not._why_no_module("svg2_compile.kernels.tiles") is None
 
 
 def test_the_first_that_can_run_is_chosen_and_the_ones_before_it_have_reasons(gpu):

@@ -8,9 +8,9 @@ import torch
 from svg2_compile.kernels import autotune
 from svg2_compile.kernels import launch_attention as module
 from svg2_compile.kernels.autotune import TuningKey
-from svg2_compile.kernels.launch import ATTENTIONS
 from svg2_compile.kernels.launch_attention import CONTEXT_K, LAUNCHERS, launch_attention
 from svg2_compile.kernels.tiles import AttentionTiles
+from svg2_compile.kernels.why_not import ATTENTIONS
 
 A, B = AttentionTiles(64, 32, 16, 4, 3), AttentionTiles(128, 64, 16, 8, 2)
 

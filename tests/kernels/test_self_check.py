@@ -13,9 +13,9 @@ from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs
 import svg2_compile
 from svg2_compile import doctor, region
 from svg2_compile.doctor import Workload, diagnose
-from svg2_compile.kernels import launch, self_check
-from svg2_compile.kernels.launch import GLUON_ASSIGNMENT, choose_attention, why_not_triton
+from svg2_compile.kernels import self_check, why_not
 from svg2_compile.kernels.self_check import CHECKS, Kind, check_kernels, kernel_of, why_wrong
+from svg2_compile.kernels.why_not import GLUON_ASSIGNMENT, choose_attention, why_not_triton
 
 svg2 = torch.ops.svg2
 GPU = torch.device("cuda", 0)
@@ -192,12 +192,12 @@ def test_the_kernels_are_right(op):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_nothing_is_wrong_on_this_gpu(dtype, dim, monkeypatch):
-    monkeypatch.setattr(launch, "wrong_kernels", {})
+    monkeypatch.setattr(why_not, "wrong_kernels", {})
     monkeypatch.setattr(self_check, "_checked", set())
     kind = Kind(GPU, dtype, dim, q_clusters=100, k_clusters=500, has_context=True, has_context_mask=True)
     check_kernels(list(CHECKS), kind)
     check_kernels(["select_blocks"], dataclasses.replace(kind, given_masses=True))
-    assert launch.wrong_kernels == {}
+    assert why_not.wrong_kernels == {}
     assert {key[0] for key in self_check._checked} == set(CHECKS)
 
 
@@ -208,9 +208,9 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(launch, "_triton_is_installed", lambda: True)
-    monkeypatch.setattr(launch, "_why_no_module", lambda name: None)
-    monkeypatch.setattr(launch, "wrong_kernels", {})
+    monkeypatch.setattr(why_not, "_triton_is_installed", lambda: True)
+    monkeypatch.setattr(why_not, "_why_no_module", lambda name: None)
+    monkeypatch.setattr(why_not, "wrong_kernels", {})
     monkeypatch.setattr(self_check, "_checked", set())
     monkeypatch.setattr(doctor, "_driver", lambda: "1.2")
     return monkeypatch
@@ -272,7 +272,7 @@ def test_a_wrong_assignment_is_replaced_before_its_op_is_suspected(broken):
 
 @every_op
 def test_any_op_can_be_replaced_by_plain_pytorch_and_the_doctor_says_so(broken, op):
-    broken[0].update([op, GLUON_ASSIGNMENT, *launch.ATTENTIONS])
+    broken[0].update([op, GLUON_ASSIGNMENT, *why_not.ATTENTIONS])
     doctor.check(Workload(GPU))
     (choice,) = (each for each in diagnose(Workload(GPU)).choices if each.op == op)
     assert choice.implementation == "reference"
@@ -330,10 +330,10 @@ def test_the_first_sparse_call_is_preceded_by_the_check_unless_it_is_opted_out_o
 
 
 def test_the_report_shows_wrong_kernels(hopper):
-    launch.report_wrong_kernel("gluon", GPU, torch.bfloat16, "off by 1")
+    why_not.report_wrong_kernel("gluon", GPU, torch.bfloat16, "off by 1")
     from svg2_compile import reporting
 
-    hopper.setattr(reporting, "wrong_kernels", launch.wrong_kernels)
+    hopper.setattr(reporting, "wrong_kernels", why_not.wrong_kernels)
     report = svg2_compile.report(torch.nn.Linear(1, 1))
     assert report.wrong_kernels == ("gluon on cuda:0, torch.bfloat16: off by 1",)
     assert "WRONG KERNEL, not used: gluon on cuda:0, torch.bfloat16: off by 1" in str(report)

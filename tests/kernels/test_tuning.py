@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from svg2_compile.kernels import tuned
-from svg2_compile.kernels.launch import GLUON_DIMS
 from svg2_compile.kernels.tiles import AttentionTiles
 from svg2_compile.kernels.tuning import GLUON, SAFE_FP32, attention_candidates, attention_tiles, chosen_tiles
+from svg2_compile.kernels.why_not import GLUON_DIMS
 from svg2_compile.kernels.work_list import PIECES
 
 GENERATIONS = (80, 86, 89, 90, 100, 120)

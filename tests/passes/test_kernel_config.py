@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import svg2_compile
 from svg2_compile.kernels import block_sparse_attention
-from svg2_compile.kernels.launch import ATTENTIONS
 from svg2_compile.kernels.tiles import AttentionTiles
+from svg2_compile.kernels.why_not import ATTENTIONS
 from svg2_compile.options import Options, configure, current_defaults, split_options
 from svg2_compile.passes import config as sparse_config
 from svg2_compile.passes.config import SparseConfig
