@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from svg2_compile.passes.nodes import set_value
-from svg2_compile.passes.records import AttentionSite, StateSpec
+from svg2_compile.passes.plan import SitePlan
+from svg2_compile.passes.records import StateSpec
 
 StateNodes = dict[tuple[int, str], Node]
 
@@ -27,7 +28,7 @@ def state_name(spec: StateSpec) -> str:
     return f"svg2_{spec.site}_{spec.name}"
 
 
-def attach_inputs(gm: GraphModule, sites: Iterable[AttentionSite], fake_mode: FakeTensorMode) -> StateNodes:
+def attach_inputs(gm: GraphModule, sites: Iterable[SitePlan], fake_mode: FakeTensorMode) -> StateNodes:
     """Append one placeholder per state tensor after the last input of ``gm``, which must be ours to change."""
     nodes: StateNodes = {}
     # nested inputs and outputs of an exported module have no room for more inputs: both become flat
@@ -35,7 +36,7 @@ def attach_inputs(gm: GraphModule, sites: Iterable[AttentionSite], fake_mode: Fa
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     last = placeholders[-1]
     for site in sites:
-        for spec in site.state_specs():
+        for spec in site.state_specs:
             with gm.graph.inserting_after(last):
                 last = gm.graph.placeholder(state_name(spec))
             last._dynamo_source = None  # AOTAutograd reads it from every placeholder
@@ -46,13 +47,13 @@ def attach_inputs(gm: GraphModule, sites: Iterable[AttentionSite], fake_mode: Fa
     return nodes
 
 
-def attach_buffers(gm: GraphModule, sites: Iterable[AttentionSite], fake_mode: FakeTensorMode) -> StateNodes:
-    """Register one zero buffer per state tensor on ``gm`` and read it where the graph begins to compute."""
+def attach_buffers(gm: GraphModule, sites: Iterable[SitePlan], fake_mode: FakeTensorMode) -> StateNodes:
+    """Register one buffer per state tensor on ``gm`` and read it where the graph begins to compute."""
     nodes: StateNodes = {}
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     for site in sites:
-        for spec in site.state_specs():
-            gm.register_buffer(state_name(spec), torch.zeros(spec.shape, dtype=spec.dtype, device=site.device))
+        for spec in site.state_specs:
+            gm.register_buffer(state_name(spec), spec.create(site.device))
             with gm.graph.inserting_before(first):
                 node = gm.graph.get_attr(state_name(spec))
             set_value(node, _fake(spec, site.device, fake_mode))

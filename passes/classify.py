@@ -202,8 +202,6 @@ def _site(
         has_mask=candidate.key_mask is not None,
         may_hide_video=may_hide_video,
         has_context_queries=same_size(candidate.sequence, candidate.keys),
-        measures_recall=config.measured_rows > 0,
-        is_guarded=config.min_recall > 0,
     )
 
 

@@ -1,11 +1,9 @@
 """What the passes find, as plain records: no graph is held, so a record may outlive the compilation."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-
-from svg2_compile.kernels.recall import DENSE_HEADS, RECALL
-from svg2_compile.kernels.select_blocks import STATISTICS
 
 Size = int | torch.SymInt
 
@@ -55,19 +53,41 @@ class Segment:
     """Axis of ``source`` whose size is ``length``."""
 
 
+Lifetime = Literal["generation", "forever"]
+
+
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """One tensor that the sparse graph takes as input and updates in place; it starts as zeros."""
+    """One tensor that the sparse graph takes as input and updates in place."""
 
     site: int
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    lifetime: Lifetime = "forever"
+    """``generation``: every generation starts from ``initial`` again; ``forever``: only the first one does."""
+    initial: float | tuple[float, ...] = 0.0
+    """What it starts as: one number, or one for each place of the last axis."""
+    counts_clusterings: bool = False
+    """Above 0 means that the centroids beside it hold something."""
+
+    def create(self, device: torch.device | str) -> torch.Tensor:
+        """Return the tensor as it starts."""
+        if not self.initial:
+            return torch.zeros(self.shape, dtype=self.dtype, device=device)
+        return torch.tensor(self.initial, dtype=self.dtype, device=device).expand(self.shape).clone()
+
+    def restart(self, tensor: torch.Tensor) -> None:
+        """Let the tensor be as it starts, in place."""
+        if not self.initial:
+            tensor.zero_()
+        else:
+            tensor.copy_(self.create(tensor.device))
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
-    """One attention that will be sparse.
+    """One attention that can be sparse.
 
     Axes: B batch, H query heads, G key heads, N video tokens, D head dim.
     """
@@ -99,10 +119,6 @@ class AttentionSite:
     """The mask is not known to show every video key."""
     has_context_queries: bool = True
     """False where only the video rows ask, and context rows are keys alone."""
-    measures_recall: bool = False
-    """The true attention mass kept is measured on a few rows."""
-    is_guarded: bool = False
-    """Heads that keep too little of it become dense."""
 
     @property
     def context_tokens(self) -> Size:
@@ -115,18 +131,3 @@ class AttentionSite:
         parts = self.path.split(".")
         numbered = [position for position, part in enumerate(parts) if part.isdigit()]
         return ".".join(parts[: numbered[-1] + 1]) if numbered else ""
-
-    def state_specs(self) -> tuple[StateSpec, ...]:
-        """The tensors this site carries from one denoising step to the next, in the order of the graph's inputs."""
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "q_centroids": ((self.batch, self.q_heads, self.q_clusters, self.head_dim), torch.float32),
-            "q_calls": ((1,), torch.int32),
-            "k_centroids": ((self.batch, self.k_heads, self.k_clusters, self.head_dim), torch.float32),
-            "k_calls": ((1,), torch.int32),
-            "statistics": ((self.batch, self.q_heads, self.q_clusters, len(STATISTICS)), torch.float32),
-        }
-        if self.measures_recall:
-            shapes["recall"] = ((self.batch, self.q_heads, len(RECALL)), torch.float32)
-        if self.is_guarded:
-            shapes["dense_heads"] = ((self.batch, self.q_heads, len(DENSE_HEADS)), torch.float32)
-        return tuple(StateSpec(self.index, name, shape, dtype) for name, (shape, dtype) in shapes.items())

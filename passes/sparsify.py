@@ -1,40 +1,35 @@
-"""The passes in their order: one graph in, its sparse twin and the reasons for what stayed dense out.
-
-canonicalize  →  match  →  classify  →  attach_state  →  rewrite  →  fuse  →  verify
-"""
+"""The passes in their order: one graph in, its sparse twin and the reasons for what stayed dense out."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from svg2_compile.passes.attach_state import attach_buffers, attach_inputs
+from svg2_compile.passes.attach_state import StateNodes, attach_buffers, attach_inputs
 from svg2_compile.passes.canonicalize import canonicalize
 from svg2_compile.passes.classify import classify
 from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.errors import InternalError, UnsupportedError
-from svg2_compile.passes.fuse import fuse
 from svg2_compile.passes.kernel_config import KernelConfig
-from svg2_compile.passes.match import match
+from svg2_compile.passes.match import Candidate, match
 from svg2_compile.passes.nodes import tensor_of
+from svg2_compile.passes.plan import SitePlan, StagesOf, plan_site, stages_of
 from svg2_compile.passes.records import AttentionSite, Rejection, StateSpec
 from svg2_compile.passes.rewrite import rewrite
-from svg2_compile.passes.verify import snapshot, verify
+from svg2_compile.passes.verify import Snapshot, snapshot, verify, verify_outputs
 
 log = logging.getLogger(__name__)
 
-PASSES = ("canonicalize", "match", "classify", "attach_state", "rewrite", "fuse", "verify")
-
-T = TypeVar("T")
+StateAs = Literal["inputs", "buffers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +39,16 @@ class Sparsified:
     gm: GraphModule
     """The rewritten copy; the graph that was given is untouched."""
 
-    decisions: tuple[AttentionSite | Rejection, ...]
+    decisions: tuple[SitePlan | Rejection, ...]
     """One entry per attention, in program order; look-alikes that ``canonicalize`` declined come first."""
 
     timings_ms: dict[str, float]
-    """Milliseconds per pass, in the order of ``PASSES``."""
+    """Milliseconds per pass, in the order of ``PASSES``; those after ``plan`` run only where something is sparse."""
 
     @property
-    def sites(self) -> tuple[AttentionSite, ...]:
+    def sites(self) -> tuple[SitePlan, ...]:
         """The attentions that are sparse in ``gm``."""
-        return tuple(each for each in self.decisions if isinstance(each, AttentionSite))
+        return tuple(each for each in self.decisions if isinstance(each, SitePlan))
 
     @property
     def rejections(self) -> tuple[Rejection, ...]:
@@ -63,7 +58,92 @@ class Sparsified:
     @property
     def state_specs(self) -> tuple[StateSpec, ...]:
         """The state tensors, in the order in which they follow the graph's own inputs."""
-        return tuple(spec for site in self.sites for spec in site.state_specs())
+        return tuple(spec for site in self.sites for spec in site.state_specs)
+
+
+@dataclass(slots=True)
+class _Course:
+    """A graph on its way through the passes, and what they have found so far."""
+
+    gm: GraphModule
+    config: SparseConfig
+    kernel_config: KernelConfig
+    state: StateAs
+    stages: StagesOf
+    before: Snapshot
+    """Of the graph whose hand-written attentions are written out."""
+    declined: list[Rejection] = field(default_factory=list)
+    found: list[Candidate | Rejection] = field(default_factory=list)
+    classified: list[AttentionSite | Rejection] = field(default_factory=list)
+    sites: list[SitePlan] = field(default_factory=list)
+    decisions: tuple[SitePlan | Rejection, ...] = ()
+    nodes: StateNodes = field(default_factory=dict)
+    fake_mode: FakeTensorMode | None = None
+
+
+def _canonicalize(course: _Course) -> None:
+    course.declined = list(canonicalize(course.gm, course.config.min_tokens).declined)
+
+
+def _match(course: _Course) -> None:
+    course.found = match(course.gm, course.config)
+
+
+def _classify(course: _Course) -> None:
+    course.classified = classify(course.found, course.config, fixes_batch=course.state == "inputs")
+
+
+def _plan(course: _Course) -> None:
+    config, kernel_config = course.config, course.kernel_config
+    planned = [
+        plan_site(each, config, kernel_config, course.stages) if isinstance(each, AttentionSite) else each
+        for each in course.classified
+    ]
+    course.decisions = (*course.declined, *planned)
+    course.sites = [each for each in planned if isinstance(each, SitePlan)]
+    if config.on_unsupported == "error":
+        raise_unsupported(each for each in course.decisions if isinstance(each, Rejection))
+
+
+def _attach_state(course: _Course) -> None:
+    course.before = snapshot(course.gm)
+    course.fake_mode = fake_mode_of(course.gm)
+    attach = attach_inputs if course.state == "inputs" else attach_buffers
+    course.nodes = attach(course.gm, course.sites, course.fake_mode)
+
+
+def _rewrite(course: _Course) -> None:
+    assert course.fake_mode is not None
+    with course.fake_mode:
+        rewrite(course.gm, course.sites, course.nodes)
+
+
+def _verify(course: _Course) -> None:
+    verify(course.gm, course.before, course.sites)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One pass: what it is called, what it does, and where it belongs in the course of a graph."""
+
+    name: str
+    run: Callable[[_Course], None]
+    writes: bool = False
+    """Whether it changes the graph, which is then checked and dumped."""
+    needs_sites: bool = False
+    """Whether it has nothing to do where nothing is sparse."""
+
+
+PASSES = (
+    Pass("canonicalize", _canonicalize, writes=True),
+    Pass("match", _match),
+    Pass("classify", _classify),
+    Pass("plan", _plan),
+    Pass("attach_state", _attach_state, writes=True, needs_sites=True),
+    Pass("rewrite", _rewrite, writes=True, needs_sites=True),
+    Pass("verify", _verify, needs_sites=True),
+)
+"""The passes, in their order."""
 
 
 def sparsify(
@@ -71,7 +151,8 @@ def sparsify(
     config: SparseConfig | None = None,
     kernel_config: KernelConfig | None = None,
     *,
-    state: Literal["inputs", "buffers"] = "inputs",
+    state: StateAs = "inputs",
+    stages: StagesOf = stages_of,
 ) -> Sparsified:
     """Make the long self-attention of a graph sparse (SVG2, arXiv 2505.18875, sections 4.1 to 4.3).
 
@@ -85,6 +166,7 @@ def sparsify(
         state: ``inputs`` appends the state tensors to the graph's inputs (pass zeros at first, the same tensors at
             every step, per CFG branch); ``buffers`` registers them on the graph, for ``torch.export``, which wants
             a fixed batch size then.
+        stages: what a sparse attention does, chosen per site; for experiments with stages of their own.
 
     Returns:
         The rewritten copy, with one site or rejection per attention of ``gm``.
@@ -99,42 +181,34 @@ def sparsify(
     if not isinstance(gm, GraphModule):
         advice = "give its module()" if isinstance(gm, ExportedProgram) else "give torch.export.export(...).module()"
         raise TypeError(f"gm must be a torch.fx.GraphModule, got {type(gm).__name__}; {advice}")
-    config, kernel_config = config or SparseConfig(), kernel_config or KernelConfig()
-    timings: dict[str, float] = {}
     work = clone(gm)
-
-    def run(name: str, action: Callable[[], T]) -> T:
-        started = time.perf_counter()
-        try:
-            result = action()
-        except InternalError:
-            dump_graph(work, f"failed_{name}")
-            raise
-        timings[name] = 1e3 * (time.perf_counter() - started)
-        return result
-
+    config, kernel_config = config or SparseConfig(), kernel_config or KernelConfig()
+    course = _Course(work, config, kernel_config, state, stages, snapshot(work))
+    timings: dict[str, float] = {}
     dump_graph(work, "before")
-    canonicalized = run("canonicalize", lambda: canonicalize(work, config.min_tokens))
-    found = run("match", lambda: match(work, config))
-    classified = run("classify", lambda: classify(found, config, fixes_batch=state == "inputs"))
-    decisions = (*canonicalized.declined, *classified)
-    result = Sparsified(work, decisions, timings)
-    sites = result.sites
-    if config.on_unsupported == "error":
-        raise_unsupported(result.rejections)
-    if sites:
-        before = snapshot(work)
-        fake_mode = fake_mode_of(work)
-        attach = attach_inputs if state == "inputs" else attach_buffers
-        nodes = run("attach_state", lambda: attach(work, sites, fake_mode))
-        with fake_mode:
-            run("rewrite", lambda: rewrite(work, sites, config, kernel_config, nodes))
-            run("fuse", lambda: fuse(work))
-        run("verify", lambda: verify(work, before, sites))
-        dump_graph(work, "sparse")
-    for name, milliseconds in timings.items():
-        log.debug("%s took %.1f ms", name, milliseconds)
-    return result
+    for each in PASSES:
+        if each.needs_sites and not course.sites:
+            continue
+        timings[each.name] = _run(each, course)
+    return Sparsified(work, course.decisions, timings)
+
+
+def _run(each: Pass, course: _Course) -> float:
+    """Run one pass, check and dump what it wrote, and return its milliseconds."""
+    started = time.perf_counter()
+    try:
+        each.run(course)
+        if each.writes:
+            course.gm.graph.lint()
+            verify_outputs(course.gm, course.before)
+    except InternalError:
+        dump_graph(course.gm, f"failed_{each.name}")
+        raise
+    milliseconds = 1e3 * (time.perf_counter() - started)
+    log.debug("%s took %.1f ms", each.name, milliseconds)
+    if each.writes:
+        dump_graph(course.gm, each.name)
+    return milliseconds
 
 
 def raise_unsupported(rejections: Iterable[Rejection]) -> None:

@@ -15,9 +15,11 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from svg2_compile.passes.errors import InternalError
-from svg2_compile.passes.fuse import Q_ORDER
 from svg2_compile.passes.nodes import is_sdpa, tensor_of
 from svg2_compile.passes.records import AttentionSite
+
+Q_ORDER = 9
+"""Where the sparse attention takes the order of its queries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,15 @@ def verify(gm: GraphModule, before: Snapshot, sites: Sequence[AttentionSite]) ->
             f"{restored} inverse permutations"
         )
     _check_state(gm)
+    verify_outputs(gm, before)
+
+
+def verify_outputs(gm: GraphModule, before: Snapshot) -> None:
+    """Raise when the outputs of ``gm`` are not what they were.
+
+    Raises:
+        InternalError: saying what differs.
+    """
     outputs = [tensor_of(node) for node in _outputs(gm)]
     if len(outputs) != len(before.outputs):
         raise InternalError(f"verify: {len(before.outputs)} outputs became {len(outputs)}")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 from torch.fx import GraphModule
 
 from svg2_compile.frames import what_is_compiled
-from svg2_compile.kernels.recall import RECALL
-from svg2_compile.kernels.select_blocks import STATISTICS
 from svg2_compile.kernels.why_not import wrong_kernels
 from svg2_compile.obstacles import obstacles
 from svg2_compile.options import current_defaults
-from svg2_compile.passes.records import AttentionSite, Rejection
+from svg2_compile.passes.plan import SitePlan
+from svg2_compile.passes.records import Rejection
 from svg2_compile.passes.sparsify import Sparsified, sparsify
 from svg2_compile.region import DenseGraph, Region
 from svg2_compile.state import SiteState, store
@@ -57,37 +56,40 @@ class SiteReport:
 
     hint: str
     sparse: bool
-    density: float | None
+    sparse_calls: int = 0
+    dense_calls: int = 0
+
+    density: float | None = None
     """Share of query-key pairs computed in the sparse calls, 0 to 1; ``None`` before the first one."""
 
-    kept_mass: float | None
+    kept_mass: float | None = None
     """Share of the attention mass, estimated from the centroids, that the kept pairs hold."""
 
-    lowest_kept_mass: float | None
+    lowest_kept_mass: float | None = None
     """The same for the query cluster that kept least on average, averaged over heads."""
 
-    recall: float | None
+    recall: float | None = None
     """Share of the true attention mass that the kept pairs hold, on the rows sampled by ``recall_rows``, the mean over
     heads and measured calls; ``None`` where nothing was measured."""
 
-    k_padding: float | None
+    k_padding: float | None = None
     """Keys multiplied over keys kept, in tiles of 128 made of pieces of 16; 1 is no padding."""
 
-    density_per_head: tuple[float, ...]
-    recall_per_head: tuple[float, ...]
+    density_per_head: tuple[float, ...] = ()
+    recall_per_head: tuple[float, ...] = ()
     """Empty where nothing was measured."""
 
-    dense_heads: tuple[DenseHead, ...]
+    dense_heads: tuple[DenseHead, ...] = ()
     """Heads that kept less than ``min_recall``; their density counts as 1 since then, and so does their recall."""
-
-    sparse_calls: int
-    dense_calls: int
 
     dense_flops: int = 0
     """Floating-point operations of one call of the video rows over the video keys, were it dense; 0 if left dense."""
 
     recalls_measured: int = 0
     """How often the recall of a head was measured: the weight of ``recall`` as a running mean."""
+
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """What other stages tell, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,9 @@ class Report:
             calls = f"{site.sparse_calls or '':>6} {site.dense_calls or '':>6}"
             plan = f"{site.shape}, {site.plan}" if site.sparse else f"dense: {site.plan}"
             lines.append(f"{site.path:<32} {density:>7} {mass:>6} {recall:>6} {calls}  {plan}")
+            if site.more:
+                told = ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in site.more.items())
+                lines.append(f"{'':<32} {told}")
             lines += [
                 f"{'':<32} guard: head {each.head} of batch element {each.batch}, branch {each.stream!r}, is dense "
                 f"since sparse call {each.since_call} of the generation, where it kept {_percent(each.recall)}"
@@ -297,7 +302,7 @@ def _without_common_end(name: str, inner: str) -> str:
 class _Row:
     """What is known about one attention, while a report is put together."""
 
-    decision: AttentionSite | Rejection
+    decision: SitePlan | Rejection
     owner: Any
     dense_calls: int = 0
 
@@ -315,55 +320,39 @@ class _Row:
     def state_bytes(self) -> int:
         return sum(tensor.nbytes for state in self.states for tensor in state.tensors.values())
 
-    def sum_of(self, name: str, *shape: int) -> torch.Tensor:
-        """Return one tensor of the state, less its batch axis, summed over everything; zeros where there is none."""
-        total = torch.zeros(shape, dtype=torch.float64)
-        for state in self.states:
-            if name in state.tensors:
-                total += state.tensors[name].double().sum(dim=0).cpu()
-        return total
-
-    def dense_heads(self) -> Iterator[DenseHead]:
-        for stream, states in self.states_by_stream.items():
-            for state in states:
-                if "dense_heads" not in state.tensors:
-                    continue
-                for batch, heads in enumerate(state.tensors["dense_heads"].tolist()):
-                    for head, (since_call, recall) in enumerate(heads):
-                        if since_call:
-                            yield DenseHead(head, batch, stream, int(since_call), recall)
+    def shown(self, site: SitePlan) -> dict[str, Any]:
+        """Return what the stages tell, by the names of ``SiteReport`` and others."""
+        streams = [stream for stream, states in self.states_by_stream.items() for _ in states]
+        tensors = [state.tensors for state in self.states]
+        shown: dict[str, Any] = {}
+        for stage in site.stages:
+            shown |= stage.shows(site, tensors)
+        if "dense_heads" in shown:
+            shown["dense_heads"] = tuple(
+                DenseHead(head, batch, streams[place], since_call, recall)
+                for place, batch, head, since_call, recall in shown["dense_heads"]
+            )
+        return shown
 
     def describe(self, path: str) -> SiteReport:
         if isinstance(self.decision, Rejection):
             reason, hint = self.decision.reason, self.decision.hint
-            return SiteReport(path, "", reason, hint, False, None, None, None, None, None, (), (), (), 0, 0)
+            return SiteReport(path, "", reason, hint, sparse=False)
         site, states = self.decision, self.states
         context = f" + {site.context_tokens} context" if len(site.segments) > 1 else ""
-        statistics = self.sum_of("statistics", site.q_heads, site.q_clusters, len(STATISTICS))
-        calls, _, _, own_masses, _ = statistics.unbind(-1)
-        least = own_masses.amin(-1)  # [H]; every query cluster has been called as often
-        calls, densities, masses, _, issued = (calls[:, 0], *statistics.sum(1).unbind(-1)[1:])
-        ran = bool(calls.sum() > 0)
-        measured, recalls = self.sum_of("recall", site.q_heads, len(RECALL)).unbind(-1)
-        is_measured = bool(measured.sum() > 0)
+        shown = self.shown(site)
+        own = {each.name for each in fields(SiteReport)}
         return SiteReport(
             path=path,
             shape=f"{site.batch}×{site.q_heads}×{site.tokens}×{site.head_dim}{context}",
             plan=f"{site.q_clusters} query and {site.k_clusters} key clusters",
             hint="",
             sparse=True,
-            density=float(densities.sum() / calls.sum()) if ran else None,
-            kept_mass=float(masses.sum() / calls.sum()) if ran else None,
-            lowest_kept_mass=float(least.sum() / calls.sum()) if ran else None,
-            recall=float(recalls.sum() / measured.sum()) if is_measured else None,
-            k_padding=float(issued.sum() / densities.sum()) if ran else None,
-            density_per_head=tuple((densities / calls).tolist()) if ran else (),
-            recall_per_head=tuple((recalls / measured).tolist()) if is_measured else (),
-            dense_heads=tuple(self.dense_heads()),
             sparse_calls=sum(state.calls for state in states),
             dense_calls=self.dense_calls,
-            recalls_measured=int(measured[0]),
-            dense_flops=4 * site.batch * site.q_heads * site.token_hint**2 * site.head_dim,
+            dense_flops=int(sum(stage.work(site).pair_flops for stage in site.stages)),
+            more={name: value for name, value in shown.items() if name not in own},
+            **{name: value for name, value in shown.items() if name in own},
         )
 
 
@@ -381,6 +370,11 @@ def _percent(share: float | None) -> str:
 
 def _factor(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _told(value: Any) -> str:
+    """Return what a stage tells, a number in few digits."""
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:

@@ -15,11 +15,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.clock import DenoiseClock
-from svg2_compile.passes.records import AttentionSite, StateSpec
-
-COUNTERS = ("q_calls", "k_calls")
-OF_A_GENERATION = (*COUNTERS, "dense_heads")
-"""What starts as zeros in each generation."""
+from svg2_compile.passes.plan import SitePlan
+from svg2_compile.passes.records import StateSpec
 
 Key = tuple[int, str, str]
 """Site index, site path, CFG branch."""
@@ -39,15 +36,15 @@ class SiteState:
 
     def begin_generation(self, run: int) -> None:
         """Let the next clustering start from tokens and every head be sparse again; statistics go on adding up."""
-        for name in OF_A_GENERATION:
-            if name in self.tensors:
-                self.tensors[name].zero_()
+        for spec in self.specs:
+            if spec.lifetime == "generation":
+                spec.restart(self.tensors[spec.name])
         self.run = run
         self.is_clustered = False
 
     def clustering_counters(self) -> list[int]:
         """Return the addresses of the counters of clusterings."""
-        return [tensor.data_ptr() for name, tensor in self.tensors.items() if name in COUNTERS]
+        return [self.tensors[spec.name].data_ptr() for spec in self.specs if spec.counts_clusterings]
 
 
 class StateStore:
@@ -57,14 +54,14 @@ class StateStore:
         self._owners: Any = WeakIdKeyDictionary()
 
     def states_for(
-        self, owner: Any, clock: DenoiseClock, run: int, stream: str, sites: tuple[AttentionSite, ...]
+        self, owner: Any, clock: DenoiseClock, run: int, stream: str, sites: tuple[SitePlan, ...]
     ) -> list[SiteState]:
-        """Return the state of a sparse graph, site by site; zeros where this generation has not clustered yet."""
+        """Return the state of a sparse graph, site by site; as it starts where this generation has not clustered."""
         states = self._states(owner, clock)
         found: list[SiteState] = []
         for site in sites:
             key = (site.index, site.path, stream)
-            specs = site.state_specs()
+            specs = site.state_specs
             state = states.get(key)
             if state is None or state.specs != specs:
                 state = states[key] = SiteState(specs, _allocate(specs, site.device), run)
@@ -74,7 +71,7 @@ class StateStore:
             found.append(state)
         return found
 
-    def states_of(self, owner: Any, site: AttentionSite) -> dict[str, list[SiteState]]:
+    def states_of(self, owner: Any, site: SitePlan) -> dict[str, list[SiteState]]:
         """Return what one site of ``owner`` has, by CFG branch."""
         found: dict[str, list[SiteState]] = {}
         for states in list(self._owners.get(owner, {}).values()):
@@ -101,7 +98,7 @@ class StateStore:
 def _allocate(specs: tuple[StateSpec, ...], device: torch.device) -> dict[str, torch.Tensor]:
     # a tensor born in inference mode could not be updated outside it
     with torch.inference_mode(False):
-        tensors = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in specs}
+        tensors = {spec.name: spec.create(device) for spec in specs}
     for tensor in tensors.values():
         torch._dynamo.mark_static_address(tensor)
     return tensors

@@ -26,6 +26,7 @@ from svg2_compile.options import configure
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.errors import ConfigError
 from svg2_compile.passes.nodes import is_sdpa, sdpa_arguments, shape_of, target_name
+from svg2_compile.passes.plan import SitePlan
 from svg2_compile.passes.records import AttentionSite, Rejection, size_hint
 from svg2_compile.passes.sparsify import Sparsified
 from svg2_compile.reporting import trace
@@ -70,7 +71,7 @@ class Explanation:
     """One graph without breaks, as ``fullgraph=True`` asks for."""
     steps: int
     config: SparseConfig
-    decisions: tuple[tuple[str, AttentionSite | Rejection], ...]
+    decisions: tuple[tuple[str, SitePlan | Rejection], ...]
     """(module path, what was decided) of every attention, in program order."""
     work: Work
     gpu: Gpu
@@ -96,8 +97,8 @@ def explain_model(settings: ExplainSettings) -> Explanation:
         decisions = tuple(
             (".".join(filter(None, (prefix, each.path))), each) for prefix, found in graphs for each in found.decisions
         )
-        sites = [each for _, each in decisions if isinstance(each, AttentionSite)]
-        work = _work([found.gm for _, found in graphs], sites, options.sparse)
+        sites = [each for _, each in decisions if isinstance(each, SitePlan)]
+        work = _work([found.gm for _, found in graphs], sites)
         gpu = gpu_named(settings.gpu)
         steps = settings.steps or call.steps
         return Explanation(call.pipeline, is_whole, steps, options.sparse, decisions, work, gpu, predict(work, gpu))
@@ -114,26 +115,13 @@ def _graphs(call: TransformerCall) -> tuple[list[tuple[str, Sparsified]], bool]:
     raise ExplainError(f"{type(call.transformer).__name__} cannot be traced at that size: {reason}") from failure
 
 
-def _work(graphs: list[GraphModule], sites: list[AttentionSite], config: SparseConfig) -> Work:
+def _work(graphs: list[GraphModule], sites: list[SitePlan]) -> Work:
     """Count what rewritten graphs compute."""
-    sparse = tuple(
-        SparseWork(
-            batch=site.batch,
-            heads=site.q_heads,
-            key_heads=site.k_heads,
-            tokens=site.token_hint,
-            head_dim=site.head_dim,
-            q_clusters=site.q_clusters,
-            k_clusters=site.k_clusters,
-            iterations=config.kmeans_iters_step,
-            asks_queries=config.estimate_by == "queries",
-        )
-        for site in sites
-    )
+    sparse = tuple(SparseWork(site.head_dim, tuple(stage.work(site) for stage in site.stages)) for site in sites)
     nodes = [node for gm in graphs for node in gm.graph.nodes if node.op == "call_function"]
     dense = [_sizes(node) for node in nodes if is_sdpa(node)]
     rows = [batch * heads * queries * dim for batch, heads, queries, keys, dim in dense if queries == keys]
-    rows += [each.batch * each.heads * each.tokens * each.head_dim for each in sparse]
+    rows += [site.batch * site.q_heads * site.token_hint * site.head_dim for site in sites]
     return Work(
         sparse=sparse,
         product_flops=sum(map(_product_flops, nodes)),

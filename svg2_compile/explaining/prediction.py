@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from svg2_compile.passes.errors import ConfigError
+from svg2_compile.passes.stages.stage import Work as StageWork
 
 ELEMENTWISE_PASSES = 45
 """Times that norms, modulation, rotary embedding, activations and residuals of a layer read or write all its tokens."""
 BYTES = 2
-ASKING_RATE = 0.53
-"""What `block_masses` reaches of a matrix product's rate (docs/measurements.md, 30)."""
 SPARSE_EFFICIENCY, PORTABLE_EFFICIENCY = 0.9, 0.7
 """Of the sparse attention per selected pair, over the dense one: on Hopper inside models, and of portable kernels."""
 SMALL_HEAD_EFFICIENCY = 0.72
@@ -74,25 +73,16 @@ def gpu_named(name: str) -> Gpu:
 
 @dataclass(frozen=True, slots=True)
 class SparseWork:
-    """One attention that will be sparse. Tokens are those of all batch elements together, but for ``tokens``."""
+    """One attention that will be sparse."""
 
-    batch: int
-    heads: int
-    key_heads: int
-    tokens: int
-    """Of one batch element."""
     head_dim: int
-    q_clusters: int
-    k_clusters: int
-    iterations: int
-    """Of k-means, in a call that is not the first."""
-    asks_queries: bool = False
-    """Whether the selection asks every query, not the centroids of their clusters."""
+    stages: tuple[StageWork, ...]
+    """What its stages compute, in their order."""
 
     @property
     def flops(self) -> float:
         """Operations of the dense attention between the video tokens."""
-        return 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
+        return sum(each.pair_flops for each in self.stages)
 
     def attention_seconds(self, gpu: Gpu) -> float:
         """Time of the dense attention between the video tokens."""
@@ -104,15 +94,10 @@ class SparseWork:
         return SPARSE_EFFICIENCY if is_fast else PORTABLE_EFFICIENCY
 
     def clustering_seconds(self, gpu: Gpu) -> float:
-        """Time of k-means, sorting, permuting and selecting: products and passes over memory do not overlap."""
-        q_size, k_size = (self.batch * each * self.tokens * self.head_dim for each in (self.heads, self.key_heads))
-        products = 2.0 * self.iterations * (q_size * self.q_clusters + k_size * self.k_clusters)
-        # an iteration reads the tokens for labels and for sums; at the end keys and values are written, values read
-        passed = 2 * self.iterations * (q_size + k_size) + 3 * k_size
-        seconds = products / (0.7 * gpu.product_tflops * 1e12) + BYTES * passed / (gpu.bandwidth_tb * 1e12)
-        if self.asks_queries:
-            seconds += 4.0 * q_size * self.k_clusters / (ASKING_RATE * gpu.product_tflops * 1e12)
-        return seconds
+        """Time of all that the density does not change: products and passes over memory do not overlap."""
+        products = sum(each.product_flops / each.product_rate_ratio for each in self.stages)
+        passed = sum(each.passed_elements for each in self.stages)
+        return products / (gpu.product_tflops * 1e12) + BYTES * passed / (gpu.bandwidth_tb * 1e12)
 
 
 def _attention_rate(gpu: Gpu, head_dim: int) -> float:

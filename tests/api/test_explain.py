@@ -15,6 +15,9 @@ from svg2_compile.cli import app
 from svg2_compile.explaining.empty_pipeline import ExplainError, first_call, load_empty
 from svg2_compile.explaining.explanation import ExplainSettings, explain_model
 from svg2_compile.explaining.prediction import GPUS, Prediction, SparseWork, Work, predict
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.kernel_config import KernelConfig
+from svg2_compile.passes.plan import plan_site
 from svg2_compile.passes.records import AttentionSite, Rejection
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -75,7 +78,7 @@ def test_a_pipeline_without_weights_is_explained_from_its_folder(folders, name, 
 
 def test_the_tiny_model_is_explained_at_its_own_size():
     found = explain_model(ExplainSettings("tiny", frames=8, height=128, width=128, options={"min_tokens": 1024}))
-    assert [each.tokens for each in found.work.sparse] == [2048] * 5  # one layer of six stays dense
+    assert [each.flops for each in found.work.sparse] == [4 * 4 * 2048**2 * 64] * 5  # one layer of six stays dense
     assert found.pipeline == "tiny Wan"
 
 
@@ -118,12 +121,24 @@ def test_the_prediction_is_what_was_measured(tmp_path):
     folder, layers = real_wan(tmp_path, layers=2), 2
     found = explain_model(ExplainSettings(str(folder), 81, 720, 1280, gpu="h200", options={"dense_layers": 0}))
     prediction = found.prediction
-    assert [each.tokens for each in found.work.sparse] == [75_600] * layers
+    assert [each.flops for each in found.work.sparse] == [4 * 40 * 75_600**2 * 128] * layers
     assert 40 / layers * prediction.dense_step == pytest.approx(11.44, rel=0.05)
     for density, speedup in measured.items():
         assert prediction.speedup(density) == pytest.approx(speedup, rel=0.05)
     assert 0.75 < prediction.highest_density < 0.9
     assert prediction.generation_speedup(0.25, 0.2) == pytest.approx(1 / (0.2 + 0.8 / prediction.speedup(0.25)))
+
+
+def work(heads, tokens, dim, clusters, **options):
+    """Return the work of one attention of a model."""
+    q_clusters, k_clusters = clusters
+    site = AttentionSite(
+        index=0, node="", path="", batch=1, q_heads=heads, k_heads=heads, head_dim=dim, tokens=tokens,
+        token_hint=tokens, dtype=torch.bfloat16, device=torch.device("cuda"), segments=(), scale=1.0,
+        q_clusters=q_clusters, k_clusters=k_clusters, has_mask=False,
+    )  # fmt: skip
+    plan = plan_site(site, SparseConfig(**options), KernelConfig())
+    return SparseWork(dim, tuple(stage.work(plan) for stage in plan.stages))
 
 
 def test_the_highest_density_is_where_sparse_takes_as_long_as_dense():
@@ -134,8 +149,8 @@ def test_the_highest_density_is_where_sparse_takes_as_long_as_dense():
 
 def test_short_attention_waits_for_the_host_and_long_does_not():
     # the tiny Wan at 64 frames and Wan 1.3B at 480p: measured, docs/measurements.md 24 and 22
-    tiny = predict(Work((SparseWork(1, 4, 4, 32_768, 64, 128, 512, 1),) * 6, 2e11, 0.0, 1e9), GPUS["h200"])
-    wan = predict(Work((SparseWork(1, 12, 12, 32_760, 128, 55, 218, 2),) * 30, 8e13, 0.0, 2e11), GPUS["h200"])
+    tiny = predict(Work((work(4, 32_768, 64, (128, 512), kmeans_iters_step=1),) * 6, 2e11, 0.0, 1e9), GPUS["h200"])
+    wan = predict(Work((work(12, 32_760, 128, (55, 218)),) * 30, 8e13, 0.0, 2e11), GPUS["h200"])
     assert tiny.waits_for_the_host(0.2) and not wan.waits_for_the_host(0.2)
 
 
@@ -151,16 +166,16 @@ def test_short_attention_waits_for_the_host_and_long_does_not():
 def test_asking_every_query_costs_what_was_measured(heads, tokens, clusters, milliseconds):
     """On an H200, docs/measurements.md 30."""
     asking, not_asking = (
-        SparseWork(1, heads, heads, tokens, 128, *clusters, 2, asks_queries=asks).clustering_seconds(GPUS["h200"])
-        for asks in (True, False)
+        work(heads, tokens, 128, clusters, estimate_by=asked).clustering_seconds(GPUS["h200"])
+        for asked in ("queries", "centroids")
     )
     assert 1e3 * (asking - not_asking) == pytest.approx(milliseconds, rel=0.25)
 
 
 def test_a_short_sequence_does_not_pay():
-    work = Work((SparseWork(1, 12, 12, 1024, 64, 16, 16, 2),), 0.0, 0.0, 1.0)
-    assert predict(work, GPUS["h100"]).highest_density < 0.5
-    assert predict(Work((SparseWork(1, 12, 12, 256, 64, 16, 16, 2),), 0.0, 0.0, 1.0), GPUS["h100"]).highest_density <= 0
+    longer, short = (Work((work(12, tokens, 64, (16, 16)),), 0.0, 0.0, 1.0) for tokens in (1024, 256))
+    assert predict(longer, GPUS["h100"]).highest_density < 0.5
+    assert predict(short, GPUS["h100"]).highest_density <= 0
 
 
 def test_the_command_says_when_the_host_would_decide():

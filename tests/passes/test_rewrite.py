@@ -16,18 +16,17 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
 
 from svg2_compile.kernels.tiles import AttentionTiles
-from svg2_compile.passes import rewrite as rewrite_module
 from svg2_compile.passes import sparsify as sparsify_module
 from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.errors import InternalError, UnsupportedError
-from svg2_compile.passes.fuse import Q_ORDER
 from svg2_compile.passes.kernel_config import TILES, KernelConfig
 from svg2_compile.passes.nodes import is_sdpa, target_name, tensor_of
 from svg2_compile.passes.records import size_hint
 from svg2_compile.passes.sparsify import PASSES, Sparsified, sparsify
-from svg2_compile.passes.verify import snapshot, verify
+from svg2_compile.passes.stages import attend as attend_module
+from svg2_compile.passes.verify import Q_ORDER, snapshot, verify
 
 BATCH, HEADS, CHANNELS, TEXT, VIDEO = 2, 2, 8, 9, 55
 WIDTH = HEADS * CHANNELS
@@ -367,8 +366,8 @@ def test_tiles_that_are_left_out_are_the_tuned_ones_of_the_site(name, monkeypatc
         asked.append(question)
         return AttentionTiles(block_m=64, block_n=32, piece=16, num_warps=4, num_stages=2)
 
-    monkeypatch.setattr(rewrite_module, "attention_tiles", tuned)
-    monkeypatch.setattr(rewrite_module, "capability_of", lambda device: 90)
+    monkeypatch.setattr(attend_module, "attention_tiles", tuned)
+    monkeypatch.setattr(attend_module, "capability_of", lambda device: 90)
     given = {name: 8 if name.startswith("num") else 128}
     plan = sparsify(gm, SPARSE, KernelConfig(attention="descriptor", **given))
     expected = {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2} | given
@@ -738,12 +737,12 @@ def test_a_graph_with_nothing_to_rewrite_is_a_plain_copy():
     assert [rejection.reason for rejection in plan.rejections] == ["short: 64 tokens"] * 2
     assert plan.gm.code == gm.code and plan.gm is not gm
     assert torch.equal(run(plan, inputs), expected)
-    assert list(plan.timings_ms) == list(PASSES[:3])
+    assert list(plan.timings_ms) == [each.name for each in PASSES if not each.needs_sites]
 
 
 def test_every_pass_is_timed_in_order():
     plan = sparsify(traced("text first")[0], SPARSE)
-    assert list(plan.timings_ms) == list(PASSES)
+    assert list(plan.timings_ms) == [each.name for each in PASSES]
     assert all(milliseconds >= 0 for milliseconds in plan.timings_ms.values())
 
 
@@ -787,8 +786,10 @@ def test_graphs_are_written_with_numbers_where_asked(tmp_path, monkeypatch):
     assert dump_graph(gm, "unasked") is None
     monkeypatch.setenv("SVG2_DEBUG_DIR", str(tmp_path / "new"))
     sparsify(gm, SPARSE)
-    before, after = sorted((tmp_path / "new").iterdir())
-    assert re.fullmatch(r"\d{4}_before\.py", before.name) and re.fullmatch(r"\d{4}_sparse\.py", after.name)
+    written = sorted((tmp_path / "new").iterdir())
+    names = "before", "canonicalize", "attach_state", "rewrite"
+    assert all(re.fullmatch(rf"\d{{4}}_{name}\.py", path.name) for name, path in zip(names, written, strict=True))
+    before, after = written[0], written[-1]
     assert "scaled_dot_product_attention" in before.read_text(encoding="utf-8")
     assert "torch.ops.svg2.block_sparse_attention" in after.read_text(encoding="utf-8")
     path = dump_graph(gm, "again")
@@ -898,4 +899,10 @@ def test_a_bug_of_ours_leaves_the_graph_it_failed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(sparsify_module, "verify", broken)
     with pytest.raises(InternalError):
         sparsify(traced("text first")[0], SPARSE)
-    assert [path.name[5:] for path in sorted(tmp_path.iterdir())] == ["before.py", "failed_verify.py"]
+    assert [path.name[5:] for path in sorted(tmp_path.iterdir())] == [
+        "before.py",
+        "canonicalize.py",
+        "attach_state.py",
+        "rewrite.py",
+        "failed_verify.py",
+    ]
