@@ -1,6 +1,6 @@
 """Tests see the installed package: the repository root, where `kernels` is our folder, must not be importable.
 
-Test modules can be imported by others, which test the same cases.
+What several files of tests share is in ``cases``; no test module is imported by another one.
 """
 
 import sys
@@ -10,7 +10,9 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != TESTS.parent]
-sys.path += [str(TESTS / folder) for folder in ("cases", "kernels", "passes")]
+sys.path.append(str(TESTS / "cases"))
+# their assertions, too, say what the values were
+pytest.register_assert_rewrite(*(path.stem for path in (TESTS / "cases").iterdir() if path.stem != "__pycache__"))
 
 
 @pytest.fixture

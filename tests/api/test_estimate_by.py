@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_rewrite import CASES, SPARSE, assert_equal_within_rounding, ops, run, traced
+from rewritten_graphs import CASES, SPARSE, assert_equal_within_rounding, ops, run, traced
 from triton_interpreter import DEVICE
 
 import svg2_compile

@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
-import test_select_blocks as selection_tests
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rewrite import CASES, SPARSE, assert_equal_within_rounding, ops, run, traced
+from rewritten_graphs import CASES, SPARSE, assert_equal_within_rounding, ops, run, traced
+from selection_cases import selection_cases
 
 import svg2_compile
 from svg2_compile import denoise_step
@@ -32,7 +32,7 @@ def guarded_selection(case, is_dense):
 
 
 @PROPERTY
-@given(selection_tests.selection_cases(), st.integers(0, 2**31))
+@given(selection_cases(), st.integers(0, 2**31))
 def test_a_dense_head_keeps_what_top_p_of_one_keeps_and_the_others_what_they_kept(case, seed):
     is_dense = torch.rand(case.q_sizes.shape[:2], generator=torch.Generator().manual_seed(seed)) < 0.5
     runs, counts, statistics = guarded_selection(case, is_dense)

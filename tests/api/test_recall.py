@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_rewrite import CASES, DENSE, HEADS, SPARSE, SparseBackend, ops, run, traced, wan, zeros
+from rewritten_graphs import CASES, DENSE, HEADS, SPARSE, SparseBackend, ops, run, traced, wan, zeros
 from torch.fx import Interpreter
 
 import svg2_compile

@@ -1,7 +1,7 @@
 """The k-means assignment in Gluon: why it is not taken, and on a Hopper GPU, nearest centroids."""
 
+import clustering_cases
 import pytest
-import test_kmeans_triton as kmeans_tests
 import torch
 
 from svg2_compile.kernels.why_not import why_not_boxes, why_not_gluon_assign
@@ -48,8 +48,8 @@ def test_why_rows_cannot_be_read_box_by_box(x, reason):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 127, 129, 511, 512, 513, 1000])
 def test_labels_of_any_number_of_tokens_are_nearest(tokens, dim, dtype, monkeypatch):
-    kmeans_tests.check_labels_and_means(
-        kmeans_tests.random_tokens(tokens, dim, dtype, 2, 3), tokens // 4 + 1, monkeypatch
+    clustering_cases.check_labels_and_means(
+        clustering_cases.random_tokens(tokens, dim, dtype, 2, 3), tokens // 4 + 1, monkeypatch
     )
 
 
@@ -59,8 +59,8 @@ def test_labels_of_any_number_of_tokens_are_nearest(tokens, dim, dtype, monkeypa
 @pytest.mark.parametrize("clusters", [1, 64, 65, 128, 500, 513, 1024])
 def test_labels_among_any_number_of_clusters_are_nearest(clusters, dim, monkeypatch):
     # More blocks of tokens than processors, so that a program goes from head to head.
-    x = kmeans_tests.random_tokens(20_000, dim, torch.bfloat16, 2, 5)
-    kmeans_tests.check_labels_and_means(x, clusters, monkeypatch)
+    x = clustering_cases.random_tokens(20_000, dim, torch.bfloat16, 2, 5)
+    clustering_cases.check_labels_and_means(x, clusters, monkeypatch)
 
 
 @runs_gluon
@@ -69,7 +69,7 @@ def test_labels_among_any_number_of_clusters_are_nearest(clusters, dim, monkeypa
 def test_both_sides_of_one_launch_are_labelled_among_their_own_centroids(q_clusters, k_clusters):
     from svg2_compile.kernels.cluster_tokens_triton import cluster_tokens_triton
 
-    q, k = (kmeans_tests.random_tokens(n, 128, torch.bfloat16, 1, heads) for n, heads in ((7000, 6), (20_000, 3)))
+    q, k = (clustering_cases.random_tokens(n, 128, torch.bfloat16, 1, heads) for n, heads in ((7000, 6), (20_000, 3)))
     state = [x[:, :, :count].float().contiguous() for x, count in ((q, q_clusters), (k, k_clusters))]
     before = [each.clone() for each in state]
     calls = [torch.ones(1, dtype=torch.int32, device="cuda") for _ in "qk"]
@@ -77,11 +77,11 @@ def test_both_sides_of_one_launch_are_labelled_among_their_own_centroids(q_clust
     labels = torch.arange(q_clusters, device="cuda").expand(1, 6, -1)
     labels = torch.stack([row.repeat_interleave(size) for row, size in zip(labels[0], q_sizes[0])])[None]
     labels = torch.empty_like(labels).scatter_(2, q_order.long(), labels)
-    kmeans_tests.assert_labels_are_nearest(q, labels, before[0])
+    clustering_cases.assert_labels_are_nearest(q, labels, before[0])
     sorted_labels = torch.stack(
         [torch.arange(k_clusters, device="cuda").repeat_interleave(size) for size in k_sizes[0]]
     )[None]
-    kmeans_tests.assert_labels_are_nearest(k_clustered, sorted_labels, before[1])
+    clustering_cases.assert_labels_are_nearest(k_clustered, sorted_labels, before[1])
 
 
 @runs_gluon

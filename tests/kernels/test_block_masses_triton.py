@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_block_masses import Case, one_of_many, random_case
+from masses_cases import Case, one_of_many, random_case
 from triton_interpreter import (
     DEVICE,
     INTERPRETED,

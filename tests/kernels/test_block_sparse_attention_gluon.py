@@ -2,11 +2,12 @@
 
 import math
 
+import attention_cases
 import pytest
-import test_block_sparse_attention as op_tests
 import torch
 
 from svg2_compile.kernels.why_not import GLUON_DIMS, GLUON_DTYPES, why_not_gluon
+from svg2_compile.kernels.work_list import kept_runs_reference
 
 REASON = why_not_gluon(torch.device("cuda"), torch.bfloat16, dim=128, rows=1) if torch.cuda.is_available() else "no GPU"
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=f"not run by Gluon: {REASON}")]
@@ -20,14 +21,14 @@ def attend(case):
 
 
 def assert_kernel_is_accurate(case):
-    op_tests.assert_as_accurate(attend(case), case.low_precision(), case.exact(), case.largest_score())
+    attention_cases.assert_as_accurate(attend(case), case.low_precision(), case.exact(), case.largest_score())
 
 
 @pytest.fixture(params=GLUON_DIMS)
 def random_case(request):
     """Make cases of one head dimension: each has a kernel of its own, with other tiles."""
     defaults = {"batch": 1, "groups": 1, "repeats": 2, "q_clusters": 3, "context": 0, "dtype": torch.bfloat16}
-    return lambda **changes: op_tests.random_case(**(defaults | {"dim": request.param} | changes))
+    return lambda **changes: attention_cases.random_case(**(defaults | {"dim": request.param} | changes))
 
 
 @pytest.mark.parametrize("dtype", GLUON_DTYPES)
@@ -138,7 +139,7 @@ def test_the_context_of_another_head_cannot_influence_the_output_even_as_nan(ran
 
 def test_runs_past_their_number_may_hold_anything(random_case):
     case = random_case(density=0.4)
-    kept = op_tests.kept_runs_reference(case.keep, case.k_sizes)
+    kept = kept_runs_reference(case.keep, case.k_sizes)
     unused = torch.arange(kept.runs.shape[3]) >= kept.counts[..., :1]
     poisoned = case.replace(runs=kept.runs.masked_fill(unused.unsqueeze(-1), 2**31 - 1), counts=kept.counts)
     for got, expected in zip(attend(poisoned), attend(case), strict=True):

@@ -2,10 +2,10 @@
 
 import math
 
+import attention_cases
 import pytest
-import test_block_sparse_attention as op_tests
 import torch
-from test_block_sparse_attention import assert_as_accurate
+from attention_cases import assert_as_accurate
 from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs_kernels, starts_the_interpreter
 
 # Triton's interpreter computes wrong bf16 products.
@@ -52,7 +52,7 @@ def assert_kernel_is_accurate(attend):
 
 def random_case(**changes):
     small = {"batch": 1, "groups": 1, "repeats": 2, "dim": 16, "q_clusters": 3, "context": 0}
-    return op_tests.random_case(**(small | changes))
+    return attention_cases.random_case(**(small | changes))
 
 
 @runs_kernels

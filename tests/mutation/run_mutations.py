@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from mutants import MUTANTS, Mutant
+from mutant import Mutant, all_mutants
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kernels", "passes", "svg2_compile")
@@ -156,7 +156,7 @@ def main() -> int:
     parser.add_argument("--deselect", nargs="+", default=[], help="tests to leave out, as pytest names them")
     parser.add_argument("--write", type=Path, help="file to write the table to")
     options = parser.parse_args()
-    chosen = [each for each in MUTANTS if each.room in options.rooms and options.only in each.bug]
+    chosen = [each for each in all_mutants() if each.room in options.rooms and options.only in each.bug]
     existing = {test for each in chosen for test in each.tests if (ROOT / test).exists()}
     started = time.perf_counter()
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from test_rewrite import CASES, SPARSE, ops, run, traced, zeros
+from rewritten_graphs import CASES, SPARSE, every_case, ops, run, traced, zeros
 
 from svg2_compile.passes.attach_state import attach_inputs
 from svg2_compile.passes.classify import classify
@@ -21,7 +21,13 @@ from svg2_compile.passes.stages.cluster import Cluster
 from svg2_compile.passes.stages.stage import Stage
 
 aten, svg2 = torch.ops.aten, torch.ops.svg2
-every_case = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def instead(config, site, *stages):

@@ -1,0 +1,101 @@
+"""Plausible one-line bugs of clustering, and of the state that it starts from."""
+
+from mutant import Mutant
+
+CLUSTERING = "kernels/kmeans.py"
+
+KMEANS = ("tests/kernels/test_kmeans.py",)
+SORT = ("tests/kernels/test_sort_labels.py",)
+KNOWN = ("tests/kernels/test_known_state.py",)
+CLUSTER_TRITON = ("tests/kernels/test_cluster_tokens_triton.py",)
+
+MUTANTS = (
+    Mutant(
+        "farthest centroid instead of nearest",
+        CLUSTERING,
+        "tile, centroids.T, beta=-1).argmax(-1)\n        labels",
+        "tile, centroids.T, beta=-1).argmin(-1)\n        labels",
+        KMEANS,
+    ),
+    Mutant(
+        "half of the squared norm forgotten",
+        CLUSTERING,
+        "    half_norms = centroids.square().sum(-1) / 2\n    sums",
+        "    half_norms = centroids.new_zeros(clusters)\n    sums",
+        KMEANS,
+    ),
+    Mutant(
+        "whole squared norm instead of half",
+        CLUSTERING,
+        "    half_norms = centroids.square().sum(-1) / 2\n    sums",
+        "    half_norms = centroids.square().sum(-1)\n    sums",
+        KMEANS,
+    ),
+    Mutant(
+        "empty cluster reset to zero",
+        CLUSTERING,
+        "sums / sizes.clamp(min=1), centroids)",
+        "sums / sizes.clamp(min=1), torch.zeros_like(centroids))",
+        KMEANS,
+    ),
+    Mutant("calls not counted", CLUSTERING, "calls.add_(1)", "calls.add_(0)", KMEANS),
+    Mutant(
+        "iteration counts of first and later calls swapped",
+        CLUSTERING,
+        "range(iters_step if starts is None else iters_init)",
+        "range(iters_init if starts is None else iters_step)",
+        KMEANS,
+    ),
+    Mutant(
+        "chain goes to the farthest centroid",
+        CLUSTERING,
+        'masked_fill(~is_left, float("inf")).argmin()',
+        'masked_fill(~is_left, float("-inf")).argmax()',
+        KMEANS,
+    ),
+    Mutant(
+        "chain applied on later calls too",
+        CLUSTERING,
+        "if starts is not None and remaining == 0",
+        "if remaining == 0",
+        KMEANS,
+    ),
+    Mutant(
+        "chain visits centroids again", CLUSTERING, "is_left[order[-1]] = False", "is_left[order[-1]] = True", KMEANS
+    ),
+    Mutant(
+        "chain after the first iteration", CLUSTERING, "and remaining == 0", "and remaining == iters_init - 1", KMEANS
+    ),
+    Mutant("seed ignored", CLUSTERING, "_mix32(seed * 0x9E3779B9 % 2**32 + head)", "_mix32(head)", KMEANS),
+    Mutant(
+        "order of tokens within a cluster reversed",
+        "kernels/sort_labels.py",
+        "order = labels.sort(dim=-1, stable=True).indices.int()",
+        "order = (labels.shape[2] - 1 - labels.flip(-1).sort(dim=-1, stable=True).indices).int()",
+        SORT,
+    ),
+    Mutant(
+        "inverse order returned",
+        "kernels/sort_labels.py",
+        "labels.sort(dim=-1, stable=True).indices.int()",
+        "labels.sort(dim=-1, stable=True).indices.argsort(-1).int()",
+        SORT,
+    ),
+    Mutant("counters known while a CUDA graph records", "kernels/known_state.py", " and not is_capturing()", "", KNOWN),
+    Mutant("one known counter is enough", "kernels/known_state.py", "and all(", "and any(", KNOWN),
+    Mutant("counters known for ever", "kernels/known_state.py", "_clustered.reset(token)", "pass", KNOWN),
+    Mutant(
+        "all iterations launched for known state",
+        "kernels/kmeans_triton.py",
+        "iterations = iters_step if is_later else",
+        "iterations = iters_init if is_later else",
+        CLUSTER_TRITON,
+    ),
+    Mutant(
+        "order launched for known state",
+        "kernels/kmeans_triton.py",
+        "if iteration == iters_init - 1 and not is_later:",
+        "if iteration == iters_init - 1:",
+        CLUSTER_TRITON,
+    ),
+)

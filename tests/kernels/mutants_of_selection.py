@@ -1,0 +1,283 @@
+"""Plausible one-line bugs of selecting blocks, and of what estimates, measures and guards the selection."""
+
+from mutant import Mutant
+
+SELECTION = "kernels/select_blocks.py"
+MASSES = "kernels/block_masses.py"
+
+SELECT = ("tests/kernels/test_select_blocks.py",)
+SELECT_TRITON = ("tests/kernels/test_select_blocks_triton.py",)
+ESTIMATE = ("tests/kernels/test_block_masses.py",)
+ESTIMATE_TRITON = ("tests/kernels/test_block_masses_triton.py",)
+RECALL = ("tests/kernels/test_recall.py",)
+RECALL_TRITON = ("tests/kernels/test_recall_triton.py",)
+GUARD = ("tests/api/test_guard.py",)
+
+MUTANTS = (
+    Mutant(
+        "cumulative mass includes the cluster itself",
+        SELECTION,
+        "before = torch.nn.functional.pad(probability.cumsum(-1)[..., :-1], (1, 0))",
+        "before = probability.cumsum(-1)",
+        SELECT,
+    ),
+    Mutant(
+        "cluster sizes do not weigh the softmax",
+        SELECTION,
+        "(scores + k_sizes.log().unsqueeze(2)).masked_fill",
+        "scores.masked_fill",
+        SELECT,
+    ),
+    Mutant(
+        "empty key clusters take part",
+        SELECTION,
+        ".masked_fill(k_sizes.unsqueeze(2) == 0, -math.inf)",
+        "",
+        SELECT,
+    ),
+    Mutant(
+        "selection maps query heads to key heads by modulo",
+        SELECTION,
+        "return x.repeat_interleave(heads // x.shape[1], dim=1)",
+        "return x.repeat(1, heads // x.shape[1], *[1] * (x.dim() - 2))",
+        SELECT,
+    ),
+    Mutant(
+        "floor of kept clusters forgotten",
+        SELECTION,
+        "kept[..., : math.floor(min_keep_ratio * logits.shape[3])] = True",
+        "pass",
+        SELECT,
+    ),
+    Mutant(
+        "floor of kept clusters rounded up",
+        SELECTION,
+        "math.floor(min_keep_ratio * logits.shape[3])",
+        "math.ceil(min_keep_ratio * logits.shape[3])",
+        SELECT,
+    ),
+    Mutant(
+        "density not weighted by the query clusters",
+        SELECTION,
+        "q_share = q_sizes.to(dtype) / q_sizes.sum(-1, keepdim=True)",
+        "q_share = torch.ones_like(mass) / q_sizes.shape[-1]",
+        SELECT,
+    ),
+    Mutant(
+        "given masses are not looked at",
+        SELECTION,
+        "if masses is None:\n        logits",
+        "if True:\n        logits",
+        SELECT,
+    ),
+    Mutant(
+        "given masses of empty clusters take part",
+        SELECTION,
+        ".log().masked_fill(is_empty, -math.inf)",
+        ".log()",
+        SELECT_TRITON,
+    ),
+    Mutant(
+        "block masses do not weigh the keys",
+        MASSES,
+        "* scale + sizes.to(dtype).log()",
+        "* scale",
+        ESTIMATE,
+    ),
+    Mutant(
+        "block masses are sums over the queries",
+        MASSES,
+        "    masses /= q_sizes.clamp(min=1).unsqueeze(-1)\n",
+        "",
+        ESTIMATE,
+    ),
+    Mutant(
+        "block masses take the queries in token order",
+        MASSES,
+        "q[b, h, q_order[b, h, position].long()]",
+        "q[b, h, position]",
+        ESTIMATE,
+    ),
+    Mutant(
+        "block masses take the key sizes of another head",
+        MASSES,
+        "sizes = k_sizes[b, h // repeats]",
+        "sizes = k_sizes[b, h % k_sizes.shape[1]]",
+        ESTIMATE,
+    ),
+    Mutant(
+        "block masses count the last query of a cluster to the next one too",
+        MASSES,
+        "(first <= position)",
+        "(first <= position + 1)",
+        ESTIMATE,
+    ),
+    Mutant(
+        "block masses ask the first part of the queries only",
+        MASSES,
+        "range(0, tokens, rows)",
+        "range(0, min(tokens, rows), rows)",
+        ESTIMATE,
+    ),
+    Mutant(
+        "block masses ask all queries at a time",
+        MASSES,
+        "rows = max(1, MAX_SCORES // (q_clusters + k_clusters))",
+        "rows = tokens",
+        ESTIMATE,
+    ),
+    Mutant(
+        "an empty query cluster has whatever masses",
+        MASSES,
+        "torch.where(q_sizes.unsqueeze(-1) > 0, masses, shares.unsqueeze(2))",
+        "masses",
+        ESTIMATE,
+    ),
+    Mutant(
+        "the kernel of block masses counts rows that are none",
+        "kernels/block_masses_triton.py",
+        'tl.where(inside, highest + tl.log2(total), float("inf"))',
+        "highest + tl.log2(total)",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses begins a cluster some tiles later",
+        "kernels/block_masses_triton.py",
+        "mask=offs_q < cluster",
+        "mask=offs_q <= cluster",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses adds the first tiles of a cluster only",
+        "kernels/block_masses_triton.py",
+        "range(0, tiles, BLOCK_TILES)",
+        "range(0, 1, BLOCK_TILES)",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses adds a tile of the next cluster",
+        "kernels/block_masses_triton.py",
+        "(first + offs_t < tiles)",
+        "(first + offs_t <= tiles)",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses does not weigh the keys at the end",
+        "kernels/block_masses_triton.py",
+        "tl.sum(sums, 0) * k_sizes.to(tl.float32)",
+        "tl.sum(sums, 0)",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses reads means of empty clusters",
+        "kernels/block_masses_triton.py",
+        "offs_c, DIM, sizes > 0, offs_d",
+        "offs_c, DIM, offs_c < k_clusters, offs_d",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses expects keys in the first block",
+        "kernels/block_masses_triton.py",
+        "tl.full([BLOCK_M], LOWEST, tl.float32)",
+        'tl.full([BLOCK_M], float("-inf"), tl.float32)',
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses multiplies infinity by no keys",
+        "kernels/block_masses_triton.py",
+        "masses = tl.where(k_sizes > 0, tl.sum(sums, 0) * k_sizes.to(tl.float32), 0.0)",
+        "masses = tl.sum(sums, 0) * k_sizes.to(tl.float32)",
+        ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "recall over the kept keys alone",
+        "kernels/recall.py",
+        "masses.append((scores.logsumexp(-1), ",
+        "masses.append((scores.masked_fill(~kept, -torch.inf).logsumexp(-1), ",
+        RECALL,
+    ),
+    Mutant(
+        "recall counts hidden keys",
+        "kernels/recall.py",
+        'keys[part].to(dtype).mT * scale).masked_fill_(hidden[part], float("-inf"))',
+        "keys[part].to(dtype).mT * scale)",
+        RECALL,
+    ),
+    Mutant(
+        "recall forgets the context keys that are kept",
+        "kernels/recall.py",
+        "total, mass = total.logaddexp(always), mass.logaddexp(always)",
+        "total = total.logaddexp(always)",
+        RECALL,
+    ),
+    Mutant(
+        "recall of one row too far in the order of the clusters",
+        "kernels/recall.py",
+        "positions.expand(batch, heads, -1).contiguous(), right=True)",
+        "positions.expand(batch, heads, -1).contiguous())",
+        RECALL,
+    ),
+    Mutant(
+        "recall looks at the same rows at every call",
+        "kernels/recall.py",
+        "phase = (calls.long() + seed) * GOLDEN_STEP",
+        "phase = (calls.long() * 0 + seed) * GOLDEN_STEP",
+        RECALL,
+    ),
+    Mutant(
+        "guard takes a head that kept enough",
+        "kernels/recall.py",
+        "& (of_heads < min_recall)",
+        "& (of_heads > min_recall)",
+        RECALL,
+    ),
+    Mutant(
+        "guard forgets when a head fell",
+        "kernels/recall.py",
+        "is_measured & (dense_heads[..., 0] == 0) & (",
+        "is_measured & (",
+        RECALL,
+    ),
+    Mutant(
+        "recall's kernel counts hidden keys",
+        "kernels/recall_triton.py",
+        "is_key = offs_n < visible",
+        "is_key = offs_n < tokens",
+        RECALL_TRITON,
+    ),
+    Mutant(
+        "recall's kernel takes every key for kept",
+        "kernels/recall_triton.py",
+        "tl.where(kept > 0, weights, 0.0)",
+        "weights",
+        RECALL_TRITON,
+    ),
+    Mutant(
+        "recall's kernel forgets to shrink the kept mass",
+        "kernels/recall_triton.py",
+        "mass = mass * shrink + ",
+        "mass = mass + ",
+        RECALL_TRITON,
+    ),
+    Mutant(
+        "recall's kernel looks at every call",
+        "kernels/recall_triton.py",
+        "return (tl.load(calls_ptr) - 1) % interval == 0",
+        "return (tl.load(calls_ptr) - 1) % interval >= 0",
+        RECALL_TRITON,
+    ),
+    Mutant(
+        "guard lets a dense head keep its runs",
+        "kernels/dense_heads.py",
+        "return one_run.where(is_dense.unsqueeze(-1), runs), all_counts",
+        "return runs, all_counts",
+        GUARD,
+    ),
+    Mutant(
+        "guard reports the density of the selection",
+        "kernels/dense_heads.py",
+        "statistics += dense_statistics.where(is_dense, call_statistics)",
+        "statistics += call_statistics",
+        GUARD,
+    ),
+)
