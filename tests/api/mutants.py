@@ -90,15 +90,15 @@ MUTANTS = (
     Mutant(
         "counters kept over generations",
         "svg2_compile/state.py",
-        "self.tensors[name].zero_()",
-        "pass",
+        "                spec.restart(self.tensors[spec.name])",
+        "                pass",
         API,
     ),
     Mutant(
         "guard survives the generation",
-        "svg2_compile/state.py",
-        'OF_A_GENERATION = (*COUNTERS, "dense_heads")',
-        "OF_A_GENERATION = COUNTERS",
+        "passes/stages/guard_heads.py",
+        'torch.float32, "generation")',
+        "torch.float32)",
         GUARD,
     ),
     Mutant(
