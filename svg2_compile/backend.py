@@ -23,6 +23,7 @@ from svg2_compile.kernels.self_check import Kind
 from svg2_compile.obstacles import certain_obstacles
 from svg2_compile.options import Options, split_options
 from svg2_compile.passes.clone import clone
+from svg2_compile.passes.plan import StagesOf, stages_of
 from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
 from svg2_compile.region import DenseGraph, LayerOrder, Lower, Owner, Region, Runner, Variant, reset, ticking
 from svg2_compile.tensorrt.engine_files import default_folder
@@ -38,7 +39,12 @@ clock.observe_cache_context()
 
 
 def svg2_backend(
-    gm: GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None, mode: str | None = None
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+    stages: StagesOf = stages_of,
 ) -> Callable[..., Any]:
     """Compile a graph with its long self-attention made sparse (SVG2, arXiv 2505.18875).
 
@@ -49,6 +55,7 @@ def svg2_backend(
         example_inputs: its inputs.
         options: fields of ``SparseConfig`` and ``KernelConfig``, bare or prefixed with ``svg2.``, and Inductor's own.
         mode: a mode of ``torch.compile``, for Inductor.
+        stages: as ``sparsify`` takes them; ``torch.compile`` hands none on, so wrap this function to give some.
 
     Raises:
         ConfigError: an option is unknown or out of range, or TensorRT is asked for and missing.
@@ -61,7 +68,8 @@ def svg2_backend(
     if config.on_unsupported == "error" and compiled.root is not None:
         model = compiled.root if compiled.parent is None else compiled.parent
         raise_unsupported(certain_obstacles(model, compiled.root))
-    plan = sparsify(gm, dataclasses.replace(config, dense_layers=0) if compiled.is_repeated else config, ours.kernel)
+    own_layers = dataclasses.replace(config, dense_layers=0) if compiled.is_repeated else config
+    plan = sparsify(gm, own_layers, ours.kernel, stages=stages)
     _announce(plan)
     lower = _lowering(ours, inductor_options)
     # a layer's argument of that name is an embedding; only a model's own is the noise level

@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
-from swapped_ops import Cluster, Clustered, Point, SwappedOps, Workbench, at_density, density_at, svg2, with_labels
+from swapped_ops import ClusterBy, Clustered, Point, SwappedOps, Workbench, at_density, density_at, svg2, with_labels
 
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
@@ -49,7 +49,7 @@ FLOORS = (0.0, 0.05, 0.1, 0.2, 0.3)
 # ---- clusterings
 
 
-def iterating(first: int, later: int) -> Cluster:
+def iterating(first: int, later: int) -> ClusterBy:
     """Cluster with other numbers of iterations; with 0, tokens join the last step's centroids, which stay."""
 
     def cluster(*arguments: Any) -> Clustered:
@@ -66,7 +66,7 @@ def iterating(first: int, later: int) -> Cluster:
     return cluster
 
 
-def from_tokens(iterations: int) -> Cluster:
+def from_tokens(iterations: int) -> ClusterBy:
     """Cluster from tokens in every step, as if there were no last one."""
 
     def cluster(*arguments: Any) -> Clustered:

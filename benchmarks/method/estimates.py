@@ -66,15 +66,16 @@ class Trial(SwappedOps):
         self._blocks = blocks
         return by_centroids(blocks)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, q_sizes: Tensor, *rest: Any) -> Any:
+    def _judge(self, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
+        q, k, v, q_sizes, _, _, *rest = arguments
         for name, select in SELECTIONS.items() if self.watching else ():
             for top_p in TOP_P:
                 statistics_of_its_own = torch.zeros_like(self._blocks.statistics)
                 runs, counts = select(replace(self._blocks, top_p=top_p, statistics=statistics_of_its_own))
-                out, lse = svg2.block_sparse_attention(q, k, v, q_sizes, runs, counts, *rest[2:])
-                judged = judge(q, k, v, q_sizes, runs, counts, out, lse, rest[6])
+                tried = svg2.block_sparse_attention(q, k, v, q_sizes, runs, counts, *rest)
+                judged = judge(q, k, v, q_sizes, runs, counts, *tried, rest[-1])
                 self.found.setdefault((name, top_p), []).append(judged)
-        return super()._attend(q, k, v, q_sizes, *rest)
+        return super()._judge(out, lse, *arguments)
 
 
 def main() -> None:

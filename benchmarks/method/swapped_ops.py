@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
-from unittest import mock
 
 import torch
 from random_blocks import random_blocks
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 
 import svg2_compile
-from svg2_compile import backend
 from svg2_compile.kernels.select_blocks import block_logits, kept_clusters
 from svg2_compile.kernels.work_list import kept_runs_reference
-from svg2_compile.passes.sparsify import Sparsified, sparsify
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.plan import stages_of
+from svg2_compile.passes.records import AttentionSite
+from svg2_compile.passes.stages.cluster import Cluster
+from svg2_compile.passes.stages.flow import Flow, SiteWriter
+from svg2_compile.passes.stages.keep_top_p import KeepTopP
+from svg2_compile.passes.stages.stage import Stage
 from svg2_compile.video.measure import Video, generate
 from svg2_compile.video.quality import psnr, ssim
 
@@ -32,7 +37,7 @@ MAX_SCORES = 2**28
 svg2 = torch.ops.svg2
 
 Clustered = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Cluster = Callable[..., Clustered]
+ClusterBy = Callable[..., Clustered]
 """Takes and returns what ``svg2::cluster_tokens_`` does."""
 
 
@@ -78,7 +83,7 @@ class SwappedOps:
 
     def __init__(self, **options: Any) -> None:
         self.options = {**options, "lowering": "eager"}
-        self.cluster: Cluster = svg2.cluster_tokens_
+        self.cluster: ClusterBy = svg2.cluster_tokens_
         self.select: Select = by_centroids
         self.top_p: float | None = None
         """In place of the option, if given; likewise the next one."""
@@ -97,16 +102,16 @@ class SwappedOps:
 
     def compile(self, model: nn.Module) -> Any:
         """Return the model with these ops in its sparse steps."""
-        return torch.compile(model, backend=self._backend, fullgraph=True)
 
-    def _backend(self, gm: GraphModule, inputs: list[Any]) -> Any:
-        with mock.patch.object(backend, "sparsify", self._sparsify):
-            return backend.svg2_backend(gm, inputs, options=self.options)
+        def backend(gm: GraphModule, inputs: list[Any]) -> Any:
+            return svg2_compile.svg2_backend(gm, inputs, options=self.options, stages=self._stages)
 
-    def _sparsify(self, *arguments: Any) -> Sparsified:
-        result = sparsify(*arguments)
-        swap(result.gm, self._cluster, self._select, self._attend)
-        return result
+        return torch.compile(model, backend=backend, fullgraph=True)
+
+    def _stages(self, config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
+        swapped = {Cluster: SwappedCluster(call=self._cluster), KeepTopP: SwappedSelection(call=self._select)}
+        stages = (swapped.get(type(stage), stage) for stage in stages_of(config, site))
+        return *stages, Judge(self._judge)
 
     def _cluster(self, *arguments: Any) -> Clustered:
         return self.cluster(*arguments)
@@ -117,13 +122,68 @@ class SwappedOps:
         floor = min_keep_ratio if self.min_keep_ratio is None else self.min_keep_ratio
         return self.select(Blocks(q, q_order, k, *tensors, scale, top_p, floor, statistics))
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, q_sizes: Tensor, runs: Tensor, counts: Tensor, *rest: Any
-    ) -> Any:
-        out, lse = svg2.block_sparse_attention(q, k, v, q_sizes, runs, counts, *rest)
-        self._sums = self._sums.to(out.device) + judge(q, k, v, q_sizes, runs, counts, out, lse, rest[4])
+    def _judge(self, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
+        """Add to the means; the arguments are those of ``svg2::block_sparse_attention``."""
+        q, k, v, q_sizes, runs, counts, *_, scale = arguments
+        self._sums = self._sums.to(out.device) + judge(q, k, v, q_sizes, runs, counts, out, lse, scale)
         self.calls += 1
-        return out, lse
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedCluster(Cluster):
+    """Clusters by a function that takes and returns what ``svg2::cluster_tokens_`` does."""
+
+    call: Callable[..., Clustered]
+
+    def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
+        state = [writer.state[name] for name in ("q_centroids", "k_centroids", "q_calls", "k_calls")]
+        numbers = writer.site.kmeans_iters_init, writer.site.kmeans_iters_step, writer.site.seed
+        function = as_function("cluster", self.call, svg2.cluster_tokens_)
+        q_order, q_sizes, k_sizes, k, v = writer.parts(function, flow.q, flow.k, flow.v, *state, *numbers, count=5)
+        return replace(flow, q_order=q_order, q_sizes=q_sizes, k_sizes=k_sizes, k_clustered=k, v_clustered=v)
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedSelection(KeepTopP):
+    """Selects by a function that takes the tokens, and what ``svg2::select_blocks`` does."""
+
+    call: Callable[..., tuple[Tensor, Tensor]] = svg2.select_blocks
+
+    def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
+        site, state = writer.site, writer.state
+        function = as_function("select", self.call, lambda q, q_order, k, *rest: svg2.select_blocks(*rest))
+        tokens = flow.q, flow.q_order, flow.k_clustered
+        sides = state["q_centroids"], state["k_centroids"], flow.q_sizes, flow.k_sizes
+        numbers = site.scale, site.top_p, site.min_keep_ratio
+        runs, counts = writer.parts(function, *tokens, *sides, *numbers, state["statistics"], count=2)
+        return replace(flow, runs=runs, counts=counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Judge(Stage):
+    """Shows the attention's results and arguments to a function, which returns the results."""
+
+    call: Callable[..., Tensor]
+
+    def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
+        function = as_function("judge", self.call, lambda out, *rest: torch.empty_like(out))
+        selection = flow.q_sizes, flow.runs, flow.counts
+        context = flow.context_k, flow.context_v, flow.context_mask
+        tokens = flow.q, flow.k_clustered, flow.v_clustered
+        arguments = (*tokens, *selection, *context, flow.q_order, writer.site.scale)
+        return replace(flow, out=writer.emit(function, flow.out, flow.lse, *arguments))
+
+
+def as_function(name: str, call: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that a graph can call; while the graph is written, it gives what ``fake`` does."""
+
+    def function(*arguments: Any) -> Any:
+        return (fake if isinstance(arguments[0], FakeTensor) else call)(*arguments)
+
+    # the generated code cannot name a method
+    function.__name__ = function.__qualname__ = f"swapped_{name}"
+    return function
 
 
 def judge(
@@ -145,29 +205,6 @@ def judge(
     error = (out[:, :, rows] - exact).square().sum((2, 3)) / exact.square().sum((2, 3))
     density = density_of(q_sizes, runs, counts, k.shape[2])
     return torch.stack((density, mass.mean(), mass.quantile(0.1, -1).mean(), error.sqrt().mean()))
-
-
-def swap(gm: GraphModule, cluster: Callable[..., Any], select: Callable[..., Any], attend: Callable[..., Any]) -> None:
-    """Let a rewritten graph call these functions in place of the ops, in place."""
-    # a function of its own each: the generated code cannot name a method
-    functions = [_as_function(name, each) for name, each in (("select", select), ("attend", attend))]
-    for node in list(gm.graph.find_nodes(op="call_function", target=svg2.cluster_tokens_.default)):
-        node.target = _as_function("cluster", cluster)
-    for attention in list(gm.graph.find_nodes(op="call_function", target=svg2.block_sparse_attention.default)):
-        q, k, runs, q_order = (attention.args[index] for index in (0, 1, 4, 9))
-        selection = runs.args[0]
-        selection.args = (q, q_order, k, *selection.args)
-        selection.target, attention.target = functions
-    gm.graph.lint()
-    gm.recompile()
-
-
-def _as_function(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        return method(*arguments)
-
-    call.__name__ = call.__qualname__ = f"swapped_{name}"
-    return call
 
 
 def density_of(q_sizes: Tensor, runs: Tensor, counts: Tensor, k_tokens: int) -> Tensor:

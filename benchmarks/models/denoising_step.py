@@ -28,13 +28,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch._inductor import cudagraph_trees
+from torch.fx import GraphModule
 
 sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels", "models"))
 
@@ -46,6 +47,13 @@ import svg2_compile
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.work_list import kept_runs_reference
+from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.plan import stages_of
+from svg2_compile.passes.records import AttentionSite
+from svg2_compile.passes.stages.cluster import Cluster
+from svg2_compile.passes.stages.flow import Flow, SiteWriter
+from svg2_compile.passes.stages.keep_top_p import KeepTopP
+from svg2_compile.passes.stages.stage import Stage
 from svg2_compile.video.measure import fastest_attention
 
 DEVICE = "cuda"
@@ -252,10 +260,15 @@ def compiled(
         options |= {"q_clusters": clusters[0], "k_clusters": clusters[1], "dense_steps": 0, "dense_layers": 0}
         options["self_check"] = False  # it would find the forced selection wrong
         options |= {"lowering": lowering}
-        arguments |= {"backend": svg2_compile.svg2_backend}
+        arguments |= {"backend": forced_backend}
     compile_model = model.compile if way.whole else model.compile_repeated_blocks
     compile_model(**arguments, options=options or None)
     return model
+
+
+def forced_backend(gm: GraphModule, inputs: list[Any], **given: Any) -> Callable[..., Any]:
+    """Compile as usual, with ``forced_stages``."""
+    return svg2_compile.svg2_backend(gm, inputs, stages=forced_stages, **given)
 
 
 class Steps:
@@ -335,27 +348,73 @@ def without_full_masks(spec: Model) -> Iterator[None]:
         module.dispatch_attention_fn = dispatch
 
 
+torch.library.define("svg2_benchmarks::forced_clusters", "(Tensor order, Tensor q_sizes, Tensor k_sizes) -> Tensor[]")
+torch.library.define("svg2_benchmarks::forced_selection", "(Tensor runs, Tensor counts) -> Tensor[]")
+
+
+@torch.library.register_fake("svg2_benchmarks::forced_clusters")
+@torch.library.register_fake("svg2_benchmarks::forced_selection")
+def _alike(*found: Tensor) -> list[Tensor]:
+    return [torch.empty_like(each) for each in found]
+
+
+@torch.library.impl("svg2_benchmarks::forced_clusters", ("cpu", "cuda"))
+def _forced_clusters(*found: Tensor) -> list[Tensor]:
+    return [each.clone() for each in Forced.entered.clusters]
+
+
+@torch.library.impl("svg2_benchmarks::forced_selection", ("cpu", "cuda"))
+def _forced_selection(*found: Tensor) -> list[Tensor]:
+    return [each.clone() for each in Forced.entered.selection]
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedCluster(Cluster):
+    """Clusters, and then pretends to have found the clusters of ``Forced``."""
+
+    def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
+        flow = Cluster.emit(self, writer, flow)
+        found = flow.q_order, flow.q_sizes, flow.k_sizes
+        forced = torch.ops.svg2_benchmarks.forced_clusters.default
+        q_order, q_sizes, k_sizes = writer.parts(forced, *found, count=3)
+        return replace(flow, q_order=q_order, q_sizes=q_sizes, k_sizes=k_sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedSelection(KeepTopP):
+    """Selects, and then pretends to have selected what ``Forced`` has."""
+
+    def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
+        flow = KeepTopP.emit(self, writer, flow)
+        forced = torch.ops.svg2_benchmarks.forced_selection.default
+        runs, counts = writer.parts(forced, flow.runs, flow.counts, count=2)
+        return replace(flow, runs=runs, counts=counts)
+
+
+def forced_stages(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
+    """Return the usual stages, whose clusters and selection are replaced after they have been found."""
+    forced = {Cluster: ForcedCluster(), KeepTopP: ForcedSelection()}
+    return tuple(forced.get(type(stage), stage) for stage in stages_of(config, site))
+
+
 class Forced:
-    """While entered, clustering and selection run, and what they return is replaced.
+    """While entered, what ``forced_stages`` pretend to have found.
 
-    Queries and keys are clustered together, or, where a mask hides keys, each on its own and then sorted by label.
-
-    The replacement stays at its place in memory, so that CUDA graphs see another density without being recorded again.
+    It stays at its place in memory, so that CUDA graphs see another density without being recorded again. Copying it
+    takes some microseconds a layer, which count as sparse.
     """
+
+    entered: ClassVar[Forced]
 
     def __init__(self, heads: int, tokens: int, q_clusters: int, k_clusters: int) -> None:
         generator = self._generator()
-        self.q_sizes, self.k_sizes = (
+        q_sizes, self.k_sizes = (
             lognormal_sizes(generator, 1, heads, count, tokens) for count in (q_clusters, k_clusters)
         )
-        (self.q_order, _), (self.k_order, _) = (
-            torch.ops.svg2.sort_labels(shuffled_labels(generator, sizes), sizes.shape[2])
-            for sizes in (self.q_sizes, self.k_sizes)
-        )
-        # behind the last cluster: the keys that the mask hides, none
-        self.k_sizes_and_hidden = torch.nn.functional.pad(self.k_sizes, (0, 1))
+        q_order, _ = torch.ops.svg2.sort_labels(shuffled_labels(generator, q_sizes), q_clusters)
+        self.clusters = (q_order, q_sizes, self.k_sizes)
         everything = torch.ones((1, heads, q_clusters, k_clusters), dtype=torch.bool, device=DEVICE)
-        self.runs, self.counts = (x.contiguous() for x in self._kept(everything))
+        self.selection = tuple(x.contiguous() for x in self._kept(everything))
 
     def _generator(self) -> torch.Generator:
         return torch.Generator(DEVICE).manual_seed(0)
@@ -366,43 +425,16 @@ class Forced:
 
     def keep(self, density: float) -> None:
         """Keep random key clusters that hold about this share of the keys."""
-        keep = random_blocks(self._generator(), density, self.k_sizes, self.q_sizes.shape[2])
-        for mine, kept in zip((self.runs, self.counts), self._kept(keep)):
+        keep = random_blocks(self._generator(), density, self.k_sizes, self.clusters[1].shape[2])
+        for mine, kept in zip(self.selection, self._kept(keep)):
             mine.copy_(kept)
 
     def __enter__(self) -> Forced:
-        from svg2_compile.kernels import cluster_tokens_triton as clustering
-        from svg2_compile.kernels import select_blocks_triton as selecting
-        from svg2_compile.kernels import sort_labels_triton as sorting
-
-        cluster, select = clustering.cluster_tokens_triton, selecting.select_blocks_triton
-        sort = sorting.sort_labels_triton
-
-        def cluster_then_pretend(*args: Any) -> tuple[Tensor, ...]:
-            *_, keys, values = cluster(*args)
-            return self.q_order, self.q_sizes, self.k_sizes, keys, values
-
-        def sort_then_pretend(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-            sort(labels, clusters)
-            if clusters == self.q_sizes.shape[2]:
-                return self.q_order, self.q_sizes
-            return self.k_order, self.k_sizes_and_hidden
-
-        def select_then_pretend(*args: Any) -> tuple[Tensor, Tensor]:
-            select(*args)
-            return self.runs, self.counts
-
-        def restore() -> None:
-            clustering.cluster_tokens_triton, selecting.select_blocks_triton = cluster, select
-            sorting.sort_labels_triton = sort
-
-        self._restore = restore
-        clustering.cluster_tokens_triton, selecting.select_blocks_triton = cluster_then_pretend, select_then_pretend
-        sorting.sort_labels_triton = sort_then_pretend
+        Forced.entered = self
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        del Forced.entered
 
 
 if __name__ == "__main__":

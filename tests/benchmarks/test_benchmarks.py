@@ -187,33 +187,42 @@ def test_a_step_is_timed_dense_and_at_every_density_and_saved_each_time(steps, m
     assert asked in capsys.readouterr().out
 
 
-def test_a_forced_selection_has_the_density_and_stays_where_it_is(steps, monkeypatch):
-    from svg2_compile.kernels import cluster_tokens_triton, select_blocks_triton
+def test_a_forced_selection_has_the_density_and_stays_where_it_is(steps):
     from svg2_compile.kernels.work_list import kept_keys
 
-    seen = []
-    for module, name in (
-        (cluster_tokens_triton, "cluster_tokens_triton"),
-        (select_blocks_triton, "select_blocks_triton"),
-    ):
-        monkeypatch.setattr(
-            module, name, lambda *arguments, name=name: seen.append(name) or ["found", "keys", "values"]
-        )
-    original = select_blocks_triton.select_blocks_triton
     with steps.Forced(2, 30_000, 20, 200) as forced:
-        q_order, q_sizes, _, *copies = cluster_tokens_triton.cluster_tokens_triton("any", "arguments")
         places = set()
         for density in (0.15, 0.4):
             forced.keep(density)
-            runs, counts = select_blocks_triton.select_blocks_triton()
-            places.add((runs.data_ptr(), counts.data_ptr()))
+            places.add(tuple(each.data_ptr() for each in forced.selection))
+            runs, counts = torch.ops.svg2_benchmarks.forced_selection(*forced.selection)
             assert kept_keys(runs, counts, 30_000).float().mean() == pytest.approx(density, abs=0.01)
+        q_order, q_sizes, _ = torch.ops.svg2_benchmarks.forced_clusters(*forced.clusters)
     assert len(places) == 1
-    assert copies == ["keys", "values"]
     assert torch.equal(q_order.sort(-1).values, torch.arange(30_000).expand(1, 2, -1))
     assert (q_sizes.sum(-1) == 30_000).all()
-    assert seen == ["cluster_tokens_triton", "select_blocks_triton", "select_blocks_triton"]
-    assert select_blocks_triton.select_blocks_triton is original
+    assert not hasattr(steps.Forced, "entered")
+
+
+@pytest.mark.parametrize("hides", [False, True], ids=["together", "each side by itself"])
+def test_forced_stages_cluster_and_select_and_then_attend_to_what_is_forced(steps, hides):
+    from torch.nn.functional import scaled_dot_product_attention
+
+    torch._dynamo.reset()
+    q, k, v = torch.randn((3, 1, 2, 300, 16), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(300) < 300).view(1, 1, 1, -1) if hides else None
+    options = {"q_clusters": 4, "k_clusters": 12, "dense_steps": 0, "dense_layers": 0, "min_tokens": 64}
+
+    def attend(q, k, v, mask):
+        return scaled_dot_product_attention(q, k, v, mask) + 0
+
+    with torch.no_grad(), steps.Forced(2, 300, 4, 12) as forced:
+        compiled = torch.compile(attend, backend=steps.forced_backend, options=options, fullgraph=True)
+        everything, dense = compiled(q, k, v, mask), attend(q, k, v, mask)
+        assert torch.allclose(everything, dense, atol=1e-5)
+        forced.keep(0.3)
+        less = compiled(q, k, v, mask)
+    assert less.isfinite().all() and not torch.allclose(less, dense, atol=1e-2)
 
 
 def test_dense_baselines_are_written_with_their_rates(module, monkeypatch, capsys):
