@@ -18,6 +18,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from svg2_compile import clock
+from svg2_compile.cache_identity import named_after_ops
 from svg2_compile.frames import Compiled, is_dynamic, owner_position, timestep_in, timestep_position, what_is_compiled
 from svg2_compile.kernels.self_check import Kind
 from svg2_compile.obstacles import certain_obstacles
@@ -112,7 +113,9 @@ def _lowering(options: Options, inductor_options: dict[str, Any]) -> Lower:
     config = options.sparse
 
     def inductor(gm: GraphModule, inputs: list[Any]) -> Runner:
-        runner: Runner = compile_fx(gm, inputs, config_patches=inductor_options or None)  # type: ignore[assignment]
+        # whoever calls, and whenever: a variant may wait for its first use, a segment of TensorRT's for its weights
+        with named_after_ops():
+            runner: Runner = compile_fx(gm, inputs, config_patches=inductor_options or None)  # type: ignore[assignment]
         return runner
 
     def tensorrt(gm: GraphModule, inputs: list[Any]) -> Runner:
@@ -144,7 +147,10 @@ def _without_sites(
 
 
 def _tick_with(parent: torch.nn.Module, parent_locals: dict[str, Any]) -> None:
-    """Let a model that runs eagerly tick the clock at each forward, and once for the forward under way."""
+    """Let a model that runs eagerly tick the clock before each forward, and once for the forward under way.
+
+    A pre-hook: a hook after the forward would tick when its layers have already asked for the step.
+    """
     if parent in _ticking_roots or parent in _hooked_parents:
         return
     signature = inspect.signature(parent.forward)
