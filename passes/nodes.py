@@ -72,6 +72,18 @@ def shape_of(x: Any) -> tuple[int | SymInt, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
+def sizes_of(x: Any) -> tuple[int | SymInt, ...]:
+    """Return the sizes of the tensor argument ``x``, none for anything else."""
+    return shape_of(x) or ()
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    """Return the dtype of a node that gives a tensor."""
+    tensor = tensor_of(node)
+    assert tensor is not None, node
+    return tensor.dtype
+
+
 def same_size(a: int | SymInt, b: int | SymInt) -> bool:
     """Say whether two sizes are known to be equal, without adding a guard; "not known" is False."""
     if isinstance(a, int) and isinstance(b, int):

@@ -947,14 +947,14 @@ MUTANTS = (
     ),
     Mutant(
         "mask dropped by canonicalize",
-        "passes/canonicalize.py",
+        "passes/write_attention.py",
         '**({} if mask is None else {"attn_mask": mask}),',
         "",
         CANONICALIZE,
     ),
     Mutant(
         "scale dropped by canonicalize",
-        "passes/canonicalize.py",
+        "passes/write_attention.py",
         "scale=plan.scale.number,",
         "scale=None,",
         CANONICALIZE,
