@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -21,6 +20,7 @@ from svg2_compile.passes.classify import classify
 from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
+from svg2_compile.passes.dynamo_graphs import FakeTensor, FakeTensorMode
 from svg2_compile.passes.errors import InternalError, UnsupportedError
 from svg2_compile.passes.fuse import fuse
 from svg2_compile.passes.kernel_config import KernelConfig

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Graph, Node
 
+from svg2_compile.passes.dynamo_graphs import SDPA
 from svg2_compile.passes.hand_written import HandWritten, Operand
 from svg2_compile.passes.nodes import (
     dtype_of,
@@ -39,7 +40,7 @@ def write_attention(graph: Graph, plan: HandWritten) -> str:
         mask = _write_mask(graph, plan)
         sdpa = emit(
             graph,
-            torch._C._nn.scaled_dot_product_attention,
+            SDPA,
             query,
             key,
             value,

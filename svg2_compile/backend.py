@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from svg2_compile import clock
 from svg2_compile.cache_identity import named_after_ops
+from svg2_compile.dynamo import fake_mode_of_trace, load_compile_fx
 from svg2_compile.frames import Compiled, is_dynamic, owner_position, timestep_in, timestep_position, what_is_compiled
 from svg2_compile.kernels.self_check import Kind
 from svg2_compile.obstacles import certain_obstacles
@@ -31,6 +31,8 @@ from svg2_compile.tensorrt.engines import require_tensorrt
 from svg2_compile.tensorrt.lowering import lower_with_tensorrt
 
 log = logging.getLogger(__name__)
+
+compile_fx = load_compile_fx()
 
 _ticking_roots: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _hooked_parents: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -115,7 +117,7 @@ def _lowering(options: Options, inductor_options: dict[str, Any]) -> Lower:
     def inductor(gm: GraphModule, inputs: list[Any]) -> Runner:
         # whoever calls, and whenever: a variant may wait for its first use, a segment of TensorRT's for its weights
         with named_after_ops():
-            runner: Runner = compile_fx(gm, inputs, config_patches=inductor_options or None)  # type: ignore[assignment]
+            runner: Runner = compile_fx(gm, inputs, config_patches=inductor_options or None)
         return runner
 
     def tensorrt(gm: GraphModule, inputs: list[Any]) -> Runner:
@@ -167,9 +169,7 @@ def _tick_with(parent: torch.nn.Module, parent_locals: dict[str, Any]) -> None:
 
 def _fake_state(plan: Sparsified) -> list[torch.Tensor]:
     """Return stand-ins of the state tensors whose sizes are plain numbers, whatever else is dynamic."""
-    context = torch._guards.TracingContext.get()
-    assert context.fake_mode is not None
-    with context.fake_mode:
+    with fake_mode_of_trace():
         devices = {site.index: site.device for site in plan.sites}
         return [torch.zeros(each.shape, dtype=each.dtype, device=devices[each.site]) for each in plan.state_specs]
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import GraphModule
 
+from svg2_compile.dynamo import uncompiled
 from svg2_compile.frames import what_is_compiled
 from svg2_compile.kernels.recall import RECALL
 from svg2_compile.kernels.select_blocks import STATISTICS
@@ -190,7 +191,7 @@ def report(model: torch.nn.Module) -> Report:
     Returns:
         One entry per attention, in program order, layers in the order of the model.
     """
-    model = _unwrap(model)
+    model = uncompiled(model)
     regions = _called_for(model, Region.instances)
     rows: dict[tuple[str, str], _Row] = {}
     for region, owner, prefix in regions:
@@ -252,7 +253,7 @@ def trace(
         return lambda *_: torch.fx.node.map_arg(output.args[0], _zeros_like_node)
 
     with torch.no_grad():
-        torch.compile(_unwrap(model), backend=describe, dynamic=False, fullgraph=fullgraph)(*args, **kwargs)
+        torch.compile(uncompiled(model), backend=describe, dynamic=False, fullgraph=fullgraph)(*args, **kwargs)
     return graphs
 
 
@@ -365,10 +366,6 @@ class _Row:
             recalls_measured=int(measured[0]),
             dense_flops=4 * site.batch * site.q_heads * site.token_hint**2 * site.head_dim,
         )
-
-
-def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    return getattr(model, "_orig_mod", model)
 
 
 def _join(prefix: str, path: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.clock import DenoiseClock
+from svg2_compile.dynamo import mark_static_address
 from svg2_compile.passes.records import AttentionSite, StateSpec
 
 COUNTERS = ("q_calls", "k_calls")
@@ -103,7 +104,7 @@ def _allocate(specs: tuple[StateSpec, ...], device: torch.device) -> dict[str, t
     with torch.inference_mode(False):
         tensors = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in specs}
     for tensor in tensors.values():
-        torch._dynamo.mark_static_address(tensor)
+        mark_static_address(tensor)
     return tensors
 
 

@@ -775,7 +775,7 @@ MUTANTS = (
     Mutant(
         "kernels of other libraries known by their op alone",
         MATCHING,
-        "return node.target._schema.name if isinstance(node.target, OpOverload) else target_name(node)",
+        "return name_of_op(node.target) if isinstance(node.target, OpOverload) else target_name(node)",
         "return target_name(node)",
         MATCH,
     ),
@@ -810,7 +810,7 @@ MUTANTS = (
     Mutant(
         "an attention of another form taken into a segment",
         SPLITTING,
-        ' or "scaled_dot_product" in target._schema.name',
+        ' or "scaled_dot_product" in name',
         "",
         SPLIT,
     ),
@@ -904,7 +904,7 @@ MUTANTS = (
     Mutant(
         "weights written in place go unnoticed",
         "svg2_compile/tensorrt/lowering.py",
-        "(id(each), each.data_ptr(), _version(each))",
+        "(id(each), each.data_ptr(), version_of(each))",
         "(id(each), each.data_ptr(), 0)",
         ("tests/api/test_tensorrt_lowering.py",),
     ),
@@ -933,7 +933,7 @@ MUTANTS = (
     Mutant(
         "signature of an exported module forgotten",
         "passes/clone.py",
-        "    graph.set_codegen(gm.graph._codegen)\n",
+        "    graph.set_codegen(codegen_of(gm.graph))\n",
         "",
         REWRITE,
     ),
