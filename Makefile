@@ -7,6 +7,8 @@ TESTABLE := $(VENV)/.testable
 
 # Python must not put this folder on its path: `kernels` here is not Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
+# Of that path setuptools warns too, in ten lines, at each editable install.
+QUIETLY := PYTHONWARNINGS='ignore:Editable installation'
 
 .PHONY: demo test kernels sanitize tensorrt check lint types mutations clean
 
@@ -46,12 +48,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(QUIETLY) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 # The demo does without these.
 $(TESTABLE): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,composition]"
+	$(QUIETLY) $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,composition]"
 	touch $@
 
 clean:

@@ -23,6 +23,7 @@ from svg2_compile.kernels.permute import (
     permute_tokens_reference,
     unpermute_tokens_reference,
 )
+from svg2_compile.kernels.private_torch import flash_attention_for_cpu
 from svg2_compile.kernels.why_not import ATTENTIONS, choose_attention
 from svg2_compile.kernels.work_list import COUNTS, kept_keys
 
@@ -259,7 +260,7 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     parts = min(torch.get_num_threads(), max(1, rows // MIN_ROWS_PER_PART))
     q_parts = torch.nn.functional.pad(q, (0, 0, 0, -rows % parts)).view(1, parts, -1, dim)
     k_parts, v_parts = k.expand(1, parts, -1, -1), v.expand(1, parts, -1, -1)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_parts, k_parts, v_parts, scale=scale)
+    out, lse = flash_attention_for_cpu(q_parts, k_parts, v_parts, scale=scale)
     return out.reshape(-1, dim)[:rows], lse.reshape(-1)[:rows]
 
 

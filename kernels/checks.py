@@ -9,22 +9,20 @@ from collections.abc import Callable
 import torch
 from torch import SymBool, Tensor
 
-# PyTorch's own, which understand symbolic sizes; typed here because they are not typed there.
-_check_value: Callable[[bool | SymBool, Callable[[], str]], None] = torch._check_value
-_check_type: Callable[[bool | SymBool, Callable[[], str]], None] = torch._check_type
+from svg2_compile.kernels.private_torch import check_type_of_torch, check_value_of_torch
 
 
 def check_value(condition: bool | SymBool, message: Callable[[], str]) -> None:
     """Raise ValueError unless ``condition`` holds."""
     # PyTorch's takes microseconds, dozens of times an attention.
     if condition is not True:
-        _check_value(condition, message)
+        check_value_of_torch(condition, message)
 
 
 def check_type(condition: bool | SymBool, message: Callable[[], str]) -> None:
     """Raise TypeError unless ``condition`` holds."""
     if condition is not True:
-        _check_type(condition, message)
+        check_type_of_torch(condition, message)
 
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,4 +1,7 @@
-"""The FX room: graph in, graph out. Knows ops and no model."""
+"""The FX room: graph in, graph out. Knows ops and no model.
+
+Only ``lowering="tensorrt"`` uses split_segments, join_slices, hold_attention, freeze_weights and restore_mutation.
+"""
 
 if __name__ != "svg2_compile.passes":
     raise ImportError(

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from svg2_compile.passes.dynamo_graphs import FakeTensorMode, mark_sourceless, mark_static_input
 from svg2_compile.passes.nodes import set_value
 from svg2_compile.passes.plan import SitePlan
 from svg2_compile.passes.records import StateSpec
@@ -39,9 +39,8 @@ def attach_inputs(gm: GraphModule, sites: Iterable[SitePlan], fake_mode: FakeTen
         for spec in site.state_specs:
             with gm.graph.inserting_after(last):
                 last = gm.graph.placeholder(state_name(spec))
-            last._dynamo_source = None  # AOTAutograd reads it from every placeholder
-            # an address that never changes lets a CUDA graph mutate the tensor in place
-            last.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+            mark_sourceless(last)
+            mark_static_input(last)
             set_value(last, _fake(spec, site.device, fake_mode))
             nodes[site.index, spec.name] = last
     return nodes

@@ -9,7 +9,7 @@ import copy
 
 from torch.fx import Graph, GraphModule, Node
 
-CARRIED = ("_param_name_to_source", "meta", "_source_to_user_stacks", "compile_subgraph_reason", "shape_env")
+from svg2_compile.passes.dynamo_graphs import carry_over, codegen_of, copy_source
 
 
 def clone(gm: GraphModule) -> GraphModule:
@@ -18,13 +18,11 @@ def clone(gm: GraphModule) -> GraphModule:
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
     # an exported module's nested inputs and outputs are known to this only
-    graph.set_codegen(gm.graph._codegen)
+    graph.set_codegen(codegen_of(gm.graph))
     result = GraphModule(gm, graph)
     for old, new in copies.items():
-        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+        if old.op == "placeholder":
+            copy_source(old, new)
         new.meta = copy.copy(new.meta)
-    for name in CARRIED:
-        if name in gm.__dict__:
-            result.__dict__[name] = gm.__dict__[name]
+    carry_over(gm, result)
     return result

@@ -15,10 +15,10 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.dynamo_graphs import OpOverload, OpOverloadPacket, name_of_op, name_of_packet
 from svg2_compile.passes.nodes import (
     SdpaArguments,
     argument,
@@ -88,8 +88,8 @@ def match(gm: GraphModule, config: SparseConfig) -> list[Candidate | Rejection]:
 def _full_name(node: Node) -> str:
     """Return the name of the called function, of an operator with its namespace: kernels name their ops ``fwd``."""
     if isinstance(node.target, OpOverloadPacket):
-        return str(node.target._qualified_op_name)
-    return node.target._schema.name if isinstance(node.target, OpOverload) else target_name(node)
+        return name_of_packet(node.target)
+    return name_of_op(node.target) if isinstance(node.target, OpOverload) else target_name(node)
 
 
 def _read_foreign(node: Node, min_tokens: int) -> Rejection:

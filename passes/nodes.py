@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import Argument, map_arg
+
+from svg2_compile.passes.dynamo_graphs import SDPA, FakeTensor, OpOverload, memory_of, name_of_op, schema_of
 
 VALUE_KEYS = ("example_value", "val")
 COPIED_META = ("nn_module_stack", "stack_trace")
 SDPA_TARGETS = (
-    torch._C._nn.scaled_dot_product_attention,
+    SDPA,
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 )
@@ -72,6 +72,18 @@ def shape_of(x: Any) -> tuple[int | SymInt, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
+def sizes_of(x: Any) -> tuple[int | SymInt, ...]:
+    """Return the sizes of the tensor argument ``x``, none for anything else."""
+    return shape_of(x) or ()
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    """Return the dtype of a node that gives a tensor."""
+    tensor = tensor_of(node)
+    assert tensor is not None, node
+    return tensor.dtype
+
+
 def same_size(a: int | SymInt, b: int | SymInt) -> bool:
     """Say whether two sizes are known to be equal, without adding a guard; "not known" is False."""
     if isinstance(a, int) and isinstance(b, int):
@@ -86,7 +98,7 @@ def target_name(node: Node) -> str:
     if node.op != "call_function":
         return ""
     if isinstance(node.target, OpOverload):
-        return node.target._schema.name.split("::")[-1]
+        return name_of_op(node.target).split("::")[-1]
     return str(getattr(node.target, "__name__", node.target))
 
 
@@ -100,7 +112,7 @@ def argument(node: Node, index: int, *names: str, default: Any = None) -> Any:
 def is_inplace(node: Node) -> bool:
     """Say whether ``node`` may write into one of its arguments."""
     if isinstance(node.target, OpOverload):
-        return node.target._schema.is_mutable
+        return bool(schema_of(node.target).is_mutable)
     name = target_name(node)
     if name.endswith("_") and not name.endswith("__"):
         return True
@@ -154,7 +166,7 @@ def is_written(node: Node, start: Node, end: Node, own: Sequence[Node] = ()) -> 
 
 def _memory(node: Node) -> object:
     tensor = tensor_of(node)
-    return node if tensor is None else tensor.untyped_storage()._cdata
+    return node if tensor is None else memory_of(tensor)
 
 
 def module_path(node: Node) -> str:

@@ -16,13 +16,13 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
-FUNCTIONALIZED = torch.ops.higher_order.auto_functionalized_v2
+from svg2_compile.passes.dynamo_graphs import AUTO_FUNCTIONALIZED, bases_of, place_among_bases, schema_of
 
 
 def restore_mutation(gm: GraphModule) -> int:
     """Let ops update the graph's inputs in place again; return how many ops do."""
     restored = 0
-    for node in gm.graph.find_nodes(op="call_function", target=FUNCTIONALIZED):
+    for node in gm.graph.find_nodes(op="call_function", target=AUTO_FUNCTIONALIZED):
         arguments = _plain_arguments(node)
         if arguments is not None and all(_is_last_word_on(node, position) for position in range(len(_bases(node)))):
             _restore(gm, node, arguments)
@@ -32,20 +32,20 @@ def restore_mutation(gm: GraphModule) -> int:
 
 
 def _bases(node: Node) -> list[Node]:
-    return list(node.kwargs["_all_bases"])  # type: ignore[arg-type]
+    return list(bases_of(node))
 
 
 def _returns(node: Node) -> int:
     """Return where the updated tensors begin among the results; an op without results still takes one place."""
-    return max(1, len(node.args[0]._schema.returns))  # type: ignore[union-attr]
+    return max(1, len(schema_of(node.args[0]).returns))  # type: ignore[arg-type]
 
 
 def _plain_arguments(node: Node) -> list[Argument] | None:
     """Return the arguments of the op in order; None where one of them is a view of what the graph holds."""
     arguments: list[Argument] = []
-    taken = 1  # _all_bases
-    for declared in node.args[0]._schema.arguments:  # type: ignore[union-attr]
-        index = node.kwargs.get(f"_{declared.name}_base_index")
+    taken = 1  # the bases themselves
+    for declared in schema_of(node.args[0]).arguments:  # type: ignore[arg-type]
+        index = place_among_bases(node, declared.name)
         if isinstance(index, int):
             arguments.append(_bases(node)[index])
         elif declared.name in node.kwargs:
@@ -78,7 +78,7 @@ def _restore(gm: GraphModule, node: Node, arguments: list[Argument]) -> None:
     with gm.graph.inserting_before(node):
         call = gm.graph.call_function(op, tuple(arguments))  # type: ignore[arg-type]
     call.meta |= node.meta
-    count = len(op._schema.returns)  # type: ignore[union-attr]
+    count = len(schema_of(op).returns)  # type: ignore[arg-type]
     call.meta["val"] = node.meta["val"][:count] if count > 1 else node.meta["val"][0]
     for position, base in enumerate(_bases(node)):
         for updated in _updated(node, position):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -18,6 +17,7 @@ from svg2_compile.passes.classify import classify
 from svg2_compile.passes.clone import clone
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
+from svg2_compile.passes.dynamo_graphs import FakeTensor, FakeTensorMode
 from svg2_compile.passes.errors import InternalError, UnsupportedError
 from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.match import Candidate, match

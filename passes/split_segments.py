@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
+from svg2_compile.passes.dynamo_graphs import OpOverload, name_of_op
 from svg2_compile.passes.nodes import value_of
 
 aten = torch.ops.aten
@@ -97,7 +97,7 @@ def why_kept(node: Node) -> str | None:
     if not isinstance(target, OpOverload):
         # arithmetic on sizes, or getitem, which follows its source
         return None if getattr(target, "__module__", "") == "_operator" else "no ATen op"
-    if target._schema.name == "svg2::dense_attention" or "scaled_dot_product" in target._schema.name:
+    if (name := name_of_op(target)) == "svg2::dense_attention" or "scaled_dot_product" in name:
         return "attention"
     if target.namespace == "svg2":
         return "sparse attention"

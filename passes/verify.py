@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from svg2_compile.passes.dynamo_graphs import OpOverload, schema_of
 from svg2_compile.passes.errors import InternalError
 from svg2_compile.passes.nodes import is_sdpa, tensor_of
 from svg2_compile.passes.records import AttentionSite
@@ -104,6 +104,5 @@ def _writes(user: Node, given: Node) -> bool:
     """Say whether ``user`` is one of our ops and updates ``given`` in place."""
     if not isinstance(user.target, OpOverload) or user.target.namespace != "svg2":
         return False
-    return any(
-        argument is given and declared.is_write for argument, declared in zip(user.args, user.target._schema.arguments)
-    )
+    declared = schema_of(user.target).arguments
+    return any(argument is given and each.is_write for argument, each in zip(user.args, declared))

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from svg2_compile import clock
+from svg2_compile.cache_identity import named_after_ops
+from svg2_compile.dynamo import fake_mode_of_trace, load_compile_fx
 from svg2_compile.frames import Compiled, is_dynamic, owner_position, timestep_in, timestep_position, what_is_compiled
 from svg2_compile.kernels.self_check import Kind
 from svg2_compile.obstacles import certain_obstacles
@@ -31,6 +32,8 @@ from svg2_compile.tensorrt.engines import require_tensorrt
 from svg2_compile.tensorrt.lowering import lower_with_tensorrt
 
 log = logging.getLogger(__name__)
+
+compile_fx = load_compile_fx()
 
 _ticking_roots: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 _hooked_parents: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -120,7 +123,9 @@ def _lowering(options: Options, inductor_options: dict[str, Any]) -> Lower:
     config = options.sparse
 
     def inductor(gm: GraphModule, inputs: list[Any]) -> Runner:
-        runner: Runner = compile_fx(gm, inputs, config_patches=inductor_options or None)  # type: ignore[assignment]
+        # whoever calls, and whenever: a variant may wait for its first use, a segment of TensorRT's for its weights
+        with named_after_ops():
+            runner: Runner = compile_fx(gm, inputs, config_patches=inductor_options or None)
         return runner
 
     def tensorrt(gm: GraphModule, inputs: list[Any]) -> Runner:
@@ -152,7 +157,10 @@ def _without_sites(
 
 
 def _tick_with(parent: torch.nn.Module, parent_locals: dict[str, Any]) -> None:
-    """Let a model that runs eagerly tick the clock at each forward, and once for the forward under way."""
+    """Let a model that runs eagerly tick the clock before each forward, and once for the forward under way.
+
+    A pre-hook: a hook after the forward would tick when its layers have already asked for the step.
+    """
     if parent in _ticking_roots or parent in _hooked_parents:
         return
     signature = inspect.signature(parent.forward)
@@ -169,9 +177,7 @@ def _tick_with(parent: torch.nn.Module, parent_locals: dict[str, Any]) -> None:
 
 def _fake_state(plan: Sparsified) -> list[torch.Tensor]:
     """Return stand-ins of the state tensors whose sizes are plain numbers, whatever else is dynamic."""
-    context = torch._guards.TracingContext.get()
-    assert context.fake_mode is not None
-    with context.fake_mode:
+    with fake_mode_of_trace():
         devices = {site.index: site.device for site in plan.sites}
         return [torch.zeros(each.shape, dtype=each.dtype, device=devices[each.site]) for each in plan.state_specs]
 

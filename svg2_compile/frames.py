@@ -13,9 +13,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Node
 
+from svg2_compile.dynamo import RESUMED_FORWARD, locals_of_traced_code
+from svg2_compile.passes.dynamo_graphs import source_name
 from svg2_compile.passes.nodes import value_of
 
 TIMESTEP = re.compile(r"(^|[^a-z])(timesteps?|t|sigmas?)('|\"|\])*$")
@@ -44,9 +45,8 @@ class Compiled:
 
 def what_is_compiled(inputs: list[Any]) -> Compiled:
     """Return the module under compilation and its caller; to be called by the backend itself, with its inputs."""
-    try:
-        traced = InstructionTranslator.current_tx().f_locals
-    except AttributeError:  # not called by Dynamo
+    traced = locals_of_traced_code()
+    if traced is None:
         return Compiled(None, None, {})
     callers = _callers()
     modules = (each for each in (traced.get("self"), *traced.values()) if isinstance(each, torch.nn.Module))
@@ -86,7 +86,7 @@ def _contains(module: torch.nn.Module, part: torch.nn.Module) -> bool:
 
 def _is_forward(frame: FrameType) -> bool:
     name = frame.f_code.co_name
-    return name == "forward" or name.startswith("torch_dynamo_resume_in_forward")
+    return name == "forward" or name.startswith(RESUMED_FORWARD)
 
 
 def timestep_in(values: dict[str, Any]) -> Any:
@@ -137,11 +137,3 @@ def is_dynamic(gm: GraphModule) -> bool:
 def placeholders(gm: GraphModule) -> list[Node]:
     """Return the graph's inputs in order."""
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
-
-
-def source_name(node: Node) -> str:
-    """Return Dynamo's expression for a graph input, such as ``L['timestep']``."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
-        return ""
-    return str(source.name() if callable(source.name) else source.name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from svg2_compile.dynamo import is_compiled, is_kept_from_dynamo
 from svg2_compile.passes.records import Rejection
 
 
@@ -49,10 +50,10 @@ def _forwards_outside(module: torch.nn.Module, path: str) -> Iterator[Rejection]
     """Hooks that Dynamo may not trace, around a forward that is not compiled by itself."""
     hooks = _hooks(module)
     forwards = (getattr(getattr(hook, "fn_ref", None), "original_forward", None) for hook in hooks.values())
-    if any(hasattr(forward, "_torchdynamo_orig_callable") for forward in forwards):
+    if any(is_compiled(forward) for forward in forwards):
         return
     for name, hook in hooks.items():
-        if getattr(getattr(type(hook), "new_forward", None), "_torchdynamo_disable", False):
+        if is_kept_from_dynamo(getattr(type(hook), "new_forward", None)):
             yield Rejection(
                 "",
                 path,

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import torch._inductor.config
-from torch._inductor import list_mode_options
-
+from svg2_compile.dynamo import has_inductor_option, options_of_mode
 from svg2_compile.passes import config, kernel_config
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.errors import ConfigError
@@ -111,22 +109,18 @@ def split_options(options: dict[str, Any] | None, mode: str | None = None) -> tu
         ConfigError: a key is neither ours nor Inductor's, a value is out of range, or there is no such preset.
     """
     ours: dict[str, Any] = {}
-    inductors = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+    inductors = options_of_mode(mode) if mode and mode != "default" else {}
     for key, value in (options or {}).items():
         name = key.removeprefix(PREFIX)
         if name in FIELD_NAMES:
             ours[name] = value
         elif name == "preset":
             ours = preset(value) | ours
-        elif key.startswith(PREFIX) or not _is_inductors(key):
+        elif key.startswith(PREFIX) or not has_inductor_option(key):
             raise ConfigError(_unknown(key))
         else:
             inductors[key] = value
     return _defaults.replace(ours), inductors
-
-
-def _is_inductors(key: str) -> bool:
-    return key.replace("-", "_") in torch._inductor.config.get_config_copy()
 
 
 def _unknown(key: str) -> str:

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.clock import Tick, current_clock, forget, tick
+from svg2_compile.dynamo import fake_mode_of_fixed_sizes, tracing_with
 from svg2_compile.kernels.known_state import is_capturing, known_as_clustered
 from svg2_compile.kernels.self_check import Kind, check_kernels
 from svg2_compile.passes.config import SparseConfig
@@ -83,11 +82,11 @@ class Variant:
 
     def _compile_outside_dynamo(self, args: tuple[Any, ...]) -> Runner:
         """Compile for the shapes at hand; only graphs without symbolic shapes wait for this."""
-        fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        fake_mode = fake_mode_of_fixed_sizes()
         fakes = [
             fake_mode.from_tensor(each, static_shapes=True) if isinstance(each, torch.Tensor) else each for each in args
         ]
-        with torch._guards.tracing(torch._guards.TracingContext(fake_mode)):
+        with tracing_with(fake_mode):
             return self._compile(fakes)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import GraphModule
 
+from svg2_compile.dynamo import uncompiled
 from svg2_compile.frames import what_is_compiled
 from svg2_compile.kernels.why_not import wrong_kernels
 from svg2_compile.obstacles import obstacles
@@ -195,7 +196,7 @@ def report(model: torch.nn.Module) -> Report:
     Returns:
         One entry per attention, in program order, layers in the order of the model.
     """
-    model = _unwrap(model)
+    model = uncompiled(model)
     regions = _called_for(model, Region.instances)
     rows: dict[tuple[str, str], _Row] = {}
     for region, owner, prefix in regions:
@@ -257,7 +258,7 @@ def trace(
         return lambda *_: torch.fx.node.map_arg(output.args[0], _zeros_like_node)
 
     with torch.no_grad():
-        torch.compile(_unwrap(model), backend=describe, dynamic=False, fullgraph=fullgraph)(*args, **kwargs)
+        torch.compile(uncompiled(model), backend=describe, dynamic=False, fullgraph=fullgraph)(*args, **kwargs)
     return graphs
 
 
@@ -354,10 +355,6 @@ class _Row:
             more={name: value for name, value in shown.items() if name not in own},
             **{name: value for name, value in shown.items() if name in own},
         )
-
-
-def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    return getattr(model, "_orig_mod", model)
 
 
 def _join(prefix: str, path: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.clock import DenoiseClock
+from svg2_compile.dynamo import mark_static_address
 from svg2_compile.passes.plan import SitePlan
 from svg2_compile.passes.records import StateSpec
 
@@ -100,7 +101,7 @@ def _allocate(specs: tuple[StateSpec, ...], device: torch.device) -> dict[str, t
     with torch.inference_mode(False):
         tensors = {spec.name: spec.create(device) for spec in specs}
     for tensor in tensors.values():
-        torch._dynamo.mark_static_address(tensor)
+        mark_static_address(tensor)
     return tensors
 
 

@@ -28,10 +28,24 @@ def test_every_folder_with_code_is_listed():
     assert set(setuptools_table()["packages"]) == set(setuptools_table()["package-dir"])
 
 
-def test_the_wheel_holds_every_module_and_data_file(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, str]:
+    """The wheel, and what was said while it was built."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel, done.stdout
+
+
+def test_building_the_wheel_prints_no_warning_about_packages_or_data(built):
+    _, said = built
+    about = ("is absent from the `packages`", "Package would be ignored", "package data", "package-data")
+    assert not [line for line in said.splitlines() if any(each in line for each in about)]
+
+
+def test_the_wheel_holds_every_module_and_data_file(built):
+    wheel, _ = built
     names = set(zipfile.ZipFile(wheel).namelist())
     for package, folder in setuptools_table()["package-dir"].items():
         for file in (ROOT / folder).glob("*.py"):

@@ -299,7 +299,7 @@ class Evaluation:
     def _compiled(self, configuration: Configuration | None, recall_rows: int = 0) -> tuple[Any, float]:
         """Return the pipeline with models compiled dense or sparse, and the seconds that it took."""
         if configuration is None or recall_rows:
-            torch._dynamo.reset()  # every configuration compiles anew; a limit on recompilations is not met
+            torch.compiler.reset()  # every configuration compiles anew; a limit on recompilations is not met
         options: dict[str, Any] = {}
         if configuration is not None:
             options = {"backend": svg2_compile.svg2_backend, "options": self.options(configuration, recall_rows)}
@@ -386,7 +386,7 @@ class Evaluation:
 
     def _release(self) -> None:
         """Let go of the models before the frames are compared and drawn."""
-        torch._dynamo.reset()
+        torch.compiler.reset()
         svg2_compile.reset()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile import tiny_wan
+from svg2_compile.kernels.private_torch import flash_attention_for_cpu
 from svg2_compile.video.measure import Request, Video, denoiser_names
 
 TINY = "tiny"
@@ -160,13 +161,13 @@ def counted_flops(pipeline: Any) -> Iterator[dict[str, int]]:
     def attention_on_cpu(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return int(flop_counter.sdpa_flop_count(q, k, v))
 
-    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mapping = {flash_attention_for_cpu: attention_on_cpu}
     counts: dict[str, int] = {}
     hooks = []
 
     def count(name: str, model: torch.nn.Module) -> None:
         # on the CPU this attention has no count of its own
-        mode: Any = flop_counter.FlopCounterMode(display=False, custom_mapping={op: attention_on_cpu})
+        mode: Any = flop_counter.FlopCounterMode(display=False, custom_mapping=mapping)
 
         def before(*_: Any) -> None:
             if name not in counts:

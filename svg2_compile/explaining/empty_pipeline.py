@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from svg2_compile.dynamo import over_all_tensors
+
 CONFIGURATION_FILES = ["model_index.json", "*/config.json", "*/scheduler_config.json"]
 TEXT_WIDTHS = ("text_dim", "text_embed_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")
 """Where transformers say how wide the embeddings of a prompt are; the first that is there."""
@@ -192,7 +194,7 @@ def _component(folder: Path, name: str, part: Any) -> Any:
         if issubclass(kind, diffusers.ModelMixin):
             with torch.device("meta"):
                 model = kind.from_config(kind.load_config(folder, subfolder=name))
-            return model._apply(_without_memory).eval()
+            return over_all_tensors(model, _without_memory).eval()
         return kind.from_pretrained(folder, subfolder=name)
     except (OSError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ExplainError(f"{part[1]} cannot be made from {folder / name}: {error}; {OTHERWISE}") from error

@@ -14,6 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from svg2_compile.tensorrt.private_names import folder_of_caches
+
 log = logging.getLogger(__name__)
 
 MAGIC = b"svg2 engine 1\n"
@@ -40,9 +42,7 @@ class EngineFile:
 
 def default_folder() -> Path:
     """Return the folder of engines beside Inductor's caches; ``TORCHINDUCTOR_CACHE_DIR`` moves both."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "svg2_engines"
+    return folder_of_caches() / "svg2_engines"
 
 
 def write_engine(path: Path, engine: EngineFile) -> None:

@@ -26,6 +26,14 @@ from torch.fx import Graph, GraphModule, Node
 from svg2_compile.passes.errors import ConfigError
 from svg2_compile.passes.nodes import value_of
 from svg2_compile.tensorrt.engine_files import EngineFile, read_engine, write_engine
+from svg2_compile.tensorrt.private_names import (
+    Interpreter,
+    compilation_settings,
+    converters,
+    package_of,
+    refit_engine,
+    rename,
+)
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +99,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 def settings() -> Any:
     """Return torch_tensorrt's settings; those that this version does not know are left out."""
-    from torch_tensorrt.dynamo._settings import CompilationSettings
-
     wanted = {
         **FORCED,
         "use_explicit_typing": True,  # torch_tensorrt 2.11; always so in 2.13
         "disable_tf32": not torch.backends.cuda.matmul.allow_tf32,
     }
-    known = CompilationSettings.__dataclass_fields__
-    return CompilationSettings(**{name: value for name, value in wanted.items() if name in known})
+    known = compilation_settings().__dataclass_fields__
+    return compilation_settings()(**{name: value for name, value in wanted.items() if name in known})
 
 
 def environment() -> dict[str, str]:
@@ -113,7 +119,7 @@ def environment() -> dict[str, str]:
     return {
         "torch": torch.__version__,
         "torch_tensorrt": torch_tensorrt.__version__,
-        "tensorrt": f"{getattr(tensorrt, '_package_name', '') or 'tensorrt'} {tensorrt.__version__}",
+        "tensorrt": f"{package_of(tensorrt)} {tensorrt.__version__}",
         "gpu": gpu,
         "tf32": str(torch.backends.cuda.matmul.allow_tf32),
     }
@@ -206,7 +212,7 @@ def canonical(module: GraphModule) -> GraphModule:
             copied = graph.get_attr(name)
         else:
             copied = graph.node_copy(node, copies.__getitem__)
-            copied._rename(f"node_{number}")
+            rename(copied, f"node_{number}")
         copied.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
         copies[node] = copied
     return GraphModule(attributes, graph)
@@ -243,16 +249,16 @@ def lower(segment: GraphModule) -> GraphModule:
     Raises:
         NoEngineError: naming the ops without a converter, or with what the passes said.
     """
-    from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_CONVERTERS
     from torch_tensorrt.dynamo.lowering import post_lowering
 
     try:
         lowered: GraphModule = post_lowering(segment, settings())
     except Exception as error:  # whatever they raise, the segment can run elsewhere
         raise NoEngineError(f"torch_tensorrt's passes failed ({type(error).__name__}: {error})") from error
-    DYNAMO_CONVERTERS.set_compilation_settings(settings())
+    table = converters()
+    table.set_compilation_settings(settings())
     calls = [node for node in lowered.graph.nodes if node.op == "call_function"]
-    missing = Counter(str(node.target) for node in calls if DYNAMO_CONVERTERS.get(node) is None)
+    missing = Counter(str(node.target) for node in calls if table.get(node) is None)
     if missing:
         names = ", ".join(f"{name} ({count})" for name, count in sorted(missing.items()))
         raise NoEngineError(f"torch_tensorrt does not convert {names}")
@@ -269,32 +275,28 @@ def build_plan(lowered: GraphModule, configure: Callable[[Any], None] = lambda c
     Raises:
         NoEngineError: with what the converter or the builder said.
     """
-    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
     from torch_tensorrt.dynamo.partitioning import construct_submodule_inputs
 
     outputs = lowered.graph.find_nodes(op="output")[0].args[0]
     try:
-        interpreter = TRTInterpreter(
+        interpreter = Interpreter(
             lowered,
             construct_submodule_inputs(lowered),
             output_dtypes=[value_of(node).dtype for node in outputs],
             compilation_settings=settings(),
         )
-        interpreter._construct_trt_network_def()
-        config = interpreter._populate_trt_builder_config()
-        configure(config)
-        plan = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
+        plan = interpreter.build(configure)
     except Exception as error:  # whatever a converter or the builder raises, the segment can run elsewhere
         raise NoEngineError(f"its conversion failed ({type(error).__name__}: {error})") from error
     if plan is None:
         raise NoEngineError("TensorRT's builder failed; its log says why")
-    if len(interpreter._output_names) != len(outputs):
-        raise NoEngineError(f"the engine would have {len(interpreter._output_names)} of {len(outputs)} results")
+    if len(interpreter.outputs) != len(outputs):
+        raise NoEngineError(f"the engine would have {len(interpreter.outputs)} of {len(outputs)} results")
     return {
         "plan": bytes(plan),
-        "inputs": tuple(interpreter._input_names),
-        "outputs": tuple(interpreter._output_names),
-        "needs_output_allocator": bool(interpreter.ctx.requires_output_allocator),
+        "inputs": interpreter.inputs,
+        "outputs": interpreter.outputs,
+        "needs_output_allocator": interpreter.needs_output_allocator,
     }
 
 
@@ -305,13 +307,12 @@ def refit(found: EngineFile, lowered: GraphModule) -> EngineFile:
         NoEngineError: with what TensorRT said.
     """
     import tensorrt
-    from torch_tensorrt.dynamo._refit import _refit_single_trt_engine_with_gm
     from torch_tensorrt.dynamo.partitioning import construct_submodule_inputs
     from torch_tensorrt.logging import TRT_LOGGER
 
     try:
         engine = tensorrt.Runtime(TRT_LOGGER).deserialize_cuda_engine(found.plan)
-        _refit_single_trt_engine_with_gm(lowered, engine, construct_submodule_inputs(lowered), settings())
+        refit_engine(lowered, engine, construct_submodule_inputs(lowered), settings())
         plan = bytes(engine.serialize())
     except Exception as error:
         raise NoEngineError(f"its refit failed ({type(error).__name__}: {error})") from error

@@ -19,10 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch._aot_autograd.descriptors import BufferAOTInput, ParamAOTInput, PlainAOTInput
-from torch._functorch.aot_autograd import aot_module_simplified
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.frames import is_dynamic, is_weight, placeholders
@@ -37,6 +34,14 @@ from svg2_compile.passes.restore_mutation import restore_mutation
 from svg2_compile.passes.split_segments import SplitGraph, split_segments
 from svg2_compile.region import Lower, Runner, Variant
 from svg2_compile.tensorrt import engines as tensorrt_engines
+from svg2_compile.tensorrt.private_names import (
+    BufferAOTInput,
+    ParamAOTInput,
+    PlainAOTInput,
+    aot_module_simplified,
+    version_of,
+    without_modes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +83,12 @@ class Programs:
         """Args: ``weights`` are the positions of the inputs to freeze."""
         self._aten, self._weights, self._folder = aten, weights, folder
 
-        def without_modes(gm: GraphModule, inputs: list[Any]) -> Runner:
+        def inductor_without_modes(gm: GraphModule, inputs: list[Any]) -> Runner:
             # AOTAutograd watches the first call through a dispatch mode, under which nothing can be compiled
-            with _disable_current_modes():
+            with without_modes():
                 return inductor(gm, inputs)
 
-        self._inductor = without_modes
+        self._inductor = inductor_without_modes
         self._frozen = frozenset(weights)
         self._lock = threading.Lock()
         self._programs: Any = WeakIdKeyDictionary()
@@ -103,7 +108,7 @@ class Programs:
 
     def _program(self, weights: list[Tensor]) -> Program:
         owner: Any = weights[0] if weights else self
-        stamps = tuple((id(each), each.data_ptr(), _version(each)) for each in weights)
+        stamps = tuple((id(each), each.data_ptr(), version_of(each)) for each in weights)
         with self._lock:
             program: Program | None = self._programs.get(owner)
             if program is not None and program.stamps != stamps:
@@ -115,7 +120,7 @@ class Programs:
 
     def _build(self, weights: list[Tensor], stamps: tuple[tuple[int, int, int], ...]) -> Program:
         # constants made in inference mode could not be used outside of it
-        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
+        with torch.inference_mode(False), torch.no_grad(), without_modes():
             split = split_segments(freeze_weights(self._aten, dict(zip(self._weights, weights))))
             dump_graph(split.gm, "segments")
             return Program(split.gm, stamps, tuple(self._compile(split, each.name) for each in split.segments))
@@ -240,7 +245,3 @@ def _is_constant(node: Node, weights: list[int]) -> bool:
         case source:
             is_weight = isinstance(source, ParamAOTInput | BufferAOTInput)
     return is_weight and not any(user.is_impure() for user in node.users)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -41,7 +41,7 @@ MUTANTS = (
     Mutant(
         "weights written in place go unnoticed",
         "svg2_compile/tensorrt/lowering.py",
-        "(id(each), each.data_ptr(), _version(each))",
+        "(id(each), each.data_ptr(), version_of(each))",
         "(id(each), each.data_ptr(), 0)",
         ("tests/api/test_tensorrt_lowering.py",),
     ),

@@ -1,4 +1,7 @@
-"""A second process compiles nothing again: AOTAutograd's and Inductor's caches hit, for both variants."""
+"""A second process compiles nothing again: AOTAutograd's and Inductor's caches hit, for both variants.
+
+Unless our ops have changed meanwhile: then nothing that was compiled before is taken.
+"""
 
 import json
 import os
@@ -34,9 +37,24 @@ print(json.dumps({
 """
 
 
-def run_in_a_process(cache: str) -> dict:
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONSAFEPATH": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+OTHER_OPS = """
+import shutil, sys
+from pathlib import Path
+from svg2_compile import cache_identity, kernels
+
+changed = Path(sys.argv[1])
+shutil.copytree(kernels.__path__[0], changed, ignore=shutil.ignore_patterns("__pycache__"))
+with (changed / "permute.py").open("a") as file:
+    file.write("#")
+kernels.__path__[:] = [str(changed)]
+"""
+"""Before anything is imported from there: the same ops, one byte longer."""
+
+
+def run_in_a_process(cache: str, before: str = "", *arguments: str) -> dict:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    command = [sys.executable, "-P", "-c", before + PROGRAM, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -48,3 +66,12 @@ def test_both_variants_come_from_the_caches_in_a_second_process(tmp_path):
     assert first["aot"].get("autograd_cache_miss") == 2 and "autograd_cache_hit" not in first["aot"]
     assert second["aot"].get("autograd_cache_hit") == 2 and "autograd_cache_miss" not in second["aot"]
     assert second["fx"].get("fxgraph_cache_miss", 0) == 0
+
+
+def test_nothing_comes_from_the_caches_when_a_file_of_an_op_has_changed(tmp_path):
+    first = run_in_a_process(str(tmp_path / "cache"))
+    second = run_in_a_process(str(tmp_path / "cache"), OTHER_OPS, str(tmp_path / "kernels"))
+    assert first["calls"] == second["calls"] == [1, 2]
+    assert first["sum"] == second["sum"]
+    assert second["aot"].get("autograd_cache_miss") == 2 and "autograd_cache_hit" not in second["aot"]
+    assert second["fx"].get("fxgraph_cache_miss") == 2 and "fxgraph_cache_hit" not in second["fx"]
