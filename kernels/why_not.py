@@ -176,7 +176,7 @@ def _why_no_module(name: str) -> str | None:
 
 ATTENTIONS = ("gluon", "descriptor", "pointer")
 """The attention kernels."""
-# Timed on an H100 (docs/measurements.md, 11); elsewhere the other order is an expectation.
+# Timed on an H100 (docs/lab, 11); elsewhere the other order is an expectation.
 HOPPERS_ORDER = ("gluon", "pointer", "descriptor")
 
 

@@ -1,4 +1,4 @@
-"""The performance table of the README and its plot, from the figures of the GPU benchmarks.
+"""The tables of docs/measurements.md about GPUs, their plot and the README's line, from what GPU benchmarks wrote.
 
     python -P benchmarks/docs/performance_table.py
 
@@ -45,6 +45,7 @@ NAMES = {
     "wan-14b-720p": "Wan 2.1 14B, 720p",
     "hunyuan-720p": "HunyuanVideo, 720p",
 }
+HEADLINE = ("wan-14b-720p", "hunyuan-720p")
 SIZES = {
     "wan-1.3b-480p": "Wan 1.3B 480p",
     "wan-14b-720p": "Wan 14B 720p",
@@ -59,9 +60,9 @@ def main() -> None:
     parser.add_argument("--no-plot", action="store_true", help="write the table only")
     args = parser.parse_args()
     kernels, steps = load_kernels(), load_steps()
-    text = page(kernels, steps, load(DENSE))
-    print(text)
-    write_between(ROOT / "README.md", "performance", text)
+    for page, marker, text in texts(kernels, steps, load(DENSE)):
+        print(text)
+        write_between(ROOT / page, marker, text)
     if not args.no_plot:
         plot(kernels, steps, FIGURES / PLOT)
 
@@ -95,14 +96,31 @@ def without_repeats(names: Sequence[str], rows: str, key: Callable[[dict[str, An
     return records
 
 
-def page(kernels: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], dense: dict[str, Any]) -> str:
-    """Return the tables, in Markdown."""
-    lines = [f"![Speed-up over density](docs/images/{PLOT})"]
-    for title, make, records in ((LAYER, kernel_table, kernels), (STEP, step_table, steps)):
-        lines += ["", title, *make(records[0])]
-        for record in records[1:]:
-            lines += ["", *make(record)]
-    return "\n".join([*lines, "", beside_fa4(steps, dense)])
+def texts(
+    kernels: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], dense: dict[str, Any]
+) -> list[tuple[str, str, str]]:
+    """Return each page, its marker there, and what stands between, in Markdown."""
+    layer_tables = "\n\n".join([LAYER, *("\n".join(kernel_table(record)) for record in kernels)])
+    step_tables = "\n\n".join([STEP, *("\n".join(step_table(record)) for record in steps), beside_fa4(steps, dense)])
+    measurements = "docs/measurements.md"
+    return [
+        (measurements, "layers", layer_tables),
+        (measurements, "steps", step_tables),
+        ("README.md", "headline", headline(steps[0]["environment"]["device"], steps)),
+    ]
+
+
+def headline(device: str, steps: Iterable[dict[str, Any]]) -> str:
+    """Return the README's line: how much faster one forward of the large models is, layers compiled one by one."""
+    faster = {}
+    for run in (run for record in steps for run in record["runs"]):
+        if not (run["whole"] or run["cuda_graphs"]):
+            faster.setdefault(NAMES[run["model"]], run["sparse"][f"{DENSITY:g}"]["speedup"])
+    models = ", ".join(f"{NAMES[each].replace(', ', ' at ')} **{faster[NAMES[each]]:.2f}×**" for each in HEADLINE)
+    return (
+        f"On an {device.removeprefix('NVIDIA ')}, one forward (every layer sparse, density {DENSITY:.0%}) is this much "
+        f"faster than with cuDNN's dense attention: {models} ([measurements](docs/measurements.md#steps-of-models))."
+    )
 
 
 def source(record: dict[str, Any]) -> str:
@@ -111,7 +129,7 @@ def source(record: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {environment[name]}" for name in ("torch", "triton", "diffusers") if name in environment
     )
-    return f"{environment['device']}, {versions}, {record['date']} ([all figures](docs/images/{record['file']}))"
+    return f"{environment['device']}, {versions}, {record['date']} ([all figures](images/{record['file']}))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +226,9 @@ def beside_fa4(steps: Iterable[dict[str, Any]], dense: dict[str, Any]) -> str:
         counted.append(f"{NAMES[run['model']]} {speedup:.2f}×")
     return (
         "cuDNN is the fastest attention that PyTorch's `scaled_dot_product_attention` takes by itself. The package "
-        "`flash-attn-4` is faster there; with all dense attention at its rate "
-        f"([figures](docs/images/{dense['file']})), these steps would gain, counted: {'; '.join(counted)}."
+        "`flash-attn-4` is faster. If all dense attention ran at its speed "
+        f"([figures](images/{dense['file']})), the same steps would still be faster by (calculated, not measured): "
+        f"{'; '.join(counted)}."
     )
 
 

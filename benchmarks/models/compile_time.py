@@ -1,7 +1,8 @@
 """Compile time of the dense model, of its sparse variant, and of both, for a Wan of 40 blocks.
 
-    python -P benchmarks/models/compile_time.py --out docs/images/compile_time.json --write docs/measurements.md
+    python -P benchmarks/models/compile_time.py --out docs/images/compile_time.json --write PAGE
 
+PAGE is docs/lab/2026-11-25-19-compile-time.md.
 Every figure is a process of its own: CPU seconds (its own and its compilers', one thread each) of the first forwards
 less a later one. Tracing, passes, lowering and loading are all in it, and the run of the dense forward of ``both``;
 imports are not. CPU seconds, because other work on the machine stretches the clock's; these are in the JSON as well.

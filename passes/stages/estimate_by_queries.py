@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from svg2_compile.passes.plan import SitePlan
 
 PRODUCT_RATE_RATIO = 0.53
-"""What `block_masses` reaches of a matrix product's rate (docs/measurements.md, 30)."""
+"""What `block_masses` reaches of a matrix product's rate (docs/lab, 30)."""
 
 
 @dataclass(frozen=True, slots=True)

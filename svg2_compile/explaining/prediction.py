@@ -20,7 +20,7 @@ SMALL_HEAD_EFFICIENCY = 0.72
 """Of attention with head dimension 64, over 128."""
 LAUNCHING_SECONDS = 1.4e-3
 """What the host takes to launch a sparse attention with its clustering, if no CUDA graph replays it: measured beside an
-H200, docs/measurements.md 24."""
+H200, docs/lab, 24."""
 FAST_HEAD_DIMS = (64, 128)
 
 
@@ -40,7 +40,7 @@ class Gpu:
 
 # What an H100 reaches of its data sheet (731 and 550 of 989 TFLOP/s, 3.0 of 3.35 TB/s) stands in where nobody measured.
 _PRODUCT, _ATTENTION, _COPY = 0.74, 0.556, 0.9
-_MEASURED = "measured, docs/measurements.md"
+_MEASURED = "measured, docs/lab,"
 _ASSUMED = "data sheet ({} TFLOP/s dense bf16, {} TB/s), assuming the shares that an H100 reaches; not measured"
 
 

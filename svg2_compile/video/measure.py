@@ -31,7 +31,7 @@ TINY_OPTIONS: dict[str, Any] = {
     "min_tokens": 1024,
 }
 """What suits the tiny Wan: the automatic 16 and 55 clusters of 8192 tokens are too coarse, and more iterations gain
-nothing (docs/measurements.md)."""
+nothing (docs/lab, 3)."""
 
 CLUSTERING_OPS = (
     "svg2::cluster_tokens_",

@@ -116,7 +116,7 @@ def real_wan(path, layers):
 
 
 def test_the_prediction_is_what_was_measured(tmp_path):
-    """Steps of Wan 2.1 14B at 720p on an H200, docs/measurements.md 22: 11.44 s dense, and the speed-ups."""
+    """Steps of Wan 2.1 14B at 720p on an H200, docs/lab, 22: 11.44 s dense, and the speed-ups."""
     measured = {0.15: 2.47, 0.2: 2.26, 0.25: 2.07, 0.3: 1.93, 0.4: 1.69}
     folder, layers = real_wan(tmp_path, layers=2), 2
     found = explain_model(ExplainSettings(str(folder), 81, 720, 1280, gpu="h200", options={"dense_layers": 0}))
@@ -148,7 +148,7 @@ def test_the_highest_density_is_where_sparse_takes_as_long_as_dense():
 
 
 def test_short_attention_waits_for_the_host_and_long_does_not():
-    # the tiny Wan at 64 frames and Wan 1.3B at 480p: measured, docs/measurements.md 24 and 22
+    # the tiny Wan at 64 frames and Wan 1.3B at 480p: measured, docs/lab, 24 and 22
     tiny = predict(Work((work(4, 32_768, 64, (128, 512), kmeans_iters_step=1),) * 6, 2e11, 0.0, 1e9), GPUS["h200"])
     wan = predict(Work((work(12, 32_760, 128, (55, 218)),) * 30, 8e13, 0.0, 2e11), GPUS["h200"])
     assert tiny.waits_for_the_host(0.2) and not wan.waits_for_the_host(0.2)
@@ -164,7 +164,7 @@ def test_short_attention_waits_for_the_host_and_long_does_not():
     ],
 )
 def test_asking_every_query_costs_what_was_measured(heads, tokens, clusters, milliseconds):
-    """On an H200, docs/measurements.md 30."""
+    """On an H200, docs/lab, 30."""
     asking, not_asking = (
         work(heads, tokens, 128, clusters, estimate_by=asked).clustering_seconds(GPUS["h200"])
         for asked in ("queries", "centroids")

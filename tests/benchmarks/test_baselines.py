@@ -248,12 +248,12 @@ def test_everything_kept_is_dense_whatever_the_clusters(ops):
     assert point.output_error < 1e-4
 
 
-PAGE = BENCHMARKS.parent / "docs" / "measurements.md"
+LAB = BENCHMARKS.parent / "docs" / "lab"
 FIGURES = BENCHMARKS.parent / "docs" / "images"
 
 
 def between(marker):
-    page = PAGE.read_text(encoding="utf-8")
+    (page,) = (page for path in LAB.glob("*.md") if f"<!-- {marker} -->" in (page := path.read_text(encoding="utf-8")))
     return page.split(f"<!-- {marker} -->\n")[1].split(f"\n<!-- end of {marker} -->")[0]
 
 

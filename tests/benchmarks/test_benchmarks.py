@@ -354,13 +354,19 @@ def test_a_table_replaces_the_one_between_its_markers(module, tmp_path):
         module("marked_table").write_between(page, "y", "")
 
 
-def test_the_readme_has_the_performance_table_of_the_committed_figures(module):
+def test_the_pages_have_the_performance_of_the_committed_figures(module):
     performance = module("performance_table")
     kernels, steps = performance.load_kernels(), performance.load_steps()
     assert len({result["shape"] for record in kernels for result in record["results"]}) == 4
-    text = performance.page(kernels, steps, performance.load(performance.DENSE))
-    readme = (performance.ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- performance -->\n{text}\n<!-- end of performance -->" in readme
+    texts = performance.texts(kernels, steps, performance.load(performance.DENSE))
+    assert [(page, marker) for page, marker, _ in texts] == [
+        ("docs/measurements.md", "layers"),
+        ("docs/measurements.md", "steps"),
+        ("README.md", "headline"),
+    ]
+    for page, marker, text in texts:
+        written = (performance.ROOT / page).read_text(encoding="utf-8")
+        assert f"<!-- {marker} -->\n{text}\n<!-- end of {marker} -->" in written
     assert (performance.FIGURES / performance.PLOT).stat().st_size > 10_000
 
 

@@ -421,7 +421,7 @@ def test_operations_are_counted_as_by_hand():
 
 
 def test_a_gpu_that_waits_for_the_host_is_noticed_in_the_rest_of_a_step():
-    # the tiny Wan at 64 frames on an H200, docs/measurements.md 24
+    # the tiny Wan at 64 frames on an H200, docs/lab, 24
     split = {"dense": {"rest": 0.380}, "sparse": {"rest": 0.789}}
     speed = {"dense_step_seconds": 0.0347, "sparse_step_seconds": 0.0272, "split": split}
     note = evaluation_page.waiting_note("balanced", speed)
