@@ -198,6 +198,7 @@ def calls(model_case: Any, changes: dict[str, Any], count: int = 2) -> Outputs:
 
     model, fullgraph = model_case.make(), model_case.ask_fullgraph and not model_case.breaks
     options = {**MODEL_OPTIONS, **changes}
+    output_of(model, model_case.inputs())  # some fill tables of positions in a way that cannot be traced
     compiled = torch.compile(model, backend=svg2_backend, fullgraph=fullgraph, options=options)
     outputs: Outputs = {}
     for step in range(count):
