@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from svg2_compile.kernels.recall import DENSE_HEADS, RECALL
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.measure_recall import DENSE_HEADS, RECALL
+from svg2_compile.kernels.selection_statistics import STATISTICS
 
 Size = int | torch.SymInt
 

@@ -10,8 +10,8 @@ import torch
 from torch.fx import GraphModule
 
 from svg2_compile.frames import what_is_compiled
-from svg2_compile.kernels.recall import RECALL
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.measure_recall import RECALL
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.why_not import wrong_kernels
 from svg2_compile.obstacles import obstacles
 from svg2_compile.options import current_defaults

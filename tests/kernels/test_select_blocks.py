@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.select_blocks import LEAST_MASS, STATISTICS, TILE_KEYS, block_logits, kept_clusters
+from svg2_compile.kernels.select_blocks import LEAST_MASS, block_logits, kept_clusters
+from svg2_compile.kernels.selection_statistics import STATISTICS, TILE_KEYS
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 
 PROPERTY = settings(max_examples=60, deadline=None)

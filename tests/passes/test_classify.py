@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.classify import classify
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.match import match
