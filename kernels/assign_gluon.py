@@ -26,11 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.card import MAX_CLUSTERS
 from svg2_compile.kernels.centroids_triton import GLUON_ASSIGN_C as BLOCK_C
 from svg2_compile.kernels.gluon_names import element_type, load_box, shared_layout, thread_barrier
 from svg2_compile.kernels.launch import RepeatableLaunch
 from svg2_compile.kernels.sort_labels_triton import COUNT_N, SIZES, TABLE_COLUMNS
-from svg2_compile.kernels.why_not import MAX_CLUSTERS
 
 ROWS = 64  # tokens of either group of warps
 CENTROID_BYTES = 128 * 1024  # of shared memory

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.card import FAST_DTYPES, MAX_CLUSTERS, MAX_HEAD_DIM, Kernels, Limits, same_dtype
 from svg2_compile.kernels.checks import (
     FLOATING,
     accumulation_dtype,
@@ -12,16 +13,10 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.why_not import why_not_triton
+from svg2_compile.kernels.op import define
 
 # What one step of the reference may hold at a time.
 MAX_SCORES = 2**24
-
-torch.library.define(
-    "svg2::block_masses",
-    "(Tensor q, Tensor q_order, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _check(q: Tensor, q_order: Tensor, k_centroids: Tensor, q_sizes: Tensor, k_sizes: Tensor) -> None:
@@ -30,12 +25,12 @@ def _check(q: Tensor, q_order: Tensor, k_centroids: Tensor, q_sizes: Tensor, k_s
     check_rank("q_sizes", q_sizes, 3)
     check_rank("k_centroids", k_centroids, 4)
     batch, heads, _, dim = q.shape
-    groups, k_clusters = k_centroids.shape[1:3]
-    check_head_groups(heads, groups)
+    k_heads, k_clusters = k_centroids.shape[1:3]
+    check_head_groups(heads, k_heads)
     check_shape("q_order", q_order, q.shape[:3])
-    check_shape("k_centroids", k_centroids, (batch, groups, k_clusters, dim))
+    check_shape("k_centroids", k_centroids, (batch, k_heads, k_clusters, dim))
     check_shape("q_sizes", q_sizes, (batch, heads, q_sizes.shape[2]))
-    check_shape("k_sizes", k_sizes, (batch, groups, k_clusters))
+    check_shape("k_sizes", k_sizes, (batch, k_heads, k_clusters))
     check_dtype("q", q, *FLOATING)
     check_dtype("k_centroids", k_centroids, accumulation_dtype(q))
     for name, indices in (("q_order", q_order), ("q_sizes", q_sizes), ("k_sizes", k_sizes)):
@@ -100,27 +95,19 @@ def block_masses_reference(
     return torch.where(q_sizes.unsqueeze(-1) > 0, masses, shares.unsqueeze(2))
 
 
-torch.library.impl("svg2::block_masses", "cpu", block_masses_reference)
-
-
-@torch.library.impl("svg2::block_masses", "cuda")
-def _block_masses_cuda(
-    q: Tensor, q_order: Tensor, k_centroids: Tensor, q_sizes: Tensor, k_sizes: Tensor, scale: float
-) -> Tensor:
-    _check(q, q_order, k_centroids, q_sizes, k_sizes)
-    clusters = max(q_sizes.shape[2], k_sizes.shape[2])
-    if why_not_triton("block_masses", q.device, q.dtype, dim=q.shape[3], clusters=clusters):
-        return block_masses_reference(q, q_order, k_centroids, q_sizes, k_sizes, scale)
-    from svg2_compile.kernels.block_masses_triton import block_masses_triton
-
-    return block_masses_triton(q, q_order, k_centroids, q_sizes, k_sizes, scale)
-
-
-def _block_masses_fake(
-    q: Tensor, q_order: Tensor, k_centroids: Tensor, q_sizes: Tensor, k_sizes: Tensor, scale: float
-) -> Tensor:
-    _check(q, q_order, k_centroids, q_sizes, k_sizes)
-    return k_centroids.new_empty((*q_sizes.shape, k_sizes.shape[2]))
-
-
-torch.library.register_fake("svg2::block_masses", _block_masses_fake)
+define(
+    block_masses_reference,
+    name="block_masses",
+    part="selection",
+    check=_check,
+    fake=lambda k_centroids, q_sizes, k_sizes: k_centroids.new_empty((*q_sizes.shape, k_sizes.shape[2])),
+    kernels=Kernels(
+        limits=Limits(FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
+        seen=lambda q, q_sizes, k_sizes: (q, q.shape[3], q_sizes.shape[2], k_sizes.shape[2]),
+        seen_dtype=same_dtype,
+        launch="block_masses_triton:block_masses_triton",
+        self_check="self_check:check_block_masses",
+        # and the tiles of queries, which are on the attention's card
+        modules=("block_masses_triton",),
+    ),
+)

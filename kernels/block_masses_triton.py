@@ -216,7 +216,7 @@ def _last_constexprs(block_m: int, q_clusters: int) -> dict[str, int]:
     return {"BLOCK_M": block_m} | blocks
 
 
-def aot_variants() -> list[AotVariant]:
+def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernels for the usual dtypes and head dims, few and many clusters."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     variants = []

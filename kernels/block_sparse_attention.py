@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.card import FAST_DTYPES, MAX_CLUSTERS, MAX_HEAD_DIM, Kernels, Limits, same_dtype
 from svg2_compile.kernels.checks import (
     FLOATING,
     accumulation_dtype,
@@ -17,6 +18,7 @@ from svg2_compile.kernels.checks import (
 )
 from svg2_compile.kernels.launch_attention import launch_attention
 from svg2_compile.kernels.masked_attention import masked_attention
+from svg2_compile.kernels.op import define
 from svg2_compile.kernels.permute import (
     empty_token_major,
     permute_tokens_cpu,
@@ -25,18 +27,10 @@ from svg2_compile.kernels.permute import (
 )
 from svg2_compile.kernels.private_torch import flash_attention_for_cpu
 from svg2_compile.kernels.why_not import ATTENTIONS, choose_attention
-from svg2_compile.kernels.work_list import COUNTS, kept_keys
+from svg2_compile.kernels.work_list import COUNTS, MAX_KEYS, kept_keys
 
 # Fewer rows than this are not worth sharing between threads. Left alone, the flash attention deals blocks of 32 rows.
 MIN_ROWS_PER_PART = 16
-
-torch.library.define(
-    "svg2::block_sparse_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor q_sizes, Tensor runs, Tensor counts, Tensor? context_k, Tensor? context_v, "
-    "Tensor? context_mask, Tensor? q_order, float scale, str implementation='auto', int[]? tiles=None, "
-    "bool autotune=False) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _check(
@@ -57,11 +51,11 @@ def _check(
     for name, x, rank in (("q", q, 4), ("k", k, 4), ("q_sizes", q_sizes, 3), ("runs", runs, 5)):
         check_rank(name, x, rank)
     batch, heads, _, dim = q.shape
-    groups, k_tokens = k.shape[1:3]
+    k_heads, k_tokens = k.shape[1:3]
     q_clusters, slots = runs.shape[2:4]
-    check_head_groups(heads, groups)
-    check_shape("k", k, (batch, groups, k_tokens, dim))
-    check_shape("v", v, (batch, groups, k_tokens, dim))
+    check_head_groups(heads, k_heads)
+    check_shape("k", k, (batch, k_heads, k_tokens, dim))
+    check_shape("v", v, (batch, k_heads, k_tokens, dim))
     check_shape("runs", runs, (batch, heads, q_clusters, slots, 2))
     check_shape("counts", counts, (batch, heads, q_clusters, len(COUNTS)))
     check_shape("q_sizes", q_sizes, (batch, heads, q_clusters))
@@ -90,8 +84,8 @@ def _check(
         return
     check_rank("context_k", context_k, 4)
     context = context_k.shape[2]
-    check_shape("context_k", context_k, (batch, groups, context, dim))
-    check_shape("context_v", context_v, (batch, groups, context, dim))
+    check_shape("context_k", context_k, (batch, k_heads, context, dim))
+    check_shape("context_v", context_v, (batch, k_heads, context, dim))
     check_dtype("context_k", context_k, q.dtype)
     check_dtype("context_v", context_v, q.dtype)
     if context_mask is not None:
@@ -272,10 +266,6 @@ def _check_sizes(q_sizes: Tensor, tokens: int) -> None:
     )
 
 
-torch.library.impl("svg2::block_sparse_attention", "cpu", block_sparse_attention_cpu)
-
-
-@torch.library.impl("svg2::block_sparse_attention", "cuda")
 def _block_sparse_attention_cuda(
     q: Tensor,
     k: Tensor,
@@ -302,25 +292,32 @@ def _block_sparse_attention_cuda(
     return launch_attention(choice.implementation, arguments, scale, tiles, autotune)
 
 
-def _block_sparse_attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_sizes: Tensor,
-    runs: Tensor,
-    counts: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    context_mask: Tensor | None,
-    q_order: Tensor | None,
-    scale: float,
-    implementation: str = "auto",
-    tiles: list[int] | None = None,
-    autotune: bool = False,
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, implementation, tiles)
+def _empty(q: Tensor, q_order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the empty result."""
     out = q.new_empty(q.shape) if q_order is None else empty_token_major(q)
     return out, q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
 
 
-torch.library.register_fake("svg2::block_sparse_attention", _block_sparse_attention_fake)
+define(
+    block_sparse_attention_reference,
+    name="block_sparse_attention",
+    part="attention",
+    check=_check,
+    fake=_empty,
+    cpu=block_sparse_attention_cpu,
+    cuda=_block_sparse_attention_cuda,
+    kernels=Kernels(
+        limits=Limits(FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS, MAX_KEYS - 1),
+        # there is a slot for every second cluster of keys
+        seen=lambda q, runs: (q, q.shape[3], runs.shape[2], 2 * runs.shape[3]),
+        seen_dtype=same_dtype,
+        launch=None,
+        self_check="self_check:check_attention",
+        modules=(
+            "block_sparse_attention_gluon",
+            "block_sparse_attention_descriptor",
+            "block_sparse_attention_triton",
+            "work_list_triton",
+        ),
+    ),
+)

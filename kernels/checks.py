@@ -52,11 +52,11 @@ def check_dtype(name: str, tensor: Tensor, *expected: torch.dtype) -> None:
     )
 
 
-def check_head_groups(heads: int, groups: int) -> None:
+def check_head_groups(heads: int, k_heads: int) -> None:
     """Raise ValueError unless every key/value head serves the same number of query heads."""
     check_value(
-        groups > 0 and heads % groups == 0,
-        lambda: f"the number of query heads must be a multiple of the key/value heads, got {heads} and {groups}",
+        k_heads > 0 and heads % k_heads == 0,
+        lambda: f"the number of query heads must be a multiple of the key/value heads, got {heads} and {k_heads}",
     )
 
 

@@ -5,20 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.card import FAST_DTYPES, MAX_CLUSTERS, MAX_HEAD_DIM, Kernels, Limits, same_dtype
 from svg2_compile.kernels.checks import check_dtype, check_rank, check_shape, check_value
 from svg2_compile.kernels.kmeans import check_clustering, kmeans_cpu, kmeans_reference
+from svg2_compile.kernels.op import define
 from svg2_compile.kernels.permute import permute_tokens_cpu, permute_tokens_reference
 from svg2_compile.kernels.sort_labels import sort_labels_reference
-from svg2_compile.kernels.why_not import why_not_triton
 
 Clustered = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-torch.library.define(
-    "svg2::cluster_tokens_",
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!) q_centroids, Tensor(b!) k_centroids, Tensor(c!) q_calls, "
-    "Tensor(d!) k_calls, int iters_init, int iters_step, int seed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _check(
@@ -131,45 +125,8 @@ def _sorted_and_permuted(
     return q_order, q_sizes, k_sizes, permute_tokens(k, k_order), permute_tokens(v, k_order)
 
 
-torch.library.impl("svg2::cluster_tokens_", "cpu", cluster_tokens_cpu)
-
-
-@torch.library.impl("svg2::cluster_tokens_", "cuda")
-def _cluster_tokens_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_centroids: Tensor,
-    k_centroids: Tensor,
-    q_calls: Tensor,
-    k_calls: Tensor,
-    iters_init: int,
-    iters_step: int,
-    seed: int,
-) -> Clustered:
-    _check(q, k, v, q_centroids, k_centroids, q_calls, k_calls, iters_init, iters_step)
-    state = (q_centroids, k_centroids, q_calls, k_calls)
-    clusters = max(q_centroids.shape[2], k_centroids.shape[2])
-    if why_not_triton("cluster_tokens_", q.device, q.dtype, dim=q.shape[3], clusters=clusters):
-        return cluster_tokens_reference(q, k, v, *state, iters_init, iters_step, seed)
-    from svg2_compile.kernels.cluster_tokens_triton import cluster_tokens_triton
-
-    return cluster_tokens_triton(q, k, v, *state, iters_init, iters_step, seed)
-
-
-def _cluster_tokens_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_centroids: Tensor,
-    k_centroids: Tensor,
-    q_calls: Tensor,
-    k_calls: Tensor,
-    iters_init: int,
-    iters_step: int,
-    seed: int,
-) -> Clustered:
-    _check(q, k, v, q_centroids, k_centroids, q_calls, k_calls, iters_init, iters_step)
+def _empty(q: Tensor, k: Tensor, v: Tensor, q_centroids: Tensor, k_centroids: Tensor) -> Clustered:
+    """Return the empty result."""
     return (
         q.new_empty(q.shape[:3], dtype=torch.int32),
         q.new_empty(q_centroids.shape[:3], dtype=torch.int32),
@@ -179,4 +136,21 @@ def _cluster_tokens_fake(
     )
 
 
-torch.library.register_fake("svg2::cluster_tokens_", _cluster_tokens_fake)
+define(
+    cluster_tokens_reference,
+    name="cluster_tokens_",
+    part="clustering",
+    mutates=("q_centroids", "k_centroids", "q_calls", "k_calls"),
+    check=_check,
+    fake=_empty,
+    cpu=cluster_tokens_cpu,
+    kernels=Kernels(
+        limits=Limits(FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
+        seen=lambda q, q_centroids, k_centroids: (q, q.shape[3], q_centroids.shape[2], k_centroids.shape[2]),
+        seen_dtype=same_dtype,
+        launch="cluster_tokens_triton:cluster_tokens_triton",
+        self_check="self_check:check_cluster_tokens",
+        modules=("cluster_tokens_triton", "kmeans_triton", "centroids_triton", "sort_labels_triton", "assign_gluon"),
+        assigns=True,
+    ),
+)

@@ -9,13 +9,8 @@ from torch import Tensor
 
 from svg2_compile.kernels.checks import FLOATING, check_dtype, check_head_groups, check_rank, check_shape
 from svg2_compile.kernels.masked_attention import masked_attention
+from svg2_compile.kernels.op import define
 from svg2_compile.kernels.permute import empty_token_major
-
-torch.library.define(
-    "svg2::context_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
@@ -23,10 +18,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
     check_rank("q", q, 4)
     check_rank("k", k, 4)
     batch, heads, _, dim = q.shape
-    groups, tokens = k.shape[1:3]
-    check_head_groups(heads, groups)
-    check_shape("k", k, (batch, groups, tokens, dim))
-    check_shape("v", v, (batch, groups, tokens, dim))
+    k_heads, tokens = k.shape[1:3]
+    check_head_groups(heads, k_heads)
+    check_shape("k", k, (batch, k_heads, tokens, dim))
+    check_shape("v", v, (batch, k_heads, tokens, dim))
     check_dtype("q", q, *FLOATING)
     check_dtype("k", k, q.dtype)
     check_dtype("v", v, q.dtype)
@@ -70,12 +65,12 @@ def context_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, 
     return empty_token_major(q).copy_(out)
 
 
-torch.library.impl("svg2::context_attention", ("cpu", "cuda"), context_attention)
-
-
-def _context_attention_fake(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    _check(q, k, v, key_mask)
-    return empty_token_major(q)
-
-
-torch.library.register_fake("svg2::context_attention", _context_attention_fake)
+define(
+    context_attention_reference,
+    name="context_attention",
+    part="attention",
+    check=_check,
+    fake=lambda q: empty_token_major(q),
+    cpu=context_attention,
+    runs="sdpa",
+)

@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from svg2_compile.kernels.op import define
 from svg2_compile.kernels.permute import empty_token_major
-
-torch.library.define(
-    "svg2::dense_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, float? scale, "
-    "bool enable_gqa) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _empty(query: Tensor, value: Tensor) -> Tensor:
@@ -61,20 +55,4 @@ def dense_attention(
     return out if out.stride() == wanted.stride() else wanted.copy_(out)
 
 
-torch.library.impl("svg2::dense_attention", ("cpu", "cuda"), dense_attention)
-
-
-def _dense_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    return _empty(query, value)
-
-
-torch.library.register_fake("svg2::dense_attention", _dense_attention_fake)
+define(dense_attention, name="dense_attention", part="attention", fake=_empty, runs="sdpa")

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.card import FAST_DTYPES, MAX_CLUSTERS, MAX_HEAD_DIM, Kernels, Limits, same_dtype
 from svg2_compile.kernels.checks import FLOATING, accumulation_dtype, check_dtype, check_rank, check_shape, check_value
-from svg2_compile.kernels.why_not import why_not_triton
+from svg2_compile.kernels.op import define
 
 # Scores in flight at a time, so that a long sequence never holds its whole N x C matrix.
 MAX_TILE_SCORES = 2**24
@@ -14,12 +15,6 @@ MAX_TILE_SCORES = 2**24
 CACHED_SCORES = 2**17
 
 LloydStep = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-torch.library.define(
-    "svg2::kmeans_",
-    "(Tensor x, Tensor(a!) centroids, Tensor(b!) calls, int iters_init, int iters_step, int seed) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def check_clustering(
@@ -30,7 +25,7 @@ def check_clustering(
     iters_step: int,
     names: tuple[str, str, str] = ("x", "centroids", "calls"),
 ) -> None:
-    """Check the arguments of ``svg2::kmeans_``, or of one side of an op that takes two."""
+    """Check the tokens and the state of one clustering, by the names that the op gives them."""
     x_name, centroids_name, calls_name = names
     check_rank(x_name, x, 4)
     check_rank(centroids_name, centroids, 4)
@@ -47,6 +42,11 @@ def check_clustering(
         iters_init >= 1 and iters_step >= 1,
         lambda: f"iters_init and iters_step must be at least 1, got {iters_init} and {iters_step}",
     )
+
+
+def _check(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int) -> None:
+    """Check the arguments of ``svg2::kmeans_``."""
+    check_clustering(x, centroids, calls, iters_init, iters_step)
 
 
 def kmeans_reference(
@@ -193,22 +193,21 @@ def _lloyd_iteration_cpu(tokens: Tensor, centroids: Tensor, labels: Tensor) -> T
     return torch.where(sizes[:, None] > 0, means, centroids)
 
 
-torch.library.impl("svg2::kmeans_", "cpu", kmeans_cpu)
-
-
-@torch.library.impl("svg2::kmeans_", "cuda")
-def _kmeans_cuda(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
-    check_clustering(x, centroids, calls, iters_init, iters_step)
-    if why_not_triton("kmeans_", x.device, x.dtype, dim=x.shape[3], clusters=centroids.shape[2]):
-        return kmeans_reference(x, centroids, calls, iters_init, iters_step, seed)
-    from svg2_compile.kernels.kmeans_triton import kmeans_triton
-
-    return kmeans_triton(x, centroids, calls, iters_init, iters_step, seed)
-
-
-def _kmeans_fake(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
-    check_clustering(x, centroids, calls, iters_init, iters_step)
-    return x.new_empty(x.shape[:3], dtype=torch.int32)
-
-
-torch.library.register_fake("svg2::kmeans_", _kmeans_fake)
+define(
+    kmeans_reference,
+    name="kmeans_",
+    part="clustering",
+    mutates=("centroids", "calls"),
+    check=_check,
+    fake=lambda x: x.new_empty(x.shape[:3], dtype=torch.int32),
+    cpu=kmeans_cpu,
+    kernels=Kernels(
+        limits=Limits(FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
+        seen=lambda x, centroids: (x, x.shape[3], centroids.shape[2], centroids.shape[2]),
+        seen_dtype=same_dtype,
+        launch="kmeans_triton:kmeans_triton",
+        self_check="self_check:check_kmeans",
+        modules=("kmeans_triton", "centroids_triton", "sort_labels_triton", "assign_gluon"),
+        assigns=True,
+    ),
+)

@@ -1,29 +1,18 @@
-"""Importing this module registers every ``torch.ops.svg2`` operator."""
+"""Importing this module registers every ``torch.ops.svg2`` operator and completes ``CARDS``."""
 
-from svg2_compile.kernels import (
+from svg2_compile.kernels import (  # noqa: F401
     block_masses,
     block_sparse_attention,
     cluster_tokens,
     context_attention,
     dense_attention,
-    dense_heads,
+    keep_dense_heads,
     kmeans,
+    measure_recall,
     permute,
-    recall,
     select_blocks,
     sort_labels,
 )
+from svg2_compile.kernels.card import CARDS
 
-__all__ = [
-    "block_masses",
-    "block_sparse_attention",
-    "cluster_tokens",
-    "context_attention",
-    "dense_attention",
-    "dense_heads",
-    "kmeans",
-    "permute",
-    "recall",
-    "select_blocks",
-    "sort_labels",
-]
+__all__ = ["CARDS"]

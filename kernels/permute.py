@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.card import FAST_DTYPES, MAX_HEAD_DIM, Kernels, Limits, same_dtype
 from svg2_compile.kernels.checks import check_dtype, check_rank, check_shape
-from svg2_compile.kernels.why_not import why_not_triton
-
-torch.library.define("svg2::permute_tokens", "(Tensor x, Tensor order) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-torch.library.define("svg2::unpermute_tokens", "(Tensor x, Tensor order) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+from svg2_compile.kernels.op import define
 
 
 def _check(x: Tensor, order: Tensor) -> None:
@@ -92,41 +90,32 @@ def permute_tokens_cpu(x: Tensor, order: Tensor) -> Tensor:
     return rows.reshape(-1, dim).index_select(0, index.flatten()).view(x.shape)
 
 
-torch.library.impl("svg2::permute_tokens", "cpu", permute_tokens_cpu)
-torch.library.impl("svg2::unpermute_tokens", "cpu", unpermute_tokens_reference)
+def _kernels(op: str) -> Kernels:
+    """Return what there is for one of the two directions."""
+    return Kernels(
+        limits=Limits(FAST_DTYPES, MAX_HEAD_DIM),
+        seen=lambda x: (x, x.shape[3], 0, 0),
+        seen_dtype=same_dtype,
+        launch=f"permute_triton:{op}_triton",
+        self_check=f"self_check:check_{op}",
+        modules=("permute_triton",),
+    )
 
 
-@torch.library.impl("svg2::permute_tokens", "cuda")
-def _permute_tokens_cuda(x: Tensor, order: Tensor) -> Tensor:
-    _check(x, order)
-    if why_not_triton("permute_tokens", x.device, x.dtype, dim=x.shape[3]):
-        return permute_tokens_reference(x, order)
-    from svg2_compile.kernels.permute_triton import permute_tokens_triton
-
-    return permute_tokens_triton(x, order)
-
-
-@torch.library.impl("svg2::unpermute_tokens", "cuda")
-def _unpermute_tokens_cuda(x: Tensor, order: Tensor) -> Tensor:
-    _check(x, order)
-    if why_not_triton("permute_tokens", x.device, x.dtype, dim=x.shape[3]):
-        return unpermute_tokens_reference(x, order)
-    from svg2_compile.kernels.permute_triton import unpermute_tokens_triton
-
-    return unpermute_tokens_triton(x, order)
-
-
-def _permute_tokens_fake(x: Tensor, order: Tensor) -> Tensor:
-    _check(x, order)
-    return x.new_empty(x.shape)
-
-
-torch.library.register_fake("svg2::permute_tokens", _permute_tokens_fake)
-
-
-def _unpermute_tokens_fake(x: Tensor, order: Tensor) -> Tensor:
-    _check(x, order)
-    return empty_token_major(x)
-
-
-torch.library.register_fake("svg2::unpermute_tokens", _unpermute_tokens_fake)
+define(
+    permute_tokens_reference,
+    name="permute_tokens",
+    part="clustering",
+    check=_check,
+    fake=lambda x: x.new_empty(x.shape),
+    cpu=permute_tokens_cpu,
+    kernels=_kernels("permute_tokens"),
+)
+define(
+    unpermute_tokens_reference,
+    name="unpermute_tokens",
+    part="clustering",
+    check=_check,
+    fake=empty_token_major,
+    kernels=_kernels("unpermute_tokens"),
+)

@@ -88,7 +88,7 @@ def _move_rows(x: Tensor, order: Tensor, y: Tensor, scatter: bool) -> Tensor:
     return y
 
 
-def aot_variants() -> list[AotVariant]:
+def aot_variants(capability: int) -> list[AotVariant]:
     """Return both directions for the usual rows, and odd rows with a strided last axis."""
     variants = []
     strides = [f"stride_{name}_{axis}" for name in "xy" for axis in "bhn"]

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.card import FAST_DTYPES, MAX_CLUSTERS, MAX_HEAD_DIM, Kernels, Limits
 from svg2_compile.kernels.checks import (
     FLOATING,
     accumulation_dtype,
@@ -14,23 +15,12 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.why_not import why_not_triton
-from svg2_compile.kernels.work_list import COUNTS, PIECES, kept_runs_reference, max_runs
+from svg2_compile.kernels.op import define
+from svg2_compile.kernels.selection_statistics import STATISTICS, per_query_head, statistics_of
+from svg2_compile.kernels.work_list import COUNTS, kept_runs_reference, max_runs
 
-# The last axis of ``statistics``, per query cluster and summed over calls: 1; its part of the head's density, which is
-# kept pairs over all pairs; its part of the head's kept probability mass, a mean over query tokens; its own kept mass,
-# 1 where it is empty; its part of the pairs multiplied, when pieces of ``PIECES[0]`` keys fill tiles of ``TILE_KEYS``.
-STATISTICS = ("calls", "density_sum", "kept_mass_sum", "own_kept_mass_sum", "issued_sum")
-TILE_KEYS = 128
 # The smallest normal number of fp32.
 LEAST_MASS = 2.0**-126
-
-torch.library.define(
-    "svg2::select_blocks",
-    "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, float top_p, "
-    "float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _check(
@@ -47,11 +37,11 @@ def _check(
     check_rank("q_centroids", q_centroids, 4)
     check_rank("k_centroids", k_centroids, 4)
     batch, heads, q_clusters, dim = q_centroids.shape
-    groups, k_clusters = k_centroids.shape[1:3]
-    check_head_groups(heads, groups)
-    check_shape("k_centroids", k_centroids, (batch, groups, k_clusters, dim))
+    k_heads, k_clusters = k_centroids.shape[1:3]
+    check_head_groups(heads, k_heads)
+    check_shape("k_centroids", k_centroids, (batch, k_heads, k_clusters, dim))
     check_shape("q_sizes", q_sizes, (batch, heads, q_clusters))
-    check_shape("k_sizes", k_sizes, (batch, groups, k_clusters))
+    check_shape("k_sizes", k_sizes, (batch, k_heads, k_clusters))
     check_shape("statistics", statistics, (batch, heads, q_clusters, len(STATISTICS)))
     check_dtype("q_centroids", q_centroids, *FLOATING)
     check_dtype("k_centroids", k_centroids, q_centroids.dtype)
@@ -117,40 +107,19 @@ def select_blocks_reference(
         logits = block_logits(q_centroids.to(dtype), k_centroids.to(dtype), k_sizes, scale)
     else:
         # Every cluster with keys has some mass, and those of an empty one do not matter.
-        is_empty = _per_query_head(k_sizes, q_sizes.shape[1]).unsqueeze(2) == 0
+        is_empty = per_query_head(k_sizes, q_sizes.shape[1]).unsqueeze(2) == 0
         logits = torch.where(masses > LEAST_MASS, masses, LEAST_MASS).log().masked_fill(is_empty, -math.inf)
     keep, mass = kept_clusters(logits, top_p, min_keep_ratio)
     kept = kept_runs_reference(keep, k_sizes)
-    kept_tokens = torch.einsum("bhqk,bhk->bhq", keep.to(dtype), _per_query_head(k_sizes, keep.shape[1]).to(dtype))
+    kept_tokens = torch.einsum("bhqk,bhk->bhq", keep.to(dtype), per_query_head(k_sizes, keep.shape[1]).to(dtype))
     statistics += statistics_of(kept.counts, kept_tokens, mass, q_sizes, k_sizes)
     return kept.runs, kept.counts
-
-
-def statistics_of(counts: Tensor, kept_tokens: Tensor, mass: Tensor, q_sizes: Tensor, k_sizes: Tensor) -> Tensor:
-    """Return what one call adds to the statistics, from the kept keys and their mass, both [B, H, C_q]."""
-    dtype = mass.dtype
-    runs, full_pieces, *_ = counts.to(dtype).unbind(-1)
-    k_tokens = _per_query_head(k_sizes.sum(-1, keepdim=True), q_sizes.shape[1]).to(dtype)
-    pieces_per_tile = TILE_KEYS // PIECES[0]
-    full_tiles = (full_pieces / pieces_per_tile).floor()
-    last_tiles = ((full_pieces + runs) / pieces_per_tile - full_tiles).ceil()
-    q_share = q_sizes.to(dtype) / q_sizes.sum(-1, keepdim=True)
-    return torch.stack(
-        (
-            torch.ones_like(mass),
-            q_share * kept_tokens / k_tokens,
-            q_share * mass,
-            mass.masked_fill(q_sizes == 0, 1.0),
-            q_share * (full_tiles + last_tiles) * TILE_KEYS / k_tokens,
-        ),
-        dim=-1,
-    )
 
 
 def block_logits(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, scale: float) -> Tensor:
     """Return log(n_j) + s_ij of section 1.3, [B, H, C_q, C_k]; -inf for a cluster without keys."""
     heads = q_centroids.shape[1]
-    k_centroids, k_sizes = _per_query_head(k_centroids, heads), _per_query_head(k_sizes, heads).to(q_centroids.dtype)
+    k_centroids, k_sizes = per_query_head(k_centroids, heads), per_query_head(k_sizes, heads).to(q_centroids.dtype)
     # log n_j is -inf for an empty cluster. Its centroid may hold anything, so it is overwritten, not added to.
     scores = q_centroids @ k_centroids.transpose(-1, -2) * scale
     return (scores + k_sizes.log().unsqueeze(2)).masked_fill(k_sizes.unsqueeze(2) == 0, -math.inf)
@@ -173,54 +142,31 @@ def kept_clusters(logits: Tensor, top_p: float, min_keep_ratio: float) -> tuple[
     return torch.empty_like(kept).scatter_(-1, order, kept), (probability * kept).sum(-1)
 
 
-def _per_query_head(x: Tensor, heads: int) -> Tensor:
-    """Return what belongs to a key head once for every query head that uses it."""
-    return x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-torch.library.impl("svg2::select_blocks", "cpu", select_blocks_reference)
-
-
-@torch.library.impl("svg2::select_blocks", "cuda")
-def _select_blocks_cuda(
-    q_centroids: Tensor,
-    k_centroids: Tensor,
-    q_sizes: Tensor,
-    k_sizes: Tensor,
-    scale: float,
-    top_p: float,
-    min_keep_ratio: float,
-    statistics: Tensor,
-    masses: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics, masses)
-    clusters = max(q_centroids.shape[2], k_centroids.shape[2])
-    dim = q_centroids.shape[3]
-    if why_not_triton("select_blocks", q_centroids.device, q_centroids.dtype, dim=dim, clusters=clusters):
-        return select_blocks_reference(
-            q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics, masses
-        )
-    from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
-
-    return select_blocks_triton(
-        q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics, masses
-    )
-
-
-def _select_blocks_fake(
-    q_centroids: Tensor,
-    k_centroids: Tensor,
-    q_sizes: Tensor,
-    k_sizes: Tensor,
-    scale: float,
-    top_p: float,
-    min_keep_ratio: float,
-    statistics: Tensor,
-    masses: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics, masses)
+def _empty(k_centroids: Tensor, q_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the empty result."""
     runs = q_sizes.new_empty((*q_sizes.shape, max_runs(k_centroids.shape[2]), 2))
     return runs, q_sizes.new_empty((*q_sizes.shape, len(COUNTS)))
 
 
-torch.library.register_fake("svg2::select_blocks", _select_blocks_fake)
+define(
+    select_blocks_reference,
+    name="select_blocks",
+    part="selection",
+    mutates=("statistics",),
+    check=_check,
+    fake=_empty,
+    kernels=Kernels(
+        limits=Limits(FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
+        seen=lambda q_centroids, k_centroids: (
+            q_centroids,
+            q_centroids.shape[3],
+            q_centroids.shape[2],
+            k_centroids.shape[2],
+        ),
+        # centroids are fp32 or wider
+        seen_dtype=lambda tokens: torch.promote_types(tokens, torch.float32),
+        launch="select_blocks_triton:select_blocks_triton",
+        self_check="self_check:check_select_blocks",
+        modules=("select_blocks_triton",),
+    ),
+)

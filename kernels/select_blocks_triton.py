@@ -21,7 +21,8 @@ from torch import Tensor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.launch import cdiv, padded_power_of_two
-from svg2_compile.kernels.select_blocks import LEAST_MASS, TILE_KEYS
+from svg2_compile.kernels.select_blocks import LEAST_MASS
+from svg2_compile.kernels.selection_statistics import STATISTICS, TILE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES, max_runs
 
 BLOCK_Q = 16  # query clusters of a program
@@ -45,6 +46,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(LEAST_MASS)
 SHORT, MEDIUM, LONG = (tl.constexpr(piece) for piece in PIECES)
 PIECES_PER_TILE = tl.constexpr(TILE_KEYS // PIECES[0])
+COUNT_COLUMNS, STATISTIC_COLUMNS = tl.constexpr(len(COUNTS)), tl.constexpr(len(STATISTICS))
 
 
 @triton.jit
@@ -443,12 +445,20 @@ def select_kernel(
             k_tokens,
             offs_t,
             runs_ptr + row * run_slots,
-            counts_ptr + row * 4,
+            counts_ptr + row * COUNT_COLUMNS,
             is_row,
         )
         q_sizes = tl.load(q_sizes_ptr + first_row + offs_r, mask=is_row, other=0)
         _add_statistics(
-            statistics_ptr + row * 5, is_row, q_sizes, q_tokens, k_tokens, kept_keys, mass / total, runs, full_pieces
+            statistics_ptr + row * STATISTIC_COLUMNS,
+            is_row,
+            q_sizes,
+            q_tokens,
+            k_tokens,
+            kept_keys,
+            mass / total,
+            runs,
+            full_pieces,
         )
 
 
@@ -523,7 +533,7 @@ def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
     }
 
 
-def aot_variants() -> list[AotVariant]:
+def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernel for the usual head dims, few and many clusters, and for given masses."""
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
     signature |= dict.fromkeys(("q_sizes_ptr", "k_sizes_ptr"), "*i32")

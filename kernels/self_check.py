@@ -1,13 +1,14 @@
 """Compare each kernel that is about to run with what it should compute, once per process, device and dtype.
 
 A compiler or a GPU that nobody has tried can make a kernel wrong without any error. A wrong one is reported to
-``launch``, which then chooses the next: the log, ``svg2 doctor`` and the report say so. The inputs are 150 to
+``why_not``, which then chooses the next: the log, ``svg2 doctor`` and the report say so. The inputs are 150 to
 2,100 tokens, made so that rounding decides nothing; the expected results are computed on the CPU.
 """
 
+import inspect
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from svg2_compile.kernels.block_masses import block_masses_reference
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
+from svg2_compile.kernels.card import Kernels
+from svg2_compile.kernels.measure_recall import RECALL, measure_recall_reference
+from svg2_compile.kernels.op import function_of
+from svg2_compile.kernels.ops import CARDS
 from svg2_compile.kernels.permute import permute_tokens_reference, unpermute_tokens_reference
-from svg2_compile.kernels.recall import RECALL, measure_recall_reference
-from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
+from svg2_compile.kernels.select_blocks import select_blocks_reference
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.why_not import (
     GLUON_ASSIGNMENT,
@@ -34,6 +39,9 @@ log = logging.getLogger(__name__)
 HEADS = 2
 CONTEXT = 17
 ROWS = 19
+MOVED_TOKENS = 1037
+MAY_BE_ABSENT = ("context_k", "context_mask", "masses")
+"""Arguments that kernels are compiled with and without."""
 # Queries of one cluster.
 MORE_THAN_A_TILE = 140
 # Of near equals, rounding may choose another cluster.
@@ -44,18 +52,16 @@ MIN_TOLERANCE, ROUNDINGS = 1e-4, 4
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The tensors that kernels are compiled for."""
+    """The tensors that the kernels of an op are compiled for."""
 
     device: torch.device
     dtype: torch.dtype
-    """Of the tokens."""
+    """Of the tensor that dispatch looks at."""
     dim: int
     q_clusters: int
     k_clusters: int
-    has_context: bool = False
-    has_context_mask: bool = False
-    given_masses: bool = False
-    """Whether the selection takes masses, not centroids."""
+    given: frozenset[str] = frozenset()
+    """The arguments that may be None and are not."""
     attention: str = "auto"
     """The attention kernel that is asked for."""
 
@@ -67,7 +73,7 @@ class Kind:
     @property
     def compiled_apart(self) -> tuple[object, ...]:
         """What a kernel has code of its own for, by far the most of it."""
-        return self.device, self.dtype, self.dim, self.has_context, self.has_context_mask, self.given_masses
+        return self.device, self.dtype, self.dim, self.given
 
     @property
     def tokens(self) -> int:
@@ -79,29 +85,52 @@ _lock = threading.Lock()
 _checked: set[tuple[object, ...]] = set()
 
 
-def check_kernels(ops: Collection[str], kind: Kind) -> None:
-    """Check the kernels that dispatch would choose for these ops, and replace the wrong ones until what runs is right.
+def kinds_of(calls: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[tuple[str, Kind], ...]:
+    """Return what the kernels of some calls will be given, each op and kind once; ops without kernels are left out.
+
+    Args:
+        calls: names of ops with their arguments by name; tensors may be fake.
+    """
+    return tuple(
+        dict.fromkeys(
+            (name, _kind_of(card.kernels, arguments))
+            for name, arguments in calls
+            if (card := CARDS.get(name)) is not None and card.kernels is not None
+        )
+    )
+
+
+def _kind_of(kernels: Kernels, arguments: Mapping[str, Any]) -> Kind:
+    """Return the kind of tensors that a call is given."""
+    tensor, dim, *clusters = kernels.seen(*(arguments[name] for name in inspect.signature(kernels.seen).parameters))
+    q_clusters, k_clusters = map(int, clusters)
+    given = frozenset(name for name in MAY_BE_ABSENT if arguments.get(name) is not None)
+    implementation = arguments.get("implementation", "auto")
+    return Kind(tensor.device, tensor.dtype, int(dim), q_clusters, k_clusters, given, implementation)
+
+
+def check_kernels(kinds: Iterable[tuple[str, Kind]]) -> None:
+    """Check the kernels that dispatch would choose, and replace the wrong ones until what runs is right.
 
     Checks only what no call has checked before; does nothing where no kernel runs, or while a CUDA graph is captured.
 
     Args:
-        ops: names of ops; those without kernels are left out.
-        kind: the tensors they will be given.
+        kinds: names of ops, each with the tensors that it will be given.
 
     Raises:
-        ValueError: the attention kernel that ``kind`` names is wrong or cannot run.
+        ValueError: the attention kernel that a kind names is wrong or cannot run.
     """
-    if kind.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return
-    with (
-        _lock,
-        torch.cuda.device(kind.device),
-        torch.device("cpu"),
-        torch.no_grad(),
-        torch.autocast(kind.device.type, enabled=False),
-    ):
-        for op in CHECKS:
-            while op in ops and (name := kernel_of(op, kind)) is not None:
+    for op, kind in kinds:
+        if kind.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            continue
+        with (
+            _lock,
+            torch.cuda.device(kind.device),
+            torch.device("cpu"),
+            torch.no_grad(),
+            torch.autocast(kind.device.type, enabled=False),
+        ):
+            while (name := kernel_of(op, kind)) is not None:
                 key = (op, name, *kind.compiled_apart)
                 if key in _checked:
                     break
@@ -109,24 +138,25 @@ def check_kernels(ops: Collection[str], kind: Kind) -> None:
                 if reason is None:
                     _checked.add(key)
                 else:
-                    report_wrong_kernel(name, kind.device, _dtype_of(op, kind), reason)
+                    report_wrong_kernel(name, kind.device, kind.dtype, reason)
                     message = "the kernel %r is wrong on %s with %s and will not be used: %s; please report this"
                     log.warning(message, name, kind.device, kind.dtype, reason)
 
 
 def kernel_of(op: str, kind: Kind) -> str | None:
-    """Return the kernel that dispatch would choose, by the name that ``launch`` knows it by; None for plain PyTorch.
+    """Return the kernel that dispatch would choose, by the name that ``why_not`` knows it by; None for plain PyTorch.
 
     Where two kernels work for one op, it is the one to suspect first.
     """
-    device, dtype, dim, clusters = kind.device, _dtype_of(op, kind), kind.dim, kind.clusters
+    device, dtype, dim, clusters = kind.device, kind.dtype, kind.dim, kind.clusters
     if op == "block_sparse_attention":
         sizes = {"dim": dim, "clusters": clusters, "keys": kind.tokens, "rows": HEADS * kind.tokens}
         name = choose_attention(device, dtype, **sizes, implementation=kind.attention).implementation
         return None if name == "reference" else name
     if why_not_triton(op, device, dtype, dim=dim, clusters=clusters) is not None:
         return None
-    assigns = op in ("cluster_tokens_", "kmeans_")
+    kernels = CARDS[op].kernels
+    assigns = kernels is not None and kernels.assigns
     return GLUON_ASSIGNMENT if assigns and why_not_gluon_assign(device, dtype, dim=dim) is None else op
 
 
@@ -134,21 +164,19 @@ def why_wrong(op: str, kind: Kind, call: Callable[..., Any] | None = None) -> st
     """Return how an op is wrong on a kind of tensors, or None where it is right.
 
     Args:
-        op: one of ``CHECKS``.
+        op: the name of one that has kernels.
         kind: what to give it.
         call: what computes the op; what dispatch chooses, if absent.
     """
+    kernels = CARDS[op].kernels
+    assert kernels is not None
     try:
-        return CHECKS[op](call or getattr(torch.ops.svg2, op), kind)
+        reason: str | None = function_of(kernels.self_check)(call or getattr(torch.ops.svg2, op), kind)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-
-
-def _dtype_of(op: str, kind: Kind) -> torch.dtype:
-    """Return the dtype of the tensor that dispatch looks at."""
-    return {"sort_labels": torch.int32, "select_blocks": torch.float32}.get(op, kind.dtype)
+    return reason
 
 
 def _random(seed: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -202,7 +230,8 @@ def _wrong_groups(labels: Tensor, centroids: Tensor, x: Tensor, group: Tensor) -
     return reason and f"centroids {reason}"
 
 
-def _check_kmeans(call: Callable[..., Any], kind: Kind) -> str | None:
+def check_kmeans(call: Callable[..., Any], kind: Kind) -> str | None:
+    """Return how a clustering is wrong: twice, from tokens and then from centroids."""
     x, group = _grouped_tokens(kind, kind.k_clusters)
     centroids = _zeros(kind, kind.k_clusters, kind.dim)
     calls = torch.zeros(1, dtype=torch.int32, device=kind.device)
@@ -213,7 +242,8 @@ def _check_kmeans(call: Callable[..., Any], kind: Kind) -> str | None:
     return None
 
 
-def _check_cluster_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
+def check_cluster_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
+    """Return how a clustering of both sides is wrong, or the order of keys and values."""
     sides = [_grouped_tokens(kind, clusters) for clusters in (kind.q_clusters, kind.k_clusters)]
     (q, _), (k, _) = sides
     # a value says which token it belongs to, in numbers that every dtype holds
@@ -245,24 +275,33 @@ def _check_cluster_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
     return None
 
 
-def _check_sort_labels(call: Callable[..., Any], kind: Kind) -> str | None:
+def check_sort_labels(call: Callable[..., Any], kind: Kind) -> str | None:
+    """Return how an order or its sizes are wrong."""
     labels = _random_labels(kind, kind.k_clusters)
     got = call(labels.to(kind.device), kind.k_clusters)
     wanted = sort_labels_reference(labels, kind.k_clusters)
     return None if all(map(torch.equal, (each.cpu() for each in got), wanted)) else "order or sizes differ"
 
 
-def _check_permute_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
-    x = _random(0, kind.tokens, kind.dim, kind.dtype)
-    order, _ = sort_labels_reference(_random_labels(kind, kind.k_clusters), kind.k_clusters)
-    arguments = x.to(kind.device), order.to(kind.device)
-    if not torch.equal(call(*arguments).cpu(), permute_tokens_reference(x, order)):
-        return "tokens are in the wrong order"
-    restored = torch.ops.svg2.unpermute_tokens(*arguments).cpu()
-    return None if torch.equal(restored, unpermute_tokens_reference(x, order)) else "tokens are restored wrongly"
+def check_permute_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
+    """Return how tokens that are put into an order are wrong."""
+    return _wrong_copy(call, kind, permute_tokens_reference)
 
 
-def _check_block_masses(call: Callable[..., Any], kind: Kind) -> str | None:
+def check_unpermute_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
+    """Return how tokens that are put back are wrong."""
+    return _wrong_copy(call, kind, unpermute_tokens_reference)
+
+
+def _wrong_copy(call: Callable[..., Any], kind: Kind, reference: Callable[[Tensor, Tensor], Tensor]) -> str | None:
+    x = _random(0, MOVED_TOKENS, kind.dim, kind.dtype)
+    order = _random(1, MOVED_TOKENS, 1, torch.float32)[..., 0].argsort(-1).int()
+    right = torch.equal(call(x.to(kind.device), order.to(kind.device)).cpu(), reference(x, order))
+    return None if right else "tokens are in the wrong order"
+
+
+def check_block_masses(call: Callable[..., Any], kind: Kind) -> str | None:
+    """Return how the masses of blocks are wrong."""
     q = _random(0, kind.tokens, kind.dim, kind.dtype)
     k_means = _random(1, kind.k_clusters, kind.dim, torch.float32)
     q_labels = _random_labels(kind, kind.q_clusters)
@@ -275,14 +314,15 @@ def _check_block_masses(call: Callable[..., Any], kind: Kind) -> str | None:
     return _far(got, block_masses_reference(*arguments, scale), 10 * MIN_TOLERANCE)
 
 
-def _check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
+def check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
+    """Return how a selection or its statistics are wrong."""
     q_sizes, k_sizes = (
         sort_labels_reference(_random_labels(kind, c), c)[1] for c in (kind.q_clusters, kind.k_clusters)
     )
     q_means = _random(0, kind.q_clusters, kind.dim, torch.float32)
     k_means = _random(1, kind.k_clusters, kind.dim, torch.float32)
     numbers = (kind.dim**-0.5, 0.7, 0.1)
-    masses = _random(2, kind.q_clusters, kind.k_clusters, torch.float32).softmax(-1) if kind.given_masses else None
+    masses = _random(2, kind.q_clusters, kind.k_clusters, torch.float32).softmax(-1) if "masses" in kind.given else None
     on_device = _zeros(kind, kind.q_clusters, len(STATISTICS))
     statistics = on_device.cpu().clone()
     got = call(
@@ -298,7 +338,8 @@ def _check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
     return reason and f"statistics {reason}"
 
 
-def _check_attention(call: Callable[..., Any], kind: Kind) -> str | None:
+def check_attention(call: Callable[..., Any], kind: Kind) -> str | None:
+    """Return how an attention or its log-sum-exp is wrong."""
     q, k, v = (_random(seed, kind.tokens, kind.dim, kind.dtype) for seed in range(3))
     labels = [_random_labels(kind, clusters) for clusters in (kind.q_clusters, kind.k_clusters)]
     (q_order, q_sizes), (_, k_sizes) = (
@@ -308,9 +349,9 @@ def _check_attention(call: Callable[..., Any], kind: Kind) -> str | None:
     keep[..., 0] = True
     kept = kept_runs_reference(keep, k_sizes)
     context_k, context_v, mask = None, None, None
-    if kind.has_context:
+    if "context_k" in kind.given:
         context_k, context_v = (_random(seed, CONTEXT, kind.dim, kind.dtype) for seed in (4, 5))
-        mask = (torch.arange(CONTEXT) % 3 > 0).view(1, 1, 1, -1) if kind.has_context_mask else None
+        mask = (torch.arange(CONTEXT) % 3 > 0).view(1, 1, 1, -1) if "context_mask" in kind.given else None
     arguments = (q, k, v, q_sizes, kept.runs, kept.counts, context_k, context_v, mask, q_order)
     scale = 4 * kind.dim**-0.5  # a few keys weigh most, so that a wrong one shows
     got = call(*_on(kind.device, arguments), scale, *([kind.attention] if kind.attention != "auto" else []))
@@ -321,7 +362,8 @@ def _check_attention(call: Callable[..., Any], kind: Kind) -> str | None:
     return _far(got[0], out, tolerance) or _far(got[1], lse, 10 * MIN_TOLERANCE)
 
 
-def _check_measure_recall(call: Callable[..., Any], kind: Kind) -> str | None:
+def check_measure_recall(call: Callable[..., Any], kind: Kind) -> str | None:
+    """Return how a recall is wrong."""
     q, k = (_random(seed, kind.tokens, kind.dim, kind.dtype) for seed in range(2))
     (q_order, q_sizes), (_, k_sizes) = (
         sort_labels_reference(_random_labels(kind, c), c) for c in (kind.q_clusters, kind.k_clusters)
@@ -339,16 +381,3 @@ def _check_measure_recall(call: Callable[..., Any], kind: Kind) -> str | None:
 
 def _on(device: torch.device, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if each is None else each.to(device) for each in tensors]
-
-
-CHECKS: dict[str, Callable[[Callable[..., Any], Kind], str | None]] = {
-    "cluster_tokens_": _check_cluster_tokens,
-    "kmeans_": _check_kmeans,
-    "sort_labels": _check_sort_labels,
-    "permute_tokens": _check_permute_tokens,
-    "block_masses": _check_block_masses,
-    "select_blocks": _check_select_blocks,
-    "block_sparse_attention": _check_attention,
-    "measure_recall_": _check_measure_recall,
-}
-"""The check of each op that has kernels."""

@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.card import MAX_CLUSTERS, Kernels, Limits
 from svg2_compile.kernels.checks import check_dtype, check_rank, check_value
-from svg2_compile.kernels.why_not import why_not_triton
-
-torch.library.define(
-    "svg2::sort_labels", "(Tensor labels, int clusters) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag
-)
+from svg2_compile.kernels.op import define
 
 
 def _check(labels: Tensor, clusters: int) -> None:
@@ -45,22 +42,23 @@ def sort_labels_reference(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor
     return order, sizes.scatter_add_(2, labels.long(), torch.ones_like(labels))
 
 
-torch.library.impl("svg2::sort_labels", "cpu", sort_labels_reference)
-
-
-@torch.library.impl("svg2::sort_labels", "cuda")
-def _sort_labels_cuda(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    _check(labels, clusters)
-    if why_not_triton("sort_labels", labels.device, labels.dtype, clusters=clusters):
-        return sort_labels_reference(labels, clusters)
-    from svg2_compile.kernels.sort_labels_triton import sort_labels_triton
-
-    return sort_labels_triton(labels, clusters)
-
-
-def _sort_labels_fake(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    _check(labels, clusters)
+def _empty(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Return the empty result."""
     return labels.new_empty(labels.shape), labels.new_empty((*labels.shape[:2], clusters))
 
 
-torch.library.register_fake("svg2::sort_labels", _sort_labels_fake)
+define(
+    sort_labels_reference,
+    name="sort_labels",
+    part="clustering",
+    check=_check,
+    fake=_empty,
+    kernels=Kernels(
+        limits=Limits(clusters=MAX_CLUSTERS),
+        seen=lambda labels, clusters: (labels, 0, clusters, clusters),
+        seen_dtype=lambda tokens: torch.int32,
+        launch="sort_labels_triton:sort_labels_triton",
+        self_check="self_check:check_sort_labels",
+        modules=("sort_labels_triton",),
+    ),
+)

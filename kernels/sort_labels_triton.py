@@ -374,7 +374,7 @@ def _scan_blocks(block_c: int) -> int:
     return min(32, SCAN_ELEMENTS // block_c)
 
 
-def aot_variants() -> list[AotVariant]:
+def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernels as they are launched for few and for many clusters, alone and inside k-means."""
     variants = []
     columns = {"COUNT_N": COUNT_N, "TABLE_COLUMNS": TABLE_COLUMNS}

@@ -11,41 +11,10 @@ from functools import cache
 
 import torch
 
-from svg2_compile.kernels.work_list import MAX_KEYS
+from svg2_compile.kernels.card import CARDS
 
 # The kernels use bf16 arithmetic and assume the shared memory of this generation.
 MIN_CAPABILITY = (8, 0)
-# What the tiles are made for: a whole row of either kind lies in the registers of one program.
-MAX_HEAD_DIM = 256
-MAX_CLUSTERS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class TritonLimits:
-    """What the Triton launcher of one op can take; None where there is no such limit."""
-
-    dtypes: tuple[torch.dtype, ...] | None = None
-    dim: int | None = None
-    """Largest row."""
-    clusters: int | None = None
-    """Most clusters on either side."""
-    keys: int | None = None
-    """Most keys of a head."""
-
-
-# fp64 is for judging only.
-_FAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TRITON_LIMITS = {
-    "cluster_tokens_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
-    "kmeans_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
-    "sort_labels": TritonLimits(clusters=MAX_CLUSTERS),
-    "permute_tokens": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM),
-    "block_masses": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
-    "select_blocks": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS),
-    "block_sparse_attention": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM, MAX_CLUSTERS, MAX_KEYS - 1),
-    "measure_recall_": TritonLimits(_FAST_DTYPES, MAX_HEAD_DIM),
-}
-
 
 wrong_kernels: dict[tuple[str, torch.device, torch.dtype], str] = {}
 """What ``self_check`` found: kernels that gave wrong results, and how. Nothing here uses them again in this process."""
@@ -72,7 +41,10 @@ def why_not_triton(
 
     Dispatch and ``svg2 doctor`` both ask here. Numbers that the op has no limit for do not matter.
     """
-    limits = TRITON_LIMITS[op]
+    kernels = CARDS[op].kernels
+    if kernels is None:
+        return "it has no kernels"
+    limits = kernels.limits
     if limits.dtypes is not None and dtype not in limits.dtypes:
         return f"{str(dtype).removeprefix('torch.')} has no kernel"
     for name, limit, size in (

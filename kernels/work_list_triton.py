@@ -69,7 +69,7 @@ def _constexprs(clusters: int, block_m: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_CLUSTERS": padded_power_of_two(clusters), "BLOCK_SLOTS": BLOCK_SLOTS}
 
 
-def aot_variants() -> list[AotVariant]:
+def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernels of this module as they are launched."""
     pointers = {"sizes_ptr": "*i32", "tiles_ptr": "*i32"}
     return [

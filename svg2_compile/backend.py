@@ -20,10 +20,11 @@ from svg2_compile import clock
 from svg2_compile.cache_identity import named_after_ops
 from svg2_compile.dynamo import fake_mode_of_trace, load_compile_fx
 from svg2_compile.frames import Compiled, is_dynamic, owner_position, timestep_in, timestep_position, what_is_compiled
-from svg2_compile.kernels.self_check import Kind
+from svg2_compile.kernels.self_check import kinds_of
 from svg2_compile.obstacles import certain_obstacles
 from svg2_compile.options import Options, split_options
 from svg2_compile.passes.clone import clone
+from svg2_compile.passes.op_calls import op_calls
 from svg2_compile.passes.plan import StagesOf, stages_of
 from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
 from svg2_compile.region import DenseGraph, LayerOrder, Lower, Owner, Region, Runner, Variant, reset, ticking
@@ -95,27 +96,7 @@ def svg2_backend(
         layers=LayerOrder.of(compiled.parent) if compiled.parent is not None and compiled.is_repeated else None,
         timestep=timestep,
         ticks=timestep is not None or compiled.parent is None,
-        kinds=_kinds_of_kernels(plan, ours) if ours.kernel.self_check else (),
-    )
-
-
-def _kinds_of_kernels(plan: Sparsified, options: Options) -> tuple[Kind, ...]:
-    """Return the kinds of tensors that the kernels of the graph will be given, each once."""
-    return tuple(
-        dict.fromkeys(
-            Kind(
-                device=site.device,
-                dtype=site.dtype,
-                dim=site.head_dim,
-                q_clusters=site.q_clusters,
-                k_clusters=site.k_clusters,
-                has_context=len(site.segments) > 1,
-                has_context_mask=site.has_mask and len(site.segments) > 1,
-                given_masses=options.sparse.estimate_by == "queries",
-                attention=options.kernel.attention,
-            )
-            for site in plan.sites
-        )
+        kinds=kinds_of(op_calls(plan.gm.graph)) if ours.kernel.self_check else (),
     )
 
 

@@ -12,20 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from svg2_compile.environment import describe_environment
+from svg2_compile.kernels.card import PARTS, Card, Kernels
+from svg2_compile.kernels.ops import CARDS
 from svg2_compile.kernels.self_check import Kind, check_kernels
-from svg2_compile.kernels.why_not import (
-    MIN_CAPABILITY,
-    TRITON_LIMITS,
-    choose_attention,
-    why_not_gluon_assign,
-    why_not_triton,
-)
+from svg2_compile.kernels.why_not import MIN_CAPABILITY, choose_attention, why_not_gluon_assign, why_not_triton
 
-# The same on any device: text rows, and what is kept out of TensorRT engines, attend densely, with PyTorch's fused
-# attention; the guard is plain PyTorch.
-OPS_WITHOUT_KERNELS = {"context_attention": "sdpa", "dense_attention": "sdpa", "keep_dense_heads_": "pytorch"}
-# Ops that assign tokens to centroids.
-CLUSTERING_OPS = ("cluster_tokens_", "kmeans_")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -74,20 +65,31 @@ def default_device(name: str = "auto") -> torch.device:
 
 def check(workload: Workload) -> None:
     """Compare the kernels for ``workload`` with their references, so that ``diagnose`` knows the wrong ones."""
-    kind = Kind(workload.device, workload.dtype, workload.dim, workload.clusters, workload.clusters)
-    check_kernels(list(TRITON_LIMITS), kind)
-    check_kernels(["select_blocks"], replace(kind, given_masses=True))
+    kinds = [(card.name, _kind(card.kernels, workload)) for card in _cards() if card.kernels is not None]
+    kinds += [(op, replace(kind, given=frozenset({"masses"}))) for op, kind in kinds if op == "select_blocks"]
+    check_kernels(kinds)
+
+
+def _kind(kernels: Kernels, workload: Workload) -> Kind:
+    dtype, clusters = kernels.seen_dtype(workload.dtype), workload.clusters
+    return Kind(workload.device, dtype, workload.dim, clusters, clusters)
+
+
+def _cards() -> list[Card]:
+    """Return the ops with kernels, then the others, each in the order of the parts of an attention."""
+    return sorted(CARDS.values(), key=lambda card: (card.kernels is None, PARTS.index(card.part)))
 
 
 def diagnose(workload: Workload) -> Diagnosis:
     """Return what would run for ``workload``, by the predicate that dispatch uses, and what to know about it."""
-    choices = [_choose(op, workload) for op in TRITON_LIMITS]
-    choices += [Choice(op, implementation, {}) for op, implementation in OPS_WITHOUT_KERNELS.items()]
+    choices = [_choose(card, workload) for card in _cards()]
     return Diagnosis(_environment(workload.device), choices, _warnings(workload, choices))
 
 
-def _choose(op: str, workload: Workload) -> Choice:
-    device, dtype = workload.device, _dtype_seen_by(op, workload.dtype)
+def _choose(card: Card, workload: Workload) -> Choice:
+    if card.kernels is None:
+        return Choice(card.name, card.runs, {})
+    op, device, dtype = card.name, workload.device, card.kernels.seen_dtype(workload.dtype)
     dim, clusters, keys = workload.dim, workload.clusters, workload.tokens
     fallback = "reference" if device.type == "cuda" else "cpu"
     if op == "block_sparse_attention":
@@ -97,17 +99,10 @@ def _choose(op: str, workload: Workload) -> Choice:
     reason = why_not_triton(op, device, dtype, dim=dim, clusters=clusters, keys=keys)
     if reason:
         return Choice(op, fallback, {"triton": reason})
-    if op not in CLUSTERING_OPS:
-        return Choice(op, "triton", {})
+    if not card.kernels.assigns:
+        return Choice(op, card.runs, {})
     reason = why_not_gluon_assign(device, dtype, dim=dim)
-    return Choice(op, "triton", {"gluon": reason}) if reason else Choice(op, "triton, gluon", {})
-
-
-def _dtype_seen_by(op: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of an op's first tensor: labels are int32, centroids at least fp32, the rest are tokens."""
-    if op == "sort_labels":
-        return torch.int32
-    return torch.promote_types(dtype, torch.float32) if op == "select_blocks" else dtype
+    return Choice(op, card.runs, {"gluon": reason}) if reason else Choice(op, f"{card.runs}, gluon", {})
 
 
 def _environment(device: torch.device) -> dict[str, str]:

@@ -22,7 +22,6 @@ from svg2_compile.dynamo import fake_mode_of_fixed_sizes, tracing_with
 from svg2_compile.kernels.known_state import is_capturing, known_as_clustered
 from svg2_compile.kernels.self_check import Kind, check_kernels
 from svg2_compile.passes.config import SparseConfig
-from svg2_compile.passes.nodes import target_name
 from svg2_compile.passes.records import Rejection
 from svg2_compile.passes.sparsify import Sparsified
 from svg2_compile.schedule import is_dense
@@ -106,17 +105,16 @@ class Region:
         layers: LayerOrder | None,
         timestep: int | None,
         ticks: bool,
-        kinds: tuple[Kind, ...] = (),
+        kinds: tuple[tuple[str, Kind], ...] = (),
     ) -> None:
         """Set up both variants.
 
         Args: ``layers`` where one graph serves many layers; ``ticks`` unless a caller of this graph does; ``kinds`` of
-        tensors for which the kernels are checked before the first sparse call.
+        tensors, by the names of ops, for which the kernels are checked before the first sparse call.
         """
         self.config, self.plan, self.dense, self.sparse, self.owner = config, plan, dense, sparse, owner
         self.layers, self.timestep, self.ticks = layers, timestep, ticks
         self._kinds = kinds
-        self._ops = {target_name(node) for node in plan.gm.graph.nodes}
         self.number = next(_numbers)
         self.clear()
         Region.instances.add(self)
@@ -129,8 +127,7 @@ class Region:
         if is_dense(self.config, now, layer):
             self.dense_calls[owner] = self.dense_calls.get(owner, 0) + 1
             return self.dense(*args)
-        for kind in self._kinds:
-            check_kernels(self._ops, kind)
+        check_kernels(self._kinds)
         self._kinds = ()
         self.sparse_calls[owner] = self.sparse_calls.get(owner, 0) + 1
         states = store.states_for(owner, current_clock(), now.run, now.stream, self.plan.sites)

@@ -42,7 +42,7 @@ from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.known_state import known_as_clustered
 from svg2_compile.kernels.launch import padded_power_of_two
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.tuning import GLUON, GLUON_ROWS, AttentionTiles, attention_tiles
 from svg2_compile.kernels.why_not import ATTENTIONS, capability_of, why_not_attention, why_not_triton
 from svg2_compile.kernels.work_list import COUNTS, MAX_KEYS, kept_runs_reference, max_runs, max_tiles

@@ -22,8 +22,8 @@ from torch import Tensor
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.known_state import known_as_clustered
-from svg2_compile.kernels.recall import RECALL
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.measure_recall import RECALL
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.config import SparseConfig
 
 # name, heads, tokens, head dimension, (query clusters, key clusters)

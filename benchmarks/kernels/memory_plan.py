@@ -29,7 +29,7 @@ sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 from marked_table import write_between
 
 from svg2_compile.kernels.launch import padded_power_of_two
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.tuning import attention_tiles
 
 # name, heads, tokens, head dimension

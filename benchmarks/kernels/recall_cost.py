@@ -19,8 +19,8 @@ from host_time import device_ms
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.environment import describe_environment
-from svg2_compile.kernels.recall import RECALL
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.measure_recall import RECALL
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.config import SparseConfig
 
 svg2 = torch.ops.svg2

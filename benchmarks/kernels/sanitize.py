@@ -28,7 +28,7 @@ sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
 
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.why_not import ATTENTIONS, why_not_attention
 from svg2_compile.kernels.work_list import kept_runs_reference
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from svg2_compile.kernels.recall import DENSE_HEADS
+from svg2_compile.kernels.measure_recall import DENSE_HEADS
 from svg2_compile.passes.records import StateSpec
 from svg2_compile.passes.stages.flow import Flow, SiteWriter
 from svg2_compile.passes.stages.stage import Stage, States

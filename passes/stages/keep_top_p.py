@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.records import StateSpec
 from svg2_compile.passes.stages.flow import Flow, SiteWriter
 from svg2_compile.passes.stages.stage import Stage, States, summed

@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +18,8 @@ from torch import Tensor
 
 import svg2_compile
 from svg2_compile import tiny_wan
+from svg2_compile.kernels.card import PARTS, Part
+from svg2_compile.kernels.ops import CARDS
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.reporting import Report, SiteReport
 from svg2_compile.schedule import dense_step_count
@@ -33,16 +35,8 @@ TINY_OPTIONS: dict[str, Any] = {
 """What suits the tiny Wan: the automatic 16 and 55 clusters of 8192 tokens are too coarse, and more iterations gain
 nothing (docs/lab, 3)."""
 
-CLUSTERING_OPS = (
-    "svg2::cluster_tokens_",
-    "svg2::kmeans_",
-    "svg2::sort_labels",
-    "svg2::permute_tokens",
-    "svg2::block_masses",
-    "svg2::select_blocks",
-)
-ATTENTION_OPS = ("svg2::block_sparse_attention", "svg2::context_attention", "aten::_scaled_dot_product")
-"""Beginnings of the names; PyTorch's has one per implementation."""
+PYTORCHS_ATTENTION = "aten::_scaled_dot_product"
+"""Beginning of the names of its implementations."""
 
 
 class Request(Protocol):
@@ -232,7 +226,7 @@ class TimeSplit:
 
     attention: float
     clustering: float
-    """Clustering, permuting and selecting."""
+    """Clustering, permuting, selecting, and measuring recall."""
 
     @property
     def rest(self) -> float:
@@ -264,12 +258,36 @@ def time_split(pipeline: Any, video: Request) -> TimeSplit:
     with svg2_compile.denoise_step(video.steps - 1, video.steps, "profile"):
         video.lean().latents(pipeline, steps=2, on_step_end=on_step_end)
 
-    def share(names: tuple[str, ...]) -> float:
-        events = [event for event in profile.key_averages() if event.key.startswith(names)]
-        microseconds = sum(event.device_time_total if on_gpu else event.cpu_time_total for event in events)
-        return float(microseconds) / 1e6 / (ended - started)
+    events: Iterable[Any] = profile.events()  # type: ignore[no-untyped-call]
+    seconds = seconds_of_parts(events, on_gpu)
+    attention = seconds.pop("attention")
+    return TimeSplit(attention / (ended - started), sum(seconds.values()) / (ended - started))
 
-    return TimeSplit(share(ATTENTION_OPS), share(CLUSTERING_OPS))
+
+def seconds_of_parts(events: Iterable[Any], on_gpu: bool) -> dict[Part, float]:
+    """Return how long the ops of each part of a sparse attention took, PyTorch's attention included.
+
+    What runs inside of an op that is counted is not counted again.
+    """
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        part = _part_of(event)
+        if part is not None and not any(map(_part_of, _parents(event))):
+            seconds[part] += (event.device_time_total if on_gpu else event.cpu_time_total) / 1e6
+    return seconds
+
+
+def _part_of(event: Any) -> Part | None:
+    """Return the part that an event of a profile is counted to, None for most."""
+    if event.name.startswith(PYTORCHS_ATTENTION):
+        return "attention"
+    card = CARDS.get(event.name.removeprefix("svg2::")) if event.name.startswith("svg2::") else None
+    return None if card is None else card.part
+
+
+def _parents(event: Any) -> Iterator[Any]:
+    while (event := event.cpu_parent) is not None:
+        yield event
 
 
 @contextmanager

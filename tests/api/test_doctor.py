@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 from svg2_compile import doctor
 from svg2_compile.cli import app
 from svg2_compile.doctor import Workload, diagnose
-from svg2_compile.kernels import ops, why_not
+from svg2_compile.kernels import why_not
+from svg2_compile.kernels.ops import CARDS
 
 GPU = torch.device("cuda", 0)
 
@@ -27,15 +28,7 @@ def hopper(monkeypatch):
 
 
 def test_every_op_is_in_the_table():
-    renamed = {
-        "cluster_tokens": "cluster_tokens_",
-        "kmeans": "kmeans_",
-        "permute": "permute_tokens",
-        "recall": "measure_recall_",
-        "dense_heads": "keep_dense_heads_",
-    }
-    modules = {renamed.get(name, name) for name in ops.__all__}
-    assert set(choices(device=torch.device("cpu"))) == modules
+    assert set(choices(device=torch.device("cpu"))) == set(CARDS)
 
 
 def test_nothing_is_triton_on_a_cpu():
@@ -48,10 +41,10 @@ def test_nothing_is_triton_on_a_cpu():
 
 def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
     found = choices()
-    for op, implementation in doctor.OPS_WITHOUT_KERNELS.items():
-        assert found.pop(op).implementation == implementation
+    without_kernels = {op: found.pop(op).implementation for op, card in CARDS.items() if card.kernels is None}
+    assert without_kernels == {"context_attention": "sdpa", "dense_attention": "sdpa", "keep_dense_heads_": "pytorch"}
     assert found.pop("block_sparse_attention").implementation == "gluon"
-    assert [found.pop(op).implementation for op in doctor.CLUSTERING_OPS] == ["triton, gluon"] * 2
+    assert [found.pop(op).implementation for op in ("cluster_tokens_", "kmeans_")] == ["triton, gluon"] * 2
     assert {choice.implementation for choice in found.values()} == {"triton"}
     assert not any(choice.why_not for choice in found.values())
 
@@ -72,6 +65,7 @@ def test_clustering_says_why_gluon_does_not_assign(hopper):
                 "cluster_tokens_",
                 "kmeans_",
                 "permute_tokens",
+                "unpermute_tokens",
                 "block_masses",
                 "select_blocks",
                 "block_sparse_attention",
@@ -90,6 +84,7 @@ def test_clustering_says_why_gluon_does_not_assign(hopper):
                 "cluster_tokens_",
                 "kmeans_",
                 "permute_tokens",
+                "unpermute_tokens",
                 "block_masses",
                 "select_blocks",
                 "block_sparse_attention",
@@ -158,10 +153,9 @@ def test_a_reason_is_printed_once_for_all_that_it_holds_back():
 
 
 def test_dispatch_asks_the_same_predicate(monkeypatch):
-    from svg2_compile.kernels import block_sparse_attention, cluster_tokens, kmeans, permute, select_blocks, sort_labels
+    from svg2_compile.kernels import block_sparse_attention, op
 
-    for module in (cluster_tokens, kmeans, permute, select_blocks, sort_labels):
-        assert module.why_not_triton is doctor.why_not_triton
+    assert op.why_not_triton is doctor.why_not_triton
     assert doctor.choose_attention is why_not.choose_attention is block_sparse_attention.choose_attention
 
 

@@ -11,8 +11,8 @@ from selection_cases import selection_cases
 
 import svg2_compile
 from svg2_compile import denoise_step
-from svg2_compile.kernels.recall import DENSE_HEADS
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.measure_recall import DENSE_HEADS
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.sparsify import sparsify
 
 pytestmark = pytest.mark.usefixtures("no_grad_and_a_fresh_start")

@@ -7,7 +7,8 @@ from cluster_sizes import random_sizes
 from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.select_blocks import STATISTICS, block_logits, kept_clusters
+from svg2_compile.kernels.select_blocks import block_logits, kept_clusters
+from svg2_compile.kernels.selection_statistics import STATISTICS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ import torch
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.kmeans import kmeans_reference
 from svg2_compile.kernels.permute import permute_tokens_reference, unpermute_tokens_reference
-from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
+from svg2_compile.kernels.select_blocks import select_blocks_reference
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.work_list import kept_keys
 

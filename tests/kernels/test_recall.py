@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels import recall as recall_module
-from svg2_compile.kernels.recall import DENSE_HEADS, RECALL
+from svg2_compile.kernels import measure_recall as recall_module
+from svg2_compile.kernels.measure_recall import DENSE_HEADS, RECALL
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.work_list import kept_runs_reference
 

@@ -12,7 +12,7 @@ from triton_interpreter import (
     starts_the_interpreter,
 )
 
-from svg2_compile.kernels.recall import RECALL, key_masses_reference, measure_recall_reference
+from svg2_compile.kernels.measure_recall import RECALL, key_masses_reference, measure_with
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.work_list import kept_runs_reference
 
@@ -54,7 +54,7 @@ def measure(key_masses, arguments, rows=19, calls=1, interval=1, context=(None, 
     recall = torch.zeros(*q.shape[:2], len(RECALL), device=DEVICE)
     counter = torch.tensor([calls], dtype=torch.int32, device=DEVICE)
     numbers = (SCALE, rows, interval, 0, 0.0)
-    measure_recall_reference(*arguments, *context, counter, recall, None, *numbers, key_masses=key_masses)
+    measure_with(key_masses, *arguments, *context, counter, recall, None, *numbers)
     return recall
 
 
@@ -73,7 +73,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_recall_is_the_references(case, dtype):
-    from svg2_compile.kernels.recall_triton import key_masses_triton
+    from svg2_compile.kernels.measure_recall_triton import key_masses_triton
 
     arguments = selection(**{"dtype": dtype} | case)
     exact = [each.double() if each.is_floating_point() else each for each in arguments]
@@ -85,7 +85,7 @@ def test_the_recall_is_the_references(case, dtype):
 @runs_kernels
 @pytest.mark.parametrize("rows", [1, 16, 65, 150])
 def test_any_number_of_rows(rows):
-    from svg2_compile.kernels.recall_triton import key_masses_triton
+    from svg2_compile.kernels.measure_recall_triton import key_masses_triton
 
     arguments = selection(keys=200)
     got, wanted = measure(key_masses_triton, arguments, rows), measure(key_masses_reference, arguments, rows)
@@ -94,7 +94,7 @@ def test_any_number_of_rows(rows):
 
 @runs_kernels
 def test_context_keys_count_as_kept():
-    from svg2_compile.kernels.recall_triton import key_masses_triton
+    from svg2_compile.kernels.measure_recall_triton import key_masses_triton
 
     arguments = selection()
     context_k = torch.randn(2, 2, 9, 24, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
@@ -106,7 +106,7 @@ def test_context_keys_count_as_kept():
 
 @runs_kernels
 def test_hidden_keys_do_not_influence_it():
-    from svg2_compile.kernels.recall_triton import key_masses_triton
+    from svg2_compile.kernels.measure_recall_triton import key_masses_triton
 
     arguments = selection(hidden=11)
     before = measure(key_masses_triton, arguments)
@@ -119,7 +119,7 @@ def test_hidden_keys_do_not_influence_it():
 
 @runs_kernels
 def test_between_two_looks_nothing_is_added():
-    from svg2_compile.kernels.recall_triton import key_masses_triton
+    from svg2_compile.kernels.measure_recall_triton import key_masses_triton
 
     arguments = selection()
     assert measure(key_masses_triton, arguments, calls=4, interval=3)[..., 0].eq(1).all()
@@ -131,7 +131,7 @@ def test_between_two_looks_nothing_is_added():
 @runs_kernels
 @pytest.mark.parametrize(("calls", "works"), [(1, True), (2, False), (3, False), (4, True)])
 def test_between_two_looks_the_kernel_does_nothing(calls, works, monkeypatch):
-    from svg2_compile.kernels.recall_triton import LOG2_E, key_masses_triton
+    from svg2_compile.kernels.measure_recall_triton import LOG2_E, key_masses_triton
 
     monkeypatch.setattr(torch, "empty", lambda *arguments, **options: torch.zeros(*arguments, **options) + 4)
     _, k, _, _, k_sizes, runs, counts = selection(heads=2, groups=2)

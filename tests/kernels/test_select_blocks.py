@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from selection_cases import Case, selection_cases
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
-from svg2_compile.kernels.select_blocks import LEAST_MASS, TILE_KEYS, block_logits
+from svg2_compile.kernels.select_blocks import LEAST_MASS, block_logits
+from svg2_compile.kernels.selection_statistics import TILE_KEYS
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 
 PROPERTY = settings(max_examples=60, deadline=None)

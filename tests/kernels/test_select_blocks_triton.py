@@ -8,7 +8,8 @@ from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
-from svg2_compile.kernels.select_blocks import STATISTICS, select_blocks_reference
+from svg2_compile.kernels.select_blocks import select_blocks_reference
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -14,14 +13,17 @@ import svg2_compile
 from svg2_compile import doctor, region
 from svg2_compile.doctor import Workload, diagnose
 from svg2_compile.kernels import self_check, why_not
-from svg2_compile.kernels.self_check import CHECKS, Kind, check_kernels, kernel_of, why_wrong
+from svg2_compile.kernels.ops import CARDS
+from svg2_compile.kernels.self_check import Kind, check_kernels, kernel_of, kinds_of, why_wrong
 from svg2_compile.kernels.why_not import GLUON_ASSIGNMENT, choose_attention, why_not_triton
 
 svg2 = torch.ops.svg2
 GPU = torch.device("cuda", 0)
 CPU_KIND = Kind(torch.device("cpu"), torch.float32, 16, q_clusters=3, k_clusters=7)
 ON_GPU = Kind(GPU, torch.bfloat16, 128, q_clusters=100, k_clusters=500)
-every_op = pytest.mark.parametrize("op", CHECKS)
+WITH_KERNELS = [card.name for card in CARDS.values() if card.kernels is not None]
+every_op = pytest.mark.parametrize("op", WITH_KERNELS)
+GIVEN_CONTEXT, GIVEN_MASSES = frozenset({"context_k"}), frozenset({"masses"})
 
 
 @starts_the_interpreter
@@ -33,10 +35,10 @@ def test_the_kernels_pass_under_the_interpreter():
     "changes",
     [
         {},
-        {"dtype": torch.bfloat16, "has_context": True, "has_context_mask": True},
-        {"dtype": torch.float16, "dim": 64, "has_context": True},
+        {"dtype": torch.bfloat16, "given": GIVEN_CONTEXT | {"context_mask"}},
+        {"dtype": torch.float16, "dim": 64, "given": GIVEN_CONTEXT},
         {"q_clusters": 1, "k_clusters": 1},
-        {"given_masses": True},
+        {"given": GIVEN_MASSES},
         {"dim": 128, "q_clusters": 60, "k_clusters": 300, "dtype": torch.bfloat16},
     ],
     ids=str,
@@ -101,6 +103,7 @@ WRONG = [
     ("sort_labels", with_result(0, set_at(LAST, 0))),
     ("sort_labels", with_result(1, set_at(LAST, 0))),
     ("permute_tokens", with_result(0, lambda x: x.copy_(x.roll(1, 2)))),
+    ("unpermute_tokens", with_result(0, lambda x: x.copy_(x.roll(1, 2)))),
     ("select_blocks", with_argument(5, lambda arguments: 0.6)),
     ("select_blocks", with_argument(4, lambda arguments: 2 * arguments[4])),
     ("select_blocks", with_state(7, lambda statistics: statistics.mul_(1.05))),
@@ -121,17 +124,12 @@ WRONG = [
 
 def test_a_wrong_selection_of_given_masses_is_found():
     plant = with_argument(8, lambda arguments: None if arguments[8] is None else arguments[8].flip(-1))
-    assert why_wrong("select_blocks", dataclasses.replace(CPU_KIND, given_masses=True), plant("select_blocks"))
+    assert why_wrong("select_blocks", dataclasses.replace(CPU_KIND, given=GIVEN_MASSES), plant("select_blocks"))
 
 
 @pytest.mark.parametrize(("op", "plant"), WRONG, ids=[f"{op}{i}" for i, (op, _) in enumerate(WRONG)])
 def test_what_is_wrong_is_found(op, plant):
     assert why_wrong(op, CPU_KIND, plant(op)) is not None
-
-
-def test_a_wrong_restoration_is_found(monkeypatch):
-    monkeypatch.setattr(svg2, "unpermute_tokens", lambda x, order: x)
-    assert why_wrong("permute_tokens", CPU_KIND) == "tokens are restored wrongly"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -141,7 +139,7 @@ def test_an_attention_in_16_bits_that_misses_one_cluster_is_found(dtype):
         runs[:, :, 0, 0, 1] = runs[:, :, 0, 0, 0]
         return svg2.block_sparse_attention(*arguments[:4], runs, *arguments[5:])
 
-    kind = dataclasses.replace(CPU_KIND, dtype=dtype, dim=64, k_clusters=30, has_context=True)
+    kind = dataclasses.replace(CPU_KIND, dtype=dtype, dim=64, k_clusters=30, given=GIVEN_CONTEXT)
     assert why_wrong("block_sparse_attention", kind, misses_one).startswith("off by ")
 
 
@@ -165,9 +163,8 @@ def test_the_kernels_are_right(op):
         block_sparse_attention_triton,
         cluster_tokens_triton,
         kmeans_triton,
+        measure_recall_triton,
         permute_triton,
-        recall,
-        recall_triton,
         select_blocks_triton,
         sort_labels_triton,
     )
@@ -177,14 +174,15 @@ def test_the_kernels_are_right(op):
         "kmeans_": kmeans_triton.kmeans_triton,
         "sort_labels": sort_labels_triton.sort_labels_triton,
         "permute_tokens": permute_triton.permute_tokens_triton,
+        "unpermute_tokens": permute_triton.unpermute_tokens_triton,
         "block_masses": block_masses_triton.block_masses_triton,
         "select_blocks": select_blocks_triton.select_blocks_triton,
         "block_sparse_attention": block_sparse_attention_triton.block_sparse_attention_triton,
-        "measure_recall_": partial(recall.measure_recall_reference, key_masses=recall_triton.key_masses_triton),
+        "measure_recall_": measure_recall_triton.measure_recall_triton,
     }
-    kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, has_context=True)
+    kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, given=GIVEN_CONTEXT)
     assert why_wrong(op, kind, launchers[op]) is None
-    assert why_wrong(op, dataclasses.replace(kind, given_masses=True), launchers[op]) is None
+    assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_MASSES), launchers[op]) is None
 
 
 @pytest.mark.gpu
@@ -194,11 +192,11 @@ def test_the_kernels_are_right(op):
 def test_nothing_is_wrong_on_this_gpu(dtype, dim, monkeypatch):
     monkeypatch.setattr(why_not, "wrong_kernels", {})
     monkeypatch.setattr(self_check, "_checked", set())
-    kind = Kind(GPU, dtype, dim, q_clusters=100, k_clusters=500, has_context=True, has_context_mask=True)
-    check_kernels(list(CHECKS), kind)
-    check_kernels(["select_blocks"], dataclasses.replace(kind, given_masses=True))
+    kind = Kind(GPU, dtype, dim, q_clusters=100, k_clusters=500, given=GIVEN_CONTEXT | {"context_mask"})
+    check_kernels([(op, kind) for op in WITH_KERNELS])
+    check_kernels([("select_blocks", dataclasses.replace(kind, given=GIVEN_MASSES))])
     assert why_not.wrong_kernels == {}
-    assert {key[0] for key in self_check._checked} == set(CHECKS)
+    assert {key[0] for key in self_check._checked} == set(WITH_KERNELS)
 
 
 @pytest.fixture
@@ -229,7 +227,7 @@ def broken(hopper):
     return names, checked
 
 
-ATTENTION = ["block_sparse_attention"]
+ATTENTION = "block_sparse_attention"
 WAN = {"dim": 128, "clusters": 500, "keys": 75_600, "rows": 40 * 75_600}
 
 
@@ -248,7 +246,7 @@ def test_a_wrong_attention_is_replaced_by_the_next_one(broken, wrong, runs, capl
     names, checked = broken
     names.update(wrong)
     with caplog.at_level(logging.WARNING):
-        check_kernels(ATTENTION, ON_GPU)
+        check_kernels([(ATTENTION, ON_GPU)])
     choice = choose_attention(GPU, torch.bfloat16, **WAN)
     assert choice.implementation == runs
     assert all(choice.why_not[each] == "its self-check failed: off by 1" for each in checked if each in wrong)
@@ -259,13 +257,13 @@ def test_a_wrong_attention_is_replaced_by_the_next_one(broken, wrong, runs, capl
 def test_a_named_attention_that_is_wrong_is_an_error_with_the_way_out(broken):
     broken[0].add("gluon")
     with pytest.raises(ValueError, match=r"gluon attention cannot run: its self-check failed: off by 1; .*'auto'"):
-        check_kernels(ATTENTION, dataclasses.replace(ON_GPU, attention="gluon"))
+        check_kernels([(ATTENTION, dataclasses.replace(ON_GPU, attention="gluon"))])
 
 
 def test_a_wrong_assignment_is_replaced_before_its_op_is_suspected(broken):
     names, checked = broken
     names.add(GLUON_ASSIGNMENT)
-    check_kernels(["cluster_tokens_"], ON_GPU)
+    check_kernels([("cluster_tokens_", ON_GPU)])
     assert checked == [GLUON_ASSIGNMENT, "cluster_tokens_"]
     assert why_not_triton("cluster_tokens_", GPU, torch.bfloat16, dim=128, clusters=500) is None
 
@@ -282,25 +280,51 @@ def test_any_op_can_be_replaced_by_plain_pytorch_and_the_doctor_says_so(broken, 
 def test_each_kernel_is_checked_once_per_device_dtype_and_head_dimension(broken):
     _, checked = broken
     for kind in (ON_GPU, dataclasses.replace(ON_GPU, k_clusters=300), ON_GPU):
-        check_kernels(["sort_labels", *ATTENTION], kind)
+        check_kernels([("sort_labels", kind), (ATTENTION, kind)])
     assert checked == ["sort_labels", "gluon"]
-    check_kernels(ATTENTION, dataclasses.replace(ON_GPU, dim=80))
-    check_kernels(ATTENTION, dataclasses.replace(ON_GPU, device=torch.device("cuda", 1)))
+    check_kernels([(ATTENTION, dataclasses.replace(ON_GPU, dim=80))])
+    check_kernels([(ATTENTION, dataclasses.replace(ON_GPU, device=torch.device("cuda", 1)))])
     assert checked == ["sort_labels", "gluon", "pointer", "gluon"]
 
 
 def test_a_kernel_wrong_in_one_dtype_or_on_one_gpu_runs_elsewhere(broken):
     broken[0].add("gluon")
-    check_kernels(ATTENTION, ON_GPU)
+    check_kernels([(ATTENTION, ON_GPU)])
     assert choose_attention(torch.device("cuda", 1), torch.bfloat16, **WAN).implementation == "gluon"
     assert choose_attention(GPU, torch.float16, **WAN).implementation == "gluon"
 
 
 def test_nothing_is_checked_while_a_graph_is_captured_or_without_a_gpu(broken, hopper):
     hopper.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    check_kernels(list(CHECKS), ON_GPU)
-    check_kernels(list(CHECKS), CPU_KIND)
+    check_kernels([(op, kind) for op in WITH_KERNELS for kind in (ON_GPU, CPU_KIND)])
     assert broken[1] == []
+
+
+def test_what_kernels_will_be_given_is_read_off_the_arguments():
+    x, masses = torch.empty(1, 2, 96, 64, dtype=torch.bfloat16), torch.empty(1, 2, 3, 8)
+    centroids = torch.empty(1, 2, 8, 64)
+    runs, mask = torch.empty(1, 2, 3, 4, 2), torch.empty(1, 1, 1, 9, dtype=torch.bool)
+    context = {"context_k": x, "context_v": x, "context_mask": mask}
+    attention = {"q": x, "runs": runs, **context, "implementation": "gluon"}
+    selection = {"q_centroids": centroids[:, :, :3], "k_centroids": centroids}
+    kinds = kinds_of(
+        [
+            ("sort_labels", {"labels": torch.empty(1, 2, 96, dtype=torch.int32), "clusters": 8}),
+            ("select_blocks", {**selection, "masses": None}),
+            ("select_blocks", {**selection, "masses": masses}),
+            ("block_sparse_attention", attention),
+            ("block_sparse_attention", attention),
+            ("context_attention", {"q": x}),
+            ("of_somebody_else", {"q": x}),
+        ]
+    )
+    cpu = torch.device("cpu")
+    assert kinds == (
+        ("sort_labels", Kind(cpu, torch.int32, 0, 8, 8)),
+        ("select_blocks", Kind(cpu, torch.float32, 64, 3, 8)),
+        ("select_blocks", Kind(cpu, torch.float32, 64, 3, 8, GIVEN_MASSES)),
+        (ATTENTION, Kind(cpu, torch.bfloat16, 64, 3, 8, GIVEN_CONTEXT | {"context_mask"}, "gluon")),
+    )
 
 
 class Model(torch.nn.Module):
@@ -311,7 +335,7 @@ class Model(torch.nn.Module):
 @pytest.mark.parametrize("self_check_option", [True, False])
 def test_the_first_sparse_call_is_preceded_by_the_check_unless_it_is_opted_out_of(monkeypatch, self_check_option):
     asked = []
-    monkeypatch.setattr(region, "check_kernels", lambda ops, kind: asked.append((ops, kind)))
+    monkeypatch.setattr(region, "check_kernels", lambda kinds: asked.extend(kinds))
     options = {"min_tokens": 64, "dense_layers": 0, "dense_steps": 1, "lowering": "eager"}
     torch._dynamo.reset()
     svg2_compile.reset()
@@ -323,10 +347,14 @@ def test_the_first_sparse_call_is_preceded_by_the_check_unless_it_is_opted_out_o
             with svg2_compile.denoise_step(step, 3):
                 model(q, q, q)
             seen.append(len(asked))
-    assert seen == ([0, 1, 1] if self_check_option else [0, 0, 0])
-    for ops, kind in asked:
-        assert {"cluster_tokens_", "select_blocks", "block_sparse_attention"} <= ops
-        assert (kind.dim, kind.dtype, kind.q_clusters, kind.has_context) == (16, torch.float32, 16, False)
+    assert seen == ([0, len(asked), len(asked)] if self_check_option else [0, 0, 0])
+    if self_check_option:
+        kinds = dict(asked)
+        assert len(kinds) == len(asked)
+        assert {"cluster_tokens_", "select_blocks", "block_sparse_attention"} <= set(kinds)
+        for kind in kinds.values():
+            assert (kind.device, kind.dtype, kind.dim) == (torch.device("cpu"), torch.float32, 16)
+            assert (kind.q_clusters, kind.given, kind.attention) == (16, frozenset(), "auto")
 
 
 def test_the_report_shows_wrong_kernels(hopper):

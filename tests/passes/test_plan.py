@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from svg2_compile.kernels.select_blocks import STATISTICS
+from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.plan import plan_site, stages_of

@@ -4,6 +4,7 @@
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.launch import cdiv, padded_power_of_two
+from svg2_compile.kernels.measure_recall import key_masses_reference, measure_with
+from svg2_compile.kernels.work_list import COUNTS
 
 LOG2_E = math.log2(math.e)
 KEYS_PER_PROGRAM = 4096
 MARK_BLOCK = 1024
 NUM_WARPS, NUM_STAGES = 4, 2
+COUNT_COLUMNS = tl.constexpr(len(COUNTS))
 
 
 def _tile(dtype: torch.dtype, rows: int) -> dict[str, int]:
@@ -37,7 +41,7 @@ def mark_kernel(calls_ptr, runs_ptr, counts_ptr, kept_ptr, interval, slots, toke
         row = tl.program_id(0).to(tl.int64)
         offs = tl.arange(0, MARK_BLOCK)
         ones = tl.full([MARK_BLOCK], 1, tl.int8)
-        for run in range(tl.load(counts_ptr + row * 4)):
+        for run in range(tl.load(counts_ptr + row * COUNT_COLUMNS)):
             start = tl.load(runs_ptr + (row * slots + run) * 2)
             stop = tl.load(runs_ptr + (row * slots + run) * 2 + 1)
             for first in range(start, stop, MARK_BLOCK):
@@ -113,6 +117,12 @@ def masses_kernel(
         tl.store(out + 2, mass, mask=is_row)
 
 
+def measure_recall_triton(q: Tensor, k: Tensor, *others: Any) -> None:
+    """Compute ``measure_recall_reference`` for rows of at most ``MAX_HEAD_DIM``; its arguments are right."""
+    # no program would write the masses of no keys
+    measure_with(key_masses_triton if k.numel() > 0 else key_masses_reference, q, k, *others)
+
+
 def key_masses_triton(
     q: Tensor,
     k: Tensor,
@@ -123,7 +133,7 @@ def key_masses_triton(
     k_calls: Tensor,
     interval: int,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``recall.key_masses_reference``; between two looks it computes nothing and returns anything.
+    """Compute ``measure_recall.key_masses_reference``; between two looks it computes nothing and returns anything.
 
     Args:
         q: [X, R, D], X = B * G.
@@ -156,7 +166,7 @@ def key_masses_triton(
     return total, mass
 
 
-def aot_variants() -> list[AotVariant]:
+def aot_variants(capability: int) -> list[AotVariant]:
     """Return both kernels, for the usual rows and for odd ones with a strided last axis."""
     variants = [
         AotVariant(

@@ -7,16 +7,10 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.checks import check_dtype, check_head_groups, check_rank, check_shape
-from svg2_compile.kernels.recall import DENSE_HEADS
-from svg2_compile.kernels.select_blocks import STATISTICS, statistics_of
+from svg2_compile.kernels.measure_recall import DENSE_HEADS
+from svg2_compile.kernels.op import define
+from svg2_compile.kernels.selection_statistics import STATISTICS, statistics_of
 from svg2_compile.kernels.work_list import COUNTS, PIECES
-
-torch.library.define(
-    "svg2::keep_dense_heads_",
-    "(Tensor runs, Tensor counts, Tensor q_sizes, Tensor k_sizes, Tensor dense_heads, Tensor call_statistics, "
-    "Tensor(a!) statistics) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _check(
@@ -32,12 +26,12 @@ def _check(
     check_rank("runs", runs, 5)
     check_rank("k_sizes", k_sizes, 3)
     batch, heads, q_clusters, slots = runs.shape[:4]
-    groups, k_clusters = k_sizes.shape[1:]
-    check_head_groups(heads, groups)
+    k_heads, k_clusters = k_sizes.shape[1:]
+    check_head_groups(heads, k_heads)
     check_shape("runs", runs, (batch, heads, q_clusters, slots, 2))
     check_shape("counts", counts, (batch, heads, q_clusters, len(COUNTS)))
     check_shape("q_sizes", q_sizes, (batch, heads, q_clusters))
-    check_shape("k_sizes", k_sizes, (batch, groups, k_clusters))
+    check_shape("k_sizes", k_sizes, (batch, k_heads, k_clusters))
     check_shape("dense_heads", dense_heads, (batch, heads, len(DENSE_HEADS)))
     check_shape("call_statistics", call_statistics, (batch, heads, q_clusters, len(STATISTICS)))
     check_shape("statistics", statistics, call_statistics.shape)
@@ -92,20 +86,12 @@ def keep_dense_heads_reference(
     return one_run.where(is_dense.unsqueeze(-1), runs), all_counts.where(is_dense, counts)
 
 
-torch.library.impl("svg2::keep_dense_heads_", ("cpu", "cuda"), keep_dense_heads_reference)
-
-
-def _keep_dense_heads_fake(
-    runs: Tensor,
-    counts: Tensor,
-    q_sizes: Tensor,
-    k_sizes: Tensor,
-    dense_heads: Tensor,
-    call_statistics: Tensor,
-    statistics: Tensor,
-) -> tuple[Tensor, Tensor]:
-    _check(runs, counts, q_sizes, k_sizes, dense_heads, call_statistics, statistics)
-    return runs.new_empty(runs.shape), counts.new_empty(counts.shape)
-
-
-torch.library.register_fake("svg2::keep_dense_heads_", _keep_dense_heads_fake)
+define(
+    keep_dense_heads_reference,
+    name="keep_dense_heads_",
+    part="selection",
+    mutates=("statistics",),
+    check=_check,
+    fake=lambda runs, counts: (runs.new_empty(runs.shape), counts.new_empty(counts.shape)),
+    runs="pytorch",
+)

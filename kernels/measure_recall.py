@@ -1,11 +1,11 @@
 """``svg2::measure_recall_``: how much of the true attention mass the selection keeps, on a few rows."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.card import FAST_DTYPES, MAX_HEAD_DIM, Kernels, Limits, same_dtype
 from svg2_compile.kernels.checks import (
     FLOATING,
     accumulation_dtype,
@@ -15,7 +15,7 @@ from svg2_compile.kernels.checks import (
     check_shape,
     check_value,
 )
-from svg2_compile.kernels.why_not import why_not_triton
+from svg2_compile.kernels.op import define
 from svg2_compile.kernels.work_list import COUNTS, kept_keys
 
 RECALL = ("calls", "recall_sum")
@@ -27,14 +27,6 @@ CHUNK_BYTES = 2**28
 """Heads are taken together as long as their keys and scores fit into this."""
 # 2^32 over the golden ratio: multiples of it, taken modulo 2^32, spread evenly however many there are.
 GOLDEN_STEP = 2654435769
-
-torch.library.define(
-    "svg2::measure_recall_",
-    "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, Tensor counts, "
-    "Tensor? context_k, Tensor? context_mask, Tensor k_calls, Tensor(a!) recall, Tensor(b!)? dense_heads, float scale, "
-    "int rows, int interval, int seed, float min_recall) -> ()",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _check(
@@ -57,13 +49,13 @@ def _check(
     for name, x, rank in (("q", q, 4), ("k", k, 4), ("k_sizes", k_sizes, 3), ("runs", runs, 5)):
         check_rank(name, x, rank)
     batch, heads, _, dim = q.shape
-    groups = k.shape[1]
+    k_heads = k.shape[1]
     q_clusters, slots = runs.shape[2:4]
-    check_head_groups(heads, groups)
-    check_shape("k", k, (batch, groups, k.shape[2], dim))
+    check_head_groups(heads, k_heads)
+    check_shape("k", k, (batch, k_heads, k.shape[2], dim))
     check_shape("q_order", q_order, q.shape[:3])
     check_shape("q_sizes", q_sizes, (batch, heads, q_clusters))
-    check_shape("k_sizes", k_sizes, (batch, groups, k_sizes.shape[2]))
+    check_shape("k_sizes", k_sizes, (batch, k_heads, k_sizes.shape[2]))
     check_shape("runs", runs, (batch, heads, q_clusters, slots, 2))
     check_shape("counts", counts, (batch, heads, q_clusters, len(COUNTS)))
     check_shape("k_calls", k_calls, (1,))
@@ -86,7 +78,7 @@ def _check(
         return
     check_rank("context_k", context_k, 4)
     context = context_k.shape[2]
-    check_shape("context_k", context_k, (batch, groups, context, dim))
+    check_shape("context_k", context_k, (batch, k_heads, context, dim))
     check_dtype("context_k", context_k, q.dtype)
     if context_mask is not None:
         check_rank("context_mask", context_mask, 4)
@@ -115,8 +107,6 @@ def measure_recall_reference(
     interval: int,
     seed: int,
     min_recall: float,
-    *,
-    key_masses: KeyMasses | None = None,
 ) -> None:
     """Add each head's recall, the mean of some of its rows, at every ``interval``-th call of a generation.
 
@@ -143,7 +133,6 @@ def measure_recall_reference(
         interval: 1 measures at every call, n at the first, then at every n-th after it.
         seed: chooses the rows; any integer.
         min_recall: least recall of a head that stays sparse; without ``dense_heads`` it does nothing.
-        key_masses: what computes the sums over keys, not a part of the op; ``key_masses_reference`` if absent.
 
     Raises:
         TypeError: a dtype other than the above.
@@ -171,10 +160,54 @@ def measure_recall_reference(
         rows,
         interval,
     )
-    if key_masses is None and not k_calls.is_cuda and not bool((k_calls - 1) % interval == 0):
+    # a GPU would have to be waited for
+    if not k_calls.is_cuda and not bool((k_calls - 1) % interval == 0):
         return
+    measure_with(
+        key_masses_reference,
+        q,
+        k,
+        q_order,
+        q_sizes,
+        k_sizes,
+        runs,
+        counts,
+        context_k,
+        context_mask,
+        k_calls,
+        recall,
+        dense_heads,
+        scale,
+        rows,
+        interval,
+        seed,
+        min_recall,
+    )
+
+
+def measure_with(
+    key_masses: KeyMasses,
+    q: Tensor,
+    k: Tensor,
+    q_order: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    runs: Tensor,
+    counts: Tensor,
+    context_k: Tensor | None,
+    context_mask: Tensor | None,
+    k_calls: Tensor,
+    recall: Tensor,
+    dense_heads: Tensor | None,
+    scale: float,
+    rows: int,
+    interval: int,
+    seed: int,
+    min_recall: float,
+) -> None:
+    """Do what ``measure_recall_reference`` does, with ``key_masses`` for the sums over keys; arguments are right."""
     batch, heads, tokens, dim = q.shape
-    groups = k.shape[1]
+    k_heads = k.shape[1]
     is_measured = (k_calls - 1) % interval == 0
     positions = _sampled_positions(tokens, min(rows, tokens), k_calls, seed)
     sampled = q.gather(2, q_order[:, :, positions].long().unsqueeze(-1).expand(-1, -1, -1, dim))
@@ -182,11 +215,11 @@ def measure_recall_reference(
     runs = runs.gather(2, clusters[..., None, None].expand(-1, -1, -1, *runs.shape[3:]))
     counts = counts.gather(2, clusters.unsqueeze(-1).expand(-1, -1, -1, counts.shape[3]))
     # the rows of all query heads of a key head stand beside each other from here on
-    sampled, runs, counts = (x.reshape(batch * groups, -1, *x.shape[3:]) for x in (sampled, runs, counts))
+    sampled, runs, counts = (x.reshape(batch * k_heads, -1, *x.shape[3:]) for x in (sampled, runs, counts))
     visible = k_sizes.flatten(0, 1).sum(-1, dtype=torch.int32)
     # a model under autocast would have the scores rounded
     with torch.autocast(q.device.type, enabled=False):
-        total, mass = (key_masses or key_masses_reference)(sampled, k, visible, runs, counts, scale, k_calls, interval)
+        total, mass = key_masses(sampled, k, visible, runs, counts, scale, k_calls, interval)
         if context_k is not None:
             always = _context_mass(sampled, context_k, context_mask, scale)
             total, mass = total.logaddexp(always), mass.logaddexp(always)
@@ -213,7 +246,7 @@ def key_masses_reference(
 ) -> tuple[Tensor, Tensor]:
     """Return the log-sum-exp of the scores of every row [X, R], X = B * G: over visible keys, and over kept ones.
 
-    The arguments are those of ``recall_triton.key_masses_triton``; this one measures at every call.
+    The arguments are those of ``measure_recall_triton.key_masses_triton``; this one measures at every call.
     """
     dtype, tokens = accumulation_dtype(q), k.shape[2]
     keys, hidden = k.flatten(0, 1), torch.arange(tokens, device=k.device) >= visible[:, None, None]
@@ -248,52 +281,19 @@ def _parts(count: int, bytes_each: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def _measure_recall_cuda(q: Tensor, k: Tensor, *others: Any) -> None:
-    key_masses: KeyMasses | None = None
-    if k.numel() > 0 and why_not_triton("measure_recall_", q.device, q.dtype, dim=q.shape[3]) is None:
-        from svg2_compile.kernels.recall_triton import key_masses_triton as key_masses
-    measure_recall_reference(q, k, *others, key_masses=key_masses)
-
-
-torch.library.impl("svg2::measure_recall_", "CPU", measure_recall_reference)
-torch.library.impl("svg2::measure_recall_", "CUDA", _measure_recall_cuda)
-
-
-def _measure_recall_fake(
-    q: Tensor,
-    k: Tensor,
-    q_order: Tensor,
-    q_sizes: Tensor,
-    k_sizes: Tensor,
-    runs: Tensor,
-    counts: Tensor,
-    context_k: Tensor | None,
-    context_mask: Tensor | None,
-    k_calls: Tensor,
-    recall: Tensor,
-    dense_heads: Tensor | None,
-    scale: float,
-    rows: int,
-    interval: int,
-    seed: int,
-    min_recall: float,
-) -> None:
-    _check(
-        q,
-        k,
-        q_order,
-        q_sizes,
-        k_sizes,
-        runs,
-        counts,
-        context_k,
-        context_mask,
-        k_calls,
-        recall,
-        dense_heads,
-        rows,
-        interval,
-    )
-
-
-torch.library.register_fake("svg2::measure_recall_", _measure_recall_fake)
+define(
+    measure_recall_reference,
+    name="measure_recall_",
+    part="recall",
+    mutates=("recall", "dense_heads"),
+    check=_check,
+    fake=lambda: None,
+    kernels=Kernels(
+        limits=Limits(FAST_DTYPES, MAX_HEAD_DIM),
+        seen=lambda q, q_sizes, k_sizes: (q, q.shape[3], q_sizes.shape[2], k_sizes.shape[2]),
+        seen_dtype=same_dtype,
+        launch="measure_recall_triton:measure_recall_triton",
+        self_check="self_check:check_measure_recall",
+        modules=("measure_recall_triton",),
+    ),
+)
