@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from svg2_compile.passes.dynamo_graphs import OpOverload, name_of_op, schema_of
 from svg2_compile.passes.nodes import argument, value_of
 
 
@@ -15,11 +15,10 @@ def op_calls(graph: Graph) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for node in graph.nodes:
         if isinstance(node.target, OpOverload) and node.target.namespace == "svg2":
-            schema = node.target._schema
             given = {
                 each.name: argument(node, place, each.name, default=each.default_value)
-                for place, each in enumerate(schema.arguments)
+                for place, each in enumerate(schema_of(node.target).arguments)
             }
             values = {name: value_of(each) if isinstance(each, Node) else each for name, each in given.items()}
-            found.append((schema.name.partition("::")[2], values))
+            found.append((name_of_op(node.target).partition("::")[2], values))
     return found

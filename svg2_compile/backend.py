@@ -160,7 +160,7 @@ def _fake_state(plan: Sparsified) -> list[torch.Tensor]:
     """Return stand-ins of the state tensors whose sizes are plain numbers, whatever else is dynamic."""
     with fake_mode_of_trace():
         devices = {site.index: site.device for site in plan.sites}
-        return [torch.zeros(each.shape, dtype=each.dtype, device=devices[each.site]) for each in plan.state_specs]
+        return [each.create(devices[each.site]) for each in plan.state_specs]
 
 
 def _announce(plan: Sparsified) -> None:
