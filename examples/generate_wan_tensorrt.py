@@ -1,6 +1,6 @@
 """Generate a video with Wan 2.1: sparse attention in PyTorch, everything between attentions in TensorRT engines.
 
-    pip install "svg2-compile[demo,tensorrt]"
+    pip install ".[demo,tensorrt]"
     python -P examples/generate_wan_tensorrt.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --out video.mp4
 
 Needs an NVIDIA GPU with the memory for the model twice: engines hold their weights themselves. The first run builds the
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("video.mp4"))
     arguments = parser.parse_args()
 
-    pipeline = WanPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16).to("cuda")
+    pipeline = WanPipeline.from_pretrained(arguments.model, dtype=torch.bfloat16).to("cuda")
     pipeline.transformer.compile(
         backend=svg2_compile.svg2_backend,
         fullgraph=True,
