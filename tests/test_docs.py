@@ -22,15 +22,6 @@ NAMED = re.compile(
 )
 
 
-COMING = {
-    "kernels/op.py",
-    "passes/plan.py",
-    "passes/stages/guard_heads.py",
-    "passes/stages/stage.py",
-}
-"""Files that the docs name and another branch brings."""
-
-
 def prose(page: Path) -> str:
     """Return a page without its blocks of code, which have neither headings nor links."""
     return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -92,7 +83,7 @@ def test_links_to_measurements_have_anchors_and_links_to_the_lab_name_one_entry(
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_are_named_exist(page):
     named = set(NAMED.findall(page.read_text(encoding="utf-8")))
-    assert not sorted(path for path in named if path not in COMING and not (ROOT / path).exists())
+    assert not sorted(path for path in named if not (ROOT / path).exists())
 
 
 def test_every_entry_of_the_lab_book_is_in_its_index_and_keeps_its_number():
