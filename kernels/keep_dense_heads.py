@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile.kernels.checks import check_dtype, check_head_groups, check_rank, check_shape
-from svg2_compile.kernels.measure_recall import DENSE_HEADS
+from svg2_compile.kernels.judge_heads import DENSE_HEADS
 from svg2_compile.kernels.op import define
 from svg2_compile.kernels.selection_statistics import STATISTICS, statistics_of
 from svg2_compile.kernels.work_list import COUNTS, PIECES

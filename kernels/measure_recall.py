@@ -1,4 +1,4 @@
-"""``svg2::measure_recall_``: how much of the true attention mass the selection keeps, on a few rows."""
+"""``svg2::measure_recall``: how much of the true attention mass the selection keeps, on a few rows."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,8 @@ from svg2_compile.kernels.op import define
 from svg2_compile.kernels.work_list import COUNTS, kept_keys
 
 RECALL = ("calls", "recall_sum")
-"""The last axis of ``recall``, per head and summed over measured calls: 1, and the recall."""
-DENSE_HEADS = ("since_call", "recall")
-"""The last axis of ``dense_heads``: the call of this generation since which a head is dense, 0 for one that is not, and
-the recall that its selection had then."""
+"""The last axis of what is measured, per head and to be summed over calls: 1, and the recall; both are 0 in a call that
+does not measure."""
 CHUNK_BYTES = 2**28
 """Heads are taken together as long as their keys and scores fit into this."""
 # 2^32 over the golden ratio: multiples of it, taken modulo 2^32, spread evenly however many there are.
@@ -40,12 +38,10 @@ def _check(
     context_k: Tensor | None,
     context_mask: Tensor | None,
     k_calls: Tensor,
-    recall: Tensor,
-    dense_heads: Tensor | None,
     rows: int,
     interval: int,
 ) -> None:
-    """Check the arguments of ``svg2::measure_recall_``."""
+    """Check the arguments of ``svg2::measure_recall``."""
     for name, x, rank in (("q", q, 4), ("k", k, 4), ("k_sizes", k_sizes, 3), ("runs", runs, 5)):
         check_rank(name, x, rank)
     batch, heads, _, dim = q.shape
@@ -59,16 +55,11 @@ def _check(
     check_shape("runs", runs, (batch, heads, q_clusters, slots, 2))
     check_shape("counts", counts, (batch, heads, q_clusters, len(COUNTS)))
     check_shape("k_calls", k_calls, (1,))
-    check_shape("recall", recall, (batch, heads, len(RECALL)))
     check_dtype("q", q, *FLOATING)
     check_dtype("k", k, q.dtype)
     integers = {"q_order": q_order, "q_sizes": q_sizes, "k_sizes": k_sizes, "runs": runs, "counts": counts}
     for name, x in {**integers, "k_calls": k_calls}.items():
         check_dtype(name, x, torch.int32)
-    check_dtype("recall", recall, torch.float32, torch.float64)
-    if dense_heads is not None:
-        check_shape("dense_heads", dense_heads, (batch, heads, len(DENSE_HEADS)))
-        check_dtype("dense_heads", dense_heads, recall.dtype)
     check_value(rows >= 1, lambda: f"rows must be at least 1, got {rows}")
     check_value(interval >= 1, lambda: f"interval must be at least 1, got {interval}")
     check_value(
@@ -100,20 +91,16 @@ def measure_recall_reference(
     context_k: Tensor | None,
     context_mask: Tensor | None,
     k_calls: Tensor,
-    recall: Tensor,
-    dense_heads: Tensor | None,
     scale: float,
     rows: int,
     interval: int,
     seed: int,
-    min_recall: float,
-) -> None:
-    """Add each head's recall, the mean of some of its rows, at every ``interval``-th call of a generation.
+) -> Tensor:
+    """Return each head's recall, the mean of some of its rows, at every ``interval``-th call of a generation.
 
     With s = scale * q_r . k over the visible keys and the context keys, the recall of row r is the sum of exp(s) over
     the keys that its cluster keeps and the context keys, divided by the sum over all of them: the share of the row's
     softmax that the sparse attention sees. The rows lie evenly in the order of the clusters, other ones at each call.
-    A head of ``dense_heads`` has a recall of 1, and one that falls below ``min_recall`` joins them at once.
 
     Args:
         q: fp16, bf16, fp32 or fp64 [B, H, N, D], any strides, in token order.
@@ -126,13 +113,13 @@ def measure_recall_reference(
         context_k: [B, G, M, D] in the dtype of ``q``, keys that every query attends to; None where there are none.
         context_mask: bool [B or 1, 1, 1, M], True where a context key may be attended to; None admits all.
         k_calls: int32 [1], calls of this generation with this one.
-        recall: fp32 (fp64 for judging) [B, H, 2], columns named by ``RECALL``; added to.
-        dense_heads: the dtype of ``recall`` [B, H, 2], columns named by ``DENSE_HEADS``; updated. None: no guard.
         scale: factor of the scores.
         rows: rows per head, at least 1; more than N are N.
         interval: 1 measures at every call, n at the first, then at every n-th after it.
         seed: chooses the rows; any integer.
-        min_recall: least recall of a head that stays sparse; without ``dense_heads`` it does nothing.
+
+    Returns:
+        fp32 (fp64 for fp64) [B, H, 2], contiguous, columns named by ``RECALL``; 0 in a call that does not measure.
 
     Raises:
         TypeError: a dtype other than the above.
@@ -155,15 +142,13 @@ def measure_recall_reference(
         context_k,
         context_mask,
         k_calls,
-        recall,
-        dense_heads,
         rows,
         interval,
     )
     # a GPU would have to be waited for
     if not k_calls.is_cuda and not bool((k_calls - 1) % interval == 0):
-        return
-    measure_with(
+        return q.new_zeros((*q.shape[:2], len(RECALL)), dtype=accumulation_dtype(q))
+    return measure_with(
         key_masses_reference,
         q,
         k,
@@ -175,13 +160,10 @@ def measure_recall_reference(
         context_k,
         context_mask,
         k_calls,
-        recall,
-        dense_heads,
         scale,
         rows,
         interval,
         seed,
-        min_recall,
     )
 
 
@@ -197,14 +179,11 @@ def measure_with(
     context_k: Tensor | None,
     context_mask: Tensor | None,
     k_calls: Tensor,
-    recall: Tensor,
-    dense_heads: Tensor | None,
     scale: float,
     rows: int,
     interval: int,
     seed: int,
-    min_recall: float,
-) -> None:
+) -> Tensor:
     """Do what ``measure_recall_reference`` does, with ``key_masses`` for the sums over keys; arguments are right."""
     batch, heads, tokens, dim = q.shape
     k_heads = k.shape[1]
@@ -225,13 +204,8 @@ def measure_with(
             total, mass = total.logaddexp(always), mass.logaddexp(always)
     attends_to_nothing = total == float("-inf")
     shares = (mass - total).exp().masked_fill(attends_to_nothing, 1.0).clamp(max=1.0)
-    of_heads = shares.reshape(batch, heads, -1).mean(-1).to(recall.dtype)
-    if dense_heads is not None:
-        falls = is_measured & (dense_heads[..., 0] == 0) & (of_heads < min_recall)
-        since_now = torch.stack((k_calls.expand_as(of_heads), of_heads), dim=-1).to(dense_heads.dtype)
-        dense_heads.copy_(since_now.where(falls.unsqueeze(-1), dense_heads))
-        of_heads = of_heads.masked_fill(dense_heads[..., 0] > 0, 1.0)
-    recall += torch.stack((torch.ones_like(of_heads), of_heads), dim=-1).where(is_measured, 0)
+    of_heads = shares.reshape(batch, heads, -1).mean(-1)
+    return torch.stack((torch.ones_like(of_heads), of_heads), dim=-1).where(is_measured, 0)
 
 
 def key_masses_reference(
@@ -283,11 +257,10 @@ def _parts(count: int, bytes_each: int) -> list[slice]:
 
 define(
     measure_recall_reference,
-    name="measure_recall_",
+    name="measure_recall",
     part="recall",
-    mutates=("recall", "dense_heads"),
     check=_check,
-    fake=lambda: None,
+    fake=lambda q: q.new_empty((*q.shape[:2], len(RECALL)), dtype=accumulation_dtype(q)),
     kernels=Kernels(
         limits=Limits(FAST_DTYPES, MAX_HEAD_DIM),
         seen=lambda q, q_sizes, k_sizes: (q, q.shape[3], q_sizes.shape[2], k_sizes.shape[2]),

@@ -1,4 +1,4 @@
-"""The scores of ``svg2::measure_recall_`` in Triton: every key is read once, and nothing at all between two looks."""
+"""The scores of ``svg2::measure_recall`` in Triton: every key is read once, and nothing at all between two looks."""
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -117,10 +117,10 @@ def masses_kernel(
         tl.store(out + 2, mass, mask=is_row)
 
 
-def measure_recall_triton(q: Tensor, k: Tensor, *others: Any) -> None:
+def measure_recall_triton(q: Tensor, k: Tensor, *others: Any) -> Tensor:
     """Compute ``measure_recall_reference`` for rows of at most ``MAX_HEAD_DIM``; its arguments are right."""
     # no program would write the masses of no keys
-    measure_with(key_masses_triton if k.numel() > 0 else key_masses_reference, q, k, *others)
+    return measure_with(key_masses_triton if k.numel() > 0 else key_masses_reference, q, k, *others)
 
 
 def key_masses_triton(

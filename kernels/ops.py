@@ -6,6 +6,7 @@ from svg2_compile.kernels import (  # noqa: F401
     cluster_tokens,
     context_attention,
     dense_attention,
+    judge_heads,
     keep_dense_heads,
     kmeans,
     measure_recall,

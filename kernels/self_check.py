@@ -18,7 +18,7 @@ from torch import Tensor
 from svg2_compile.kernels.block_masses import block_masses_reference
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
 from svg2_compile.kernels.card import Kernels
-from svg2_compile.kernels.measure_recall import RECALL, measure_recall_reference
+from svg2_compile.kernels.measure_recall import measure_recall_reference
 from svg2_compile.kernels.op import function_of
 from svg2_compile.kernels.ops import CARDS
 from svg2_compile.kernels.permute import permute_tokens_reference, unpermute_tokens_reference
@@ -372,11 +372,9 @@ def check_measure_recall(call: Callable[..., Any], kind: Kind) -> str | None:
     kept = kept_runs_reference(keep, k_sizes)
     calls = torch.ones(1, dtype=torch.int32)
     arguments = (q, k, q_order, q_sizes, k_sizes, kept.runs, kept.counts, None, None, calls)
-    numbers = (4 * kind.dim**-0.5, ROWS, 1, 0, 0.0)
-    on_device, wanted = (torch.zeros(1, HEADS, len(RECALL), device=each) for each in (kind.device, "cpu"))
-    call(*_on(kind.device, arguments), on_device, None, *numbers)
-    measure_recall_reference(*arguments, wanted, None, *numbers)
-    return _far(on_device, wanted, 10 * MIN_TOLERANCE)
+    numbers = (4 * kind.dim**-0.5, ROWS, 1, 0)
+    got = call(*_on(kind.device, arguments), *numbers)
+    return _far(got, measure_recall_reference(*arguments, *numbers), 10 * MIN_TOLERANCE)
 
 
 def _on(device: torch.device, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -51,7 +51,7 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
     is_guarded = config.min_recall > 0
     stages.append(KeepTopP(is_final=not is_guarded))
     if config.measured_rows:
-        stages.append(MeasureRecall())
+        stages.append(MeasureRecall(is_final=not is_guarded))
     if is_guarded:
         stages.append(GuardHeads())
     stages.append(Attend())

@@ -22,7 +22,6 @@ from torch import Tensor
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.known_state import known_as_clustered
-from svg2_compile.kernels.measure_recall import RECALL
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.config import SparseConfig
 
@@ -80,13 +79,12 @@ def measure(
     attend = partial(
         svg2.block_sparse_attention, q, keys, values, q_sizes, runs, counts, None, None, None, q_order, scale
     )
-    recall = torch.zeros((1, heads, len(RECALL)), device=device)
     selection = (q_order, q_sizes, k_sizes, runs, counts, None, None, calls[1])
-    look = partial(svg2.measure_recall_, q, keys, *selection, recall, None, scale, RECALL_ROWS, 1, 0, 0.0)
+    look = partial(svg2.measure_recall, q, keys, *selection, scale, RECALL_ROWS, 1, 0)
     print(f"{name} (1, {heads}, {tokens}, {dim}), {clusters[0]} / {clusters[1]} clusters")
     result: dict[str, object] = {"shape": name, "size": [1, heads, tokens, dim], "clusters": clusters}
     of_the_layer = ("cluster_tokens_", cluster), ("select_blocks", select), ("block_sparse_attention", attend)
-    for op, call in (*of_the_layer, ("block_masses", estimate), ("measure_recall_", look)):
+    for op, call in (*of_the_layer, ("block_masses", estimate), ("measure_recall", look)):
         launches = count_launches(call)
         host, gpu = host_ms(call, repeats), device_median_ms(call, repeats)
         result[op] = {"launches": launches, "host_ms": host, "device_ms": gpu}

@@ -19,7 +19,6 @@ from host_time import device_ms
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.environment import describe_environment
-from svg2_compile.kernels.measure_recall import RECALL
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.config import SparseConfig
 
@@ -58,14 +57,10 @@ def main() -> None:
     runs, counts = svg2.select_blocks(
         *state[:2], q_sizes, k_sizes, scale, config.top_p, config.min_keep_ratio, statistics_of_call
     )
-    recall = torch.zeros(1, args.heads, len(RECALL), device=device)
     selection = (q_order, q_sizes, k_sizes, runs, counts, None, None, state[3])
     attention_ms, *recall_ms = medians_ms(
         lambda: svg2.block_sparse_attention(q, keys, values, q_sizes, runs, counts, None, None, None, q_order, scale),
-        *(
-            lambda rows=rows: svg2.measure_recall_(q, keys, *selection, recall, None, scale, rows, 1, 0, 0.0)
-            for rows in args.rows
-        ),
+        *(lambda rows=rows: svg2.measure_recall(q, keys, *selection, scale, rows, 1, 0) for rows in args.rows),
         repeats=args.repeats,
     )
     density = float(statistics_of_call[..., 1].sum() / args.heads)

@@ -54,6 +54,8 @@ class Flow:
     """Int32 [B, H, C_q, R, 2], the ranges of keys that each query cluster attends to."""
     counts: Node | None = None
     """Int32 [B, H, C_q, 4], how many there are."""
+    recall: Node | None = None
+    """Fp32 [B, H, 2], the recall of every head that this call has measured."""
     out: Node | None = None
     """[B, H, N, D], in token order."""
     lse: Node | None = None

@@ -1,12 +1,13 @@
 """Measure, on a few rows, how much of the true attention mass the selection keeps; changes no picture.
 
-measure_recall_(q, k', q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls, recall, ...)
+found = measure_recall(q, k', q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls)
+recall += found
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +25,18 @@ if TYPE_CHECKING:
 class MeasureRecall(Stage):
     """The recall of every head adds up in the state."""
 
+    is_final: bool = True
+    """False where a later stage judges the recall and adds it to the state itself."""
+
     def state(self, site: SitePlan) -> tuple[StateSpec, ...]:
         """Return the sums."""
         return (StateSpec(site.index, "recall", (site.batch, site.q_heads, len(RECALL)), torch.float32),)
 
     def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
         """Write the measurement."""
-        site = writer.site
-        writer.emit(
-            torch.ops.svg2.measure_recall_.default,
+        site, state = writer.site, writer.state
+        found = writer.emit(
+            torch.ops.svg2.measure_recall.default,
             flow.q,
             flow.k_clustered,
             flow.q_order,
@@ -42,14 +46,15 @@ class MeasureRecall(Stage):
             flow.counts,
             flow.context_k,
             flow.context_mask,
-            *(writer.state.get(name) for name in ("k_calls", "recall", "dense_heads")),
+            state["k_calls"],
             site.scale,
             site.recall_rows,
             site.recall_interval,
             site.seed,
-            site.min_recall,
         )
-        return flow
+        if self.is_final:
+            writer.emit(torch.ops.aten.add_.Tensor, state["recall"], found)
+        return replace(flow, recall=found)
 
     def shows(self, site: SitePlan, states: States) -> Mapping[str, Any]:
         """Return the recall, a mean over heads and measured calls, and how often it was measured."""

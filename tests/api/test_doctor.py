@@ -69,7 +69,7 @@ def test_clustering_says_why_gluon_does_not_assign(hopper):
                 "block_masses",
                 "select_blocks",
                 "block_sparse_attention",
-                "measure_recall_",
+                "measure_recall",
             },
         ),
         (
@@ -88,7 +88,7 @@ def test_clustering_says_why_gluon_does_not_assign(hopper):
                 "block_masses",
                 "select_blocks",
                 "block_sparse_attention",
-                "measure_recall_",
+                "measure_recall",
             },
         ),
     ],

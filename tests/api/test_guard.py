@@ -11,7 +11,7 @@ from selection_cases import selection_cases
 
 import svg2_compile
 from svg2_compile import denoise_step
-from svg2_compile.kernels.measure_recall import DENSE_HEADS
+from svg2_compile.kernels.judge_heads import DENSE_HEADS
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.sparsify import sparsify
 
@@ -86,7 +86,13 @@ def test_a_guard_adds_three_ops_a_site_and_one_that_wants_nothing_adds_none(name
     added = ops(guarded.gm) - ops(plain.gm)
     sites = len(plain.sites)
     assert added.pop("getitem") == 2 * sites  # the selection before and after
-    assert added == {"measure_recall_": sites, "keep_dense_heads_": sites, "zeros_like": sites}
+    assert added == {
+        "measure_recall": sites,
+        "judge_heads_": sites,
+        "add_": sites,
+        "keep_dense_heads_": sites,
+        "zeros_like": sites,
+    }
 
 
 TOKENS, DIM, CLUSTERS = 96, 16, 8

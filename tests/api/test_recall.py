@@ -83,7 +83,10 @@ def test_recall_is_one_at_every_site_where_everything_is_kept(name):
 def test_measuring_adds_one_op_a_site_and_changes_no_bit(name):
     gm, inputs, _ = traced(name)
     plain, measured = sparsify(gm, SPARSE), sparsify(gm, dataclasses.replace(SPARSE, recall_rows=4))
-    assert ops(measured.gm) - ops(plain.gm) == {"measure_recall_": len(plain.sites)}
+    assert ops(measured.gm) - ops(plain.gm) == {
+        "measure_recall": len(plain.sites),
+        "add_": len(plain.sites),
+    }
     assert torch.equal(run(measured, inputs), run(plain, inputs))
 
 

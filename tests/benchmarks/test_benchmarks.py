@@ -114,7 +114,7 @@ def test_host_and_gpu_times_are_of_every_op(module, monkeypatch, capsys):
     monkeypatch.setattr(host_time, "count_launches", lambda call: 7)
     result = host_time.measure("small", 2, 300, 64, (3, 10), repeats=1, device="cpu")
     json.dumps(result)
-    ops = ("cluster_tokens_", "select_blocks", "block_sparse_attention", "block_masses", "measure_recall_")
+    ops = ("cluster_tokens_", "select_blocks", "block_sparse_attention", "block_masses", "measure_recall")
     assert [result[op]["launches"] for op in ops] == [7] * 5 and result["select_blocks"]["device_ms"] == 2.0
     printed = capsys.readouterr().out
     assert all(op in printed for op in ops)

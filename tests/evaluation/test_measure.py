@@ -73,7 +73,7 @@ def test_every_op_counts_to_the_part_that_its_card_says():
     parts = {card.name: card.part for card in CARDS.values()}
     assert parts["unpermute_tokens"] == "clustering"
     assert parts["keep_dense_heads_"] == "selection"
-    assert parts["measure_recall_"] == "recall"
+    assert parts["measure_recall"] == "recall"
 
 
 def test_attention_inside_of_an_op_that_is_counted_is_not_counted_again():

@@ -32,9 +32,10 @@ SCHEMAS = {
     "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None) -> (Tensor, Tensor)",
     "keep_dense_heads_": "(Tensor runs, Tensor counts, Tensor q_sizes, Tensor k_sizes, Tensor dense_heads, "
     "Tensor call_statistics, Tensor(a!) statistics) -> (Tensor, Tensor)",
-    "measure_recall_": "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, "
-    "Tensor counts, Tensor? context_k, Tensor? context_mask, Tensor k_calls, Tensor(a!) recall, "
-    "Tensor(b!)? dense_heads, float scale, int rows, int interval, int seed, float min_recall) -> ()",
+    "measure_recall": "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, "
+    "Tensor counts, Tensor? context_k, Tensor? context_mask, Tensor k_calls, float scale, int rows, int interval, "
+    "int seed) -> Tensor",
+    "judge_heads_": "(Tensor found, Tensor k_calls, Tensor(a!) dense_heads, float min_recall) -> Tensor",
     "block_sparse_attention": "(Tensor q, Tensor k, Tensor v, Tensor q_sizes, Tensor runs, Tensor counts, "
     "Tensor? context_k, Tensor? context_v, Tensor? context_mask, Tensor? q_order, float scale, "
     "str implementation='auto', int[]? tiles=None, bool autotune=False) -> (Tensor, Tensor)",

@@ -1,4 +1,4 @@
-"""``svg2::measure_recall_``: the share of the softmax that the kept keys hold, on some rows, exactly."""
+"""``svg2::measure_recall``: the share of the softmax that the kept keys hold, on some rows, exactly."""
 
 import dataclasses
 import math
@@ -10,15 +10,12 @@ from hypothesis import strategies as st
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels import measure_recall as recall_module
-from svg2_compile.kernels.measure_recall import DENSE_HEADS, RECALL
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.work_list import kept_runs_reference
 
 PROPERTY = settings(max_examples=60, deadline=None)
 SCALE = 0.3
 EVERY_ROW = 10**6
-STATE = 10
-"""Where the op takes the state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Case:
     context_k: torch.Tensor | None
     context_mask: torch.Tensor | None
 
-    def arguments(self, calls=1, rows=EVERY_ROW, interval=1, seed=0, dense_heads=None, min_recall=0.0):
+    def arguments(self, calls=1, rows=EVERY_ROW, interval=1, seed=0):
         """Return the arguments of the op."""
         q_clusters, k_clusters = self.keep.shape[2:]
         q_order, q_sizes = sort_labels_reference(self.q_labels, q_clusters)
@@ -42,7 +39,6 @@ class Case:
         k_sizes = k_sizes[..., :k_clusters].contiguous()
         k = self.k.gather(2, k_order.long().unsqueeze(-1).expand_as(self.k))
         kept = kept_runs_reference(self.keep, k_sizes)
-        state = torch.zeros(*self.q.shape[:2], len(RECALL))
         counter = torch.tensor([calls], dtype=torch.int32)
         selection = (q_order, q_sizes, k_sizes, kept.runs, kept.counts)
         return (
@@ -52,20 +48,15 @@ class Case:
             self.context_k,
             self.context_mask,
             counter,
-            state,
-            dense_heads,
             SCALE,
             rows,
             interval,
             seed,
-            min_recall,
         )
 
     def measure(self, **numbers):
-        """Return what the op adds: calls and recall [B, H]."""
-        arguments = self.arguments(**numbers)
-        torch.ops.svg2.measure_recall_(*arguments)
-        return arguments[STATE].unbind(-1)
+        """Return what the op finds: calls and recall [B, H]."""
+        return torch.ops.svg2.measure_recall(*self.arguments(**numbers)).unbind(-1)
 
     def exact(self):
         """Return the recall of every row in fp64 [B, H, N], from the dense matrix of attention weights."""
@@ -227,46 +218,18 @@ def test_autocast_does_not_round_the_scores():
         (1, torch.zeros(2, 3, 50, 8), ValueError, "multiple of the key/value heads, got 4 and 3"),
         (2, torch.zeros(2, 4, 41).int(), ValueError, r"q_order must have shape \(2, 4, 40\), got \(2, 4, 41\)"),
         (7, None, ValueError, "context_mask must come with context_k"),
-        (10, torch.zeros(2, 4, 3), ValueError, r"recall must have shape \(2, 4, 2\), got \(2, 4, 3\)"),
-        (11, torch.zeros(2, 4, 1), ValueError, r"dense_heads must have shape \(2, 4, 2\), got \(2, 4, 1\)"),
-        (11, torch.zeros(2, 4, 2).double(), TypeError, "dense_heads must be torch.float32, got torch.float64"),
-        (13, 0, ValueError, "rows must be at least 1, got 0"),
-        (14, 0, ValueError, "interval must be at least 1, got 0"),
+        (9, torch.zeros(2).int(), ValueError, r"k_calls must have shape \(1,\), got \(2,\)"),
+        (11, 0, ValueError, "rows must be at least 1, got 0"),
+        (12, 0, ValueError, "interval must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_named(position, value, error, message):
     arguments = list(plain_case().arguments())
     arguments[position] = value
     with pytest.raises(error, match=message):
-        torch.ops.svg2.measure_recall_(*arguments)
-
-
-@PROPERTY
-@given(recall_cases(), st.sampled_from([0.2, 0.5, 0.9]), st.integers(2, 9))
-def test_heads_below_the_least_recall_become_dense_once_and_count_as_whole(case, min_recall, calls):
-    recall = case.measure()[1]
-    dense_heads = torch.zeros(*recall.shape, len(DENSE_HEADS))
-    is_dense = recall < min_recall
-    seen = case.measure(dense_heads=dense_heads, min_recall=min_recall)[1]
-    assert torch.equal(seen, recall.masked_fill(is_dense, 1.0))
-    assert torch.equal(dense_heads, torch.stack((is_dense.float(), recall * is_dense), -1))
-    first = dense_heads.clone()
-    seen = case.measure(dense_heads=dense_heads, min_recall=min_recall, calls=calls)[1]
-    assert torch.equal(dense_heads, first)
-    assert torch.equal(seen, recall.masked_fill(is_dense, 1.0))
-
-
-def test_a_call_that_is_not_measured_makes_no_head_dense():
-    dense_heads = torch.zeros(2, 4, len(DENSE_HEADS))
-    case = dataclasses.replace(plain_case(context=0), keep=torch.zeros(2, 4, 3, 6).bool())
-    case.measure(dense_heads=dense_heads, min_recall=0.5, interval=3, calls=2)
-    assert (dense_heads == 0).all()
-    case.measure(dense_heads=dense_heads, min_recall=0.5, interval=3, calls=4)
-    assert (dense_heads[..., 0] == 4).all()
+        torch.ops.svg2.measure_recall(*arguments)
 
 
 @pytest.mark.parametrize("context", [0, 5])
 def test_opcheck(context):
-    case, dense_heads = plain_case(context=context), torch.zeros(2, 4, len(DENSE_HEADS))
-    for changes in ({}, {"dense_heads": dense_heads, "min_recall": 0.5}):
-        torch.library.opcheck(torch.ops.svg2.measure_recall_.default, case.arguments(rows=7, **changes))
+    torch.library.opcheck(torch.ops.svg2.measure_recall.default, plain_case(context=context).arguments(rows=7))

@@ -116,9 +116,9 @@ WRONG = [
     ("block_sparse_attention", with_argument(2, lambda arguments: arguments[2].roll(1, 2))),
     ("block_sparse_attention", with_result(0, set_at(LAST, math.nan))),
     ("block_sparse_attention", with_result(1, lambda lse: lse.add_(0.1))),
-    ("measure_recall_", with_argument(12, lambda arguments: 1.1 * arguments[12])),
-    ("measure_recall_", with_argument(6, lambda arguments: (arguments[6] - 1).clamp(min=0))),
-    ("measure_recall_", with_state(10, lambda recall: recall.mul_(0.99))),
+    ("measure_recall", with_argument(10, lambda arguments: 1.1 * arguments[10])),
+    ("measure_recall", with_argument(6, lambda arguments: (arguments[6] - 1).clamp(min=0))),
+    ("measure_recall", with_result(0, lambda found: found.mul_(0.99))),
 ]
 
 
@@ -178,7 +178,7 @@ def test_the_kernels_are_right(op):
         "block_masses": block_masses_triton.block_masses_triton,
         "select_blocks": select_blocks_triton.select_blocks_triton,
         "block_sparse_attention": block_sparse_attention_triton.block_sparse_attention_triton,
-        "measure_recall_": measure_recall_triton.measure_recall_triton,
+        "measure_recall": measure_recall_triton.measure_recall_triton,
     }
     kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, given=GIVEN_CONTEXT)
     assert why_wrong(op, kind, launchers[op]) is None
