@@ -105,8 +105,9 @@ def evaluate(
     """Show what sparsity costs and gains for a pipeline, and which layer did it; go on where a run was stopped."""
     from rich.console import Console
 
+    from svg2_compile.evaluation.errors import EvaluationError
     from svg2_compile.evaluation.inputs import check_packages, parse_configurations, parse_seeds, read_prompts
-    from svg2_compile.evaluation.pipelines import EvaluationError, Size
+    from svg2_compile.evaluation.pipelines import Size
     from svg2_compile.passes.errors import ConfigError
     from svg2_compile.tiny_wan import TinyWanError
 

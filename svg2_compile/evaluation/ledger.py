@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svg2_compile.evaluation.pipelines import EvaluationError
+from svg2_compile.evaluation.errors import EvaluationError
 from svg2_compile.video.pictures import to_uint8
 
 LINES = "results.jsonl"

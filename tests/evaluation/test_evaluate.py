@@ -21,8 +21,9 @@ from svg2_compile.cli import app
 from svg2_compile.evaluation import evaluation as evaluate
 from svg2_compile.evaluation import page as evaluation_page
 from svg2_compile.evaluation import pipelines
+from svg2_compile.evaluation.errors import EvaluationError
 from svg2_compile.evaluation.ledger import Ledger
-from svg2_compile.evaluation.pipelines import EvaluationError, Size
+from svg2_compile.evaluation.pipelines import Size
 from svg2_compile.video import measure, quality
 
 STEPS = 4
