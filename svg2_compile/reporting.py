@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from svg2_compile.cut_graphs import SegmentReport, segments_of
 from svg2_compile.dynamo import uncompiled
 from svg2_compile.formatting import dotted, number, percent
 from svg2_compile.kernels.recall import RECALL
@@ -17,7 +18,6 @@ from svg2_compile.obstacles import obstacles
 from svg2_compile.passes.records import AttentionSite, Rejection
 from svg2_compile.passes.sparsify import Sparsified
 from svg2_compile.region import DenseGraph, Region
-from svg2_compile.segments import SegmentReport, segments_of
 from svg2_compile.state import SiteState, store
 
 MIB = 2**20

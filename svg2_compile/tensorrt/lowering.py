@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
+from svg2_compile.cut_graphs import SegmentReport, hand_in
 from svg2_compile.frames import is_dynamic, is_weight, placeholders
 from svg2_compile.passes.canonicalize import canonicalize
 from svg2_compile.passes.clone import clone
@@ -32,7 +33,6 @@ from svg2_compile.passes.join_slices import join_slices
 from svg2_compile.passes.restore_mutation import restore_mutation
 from svg2_compile.passes.split_segments import SplitGraph, split_segments
 from svg2_compile.region import Lower, Runner, Variant
-from svg2_compile.segments import SegmentReport, hand_in
 from svg2_compile.tensorrt import engines as tensorrt_engines
 from svg2_compile.tensorrt.private_names import (
     BufferAOTInput,
