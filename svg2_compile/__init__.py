@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from svg2_compile.backend import svg2_backend
     from svg2_compile.clock import denoise_step
+    from svg2_compile.explaining.tracing import explain
     from svg2_compile.options import configure
     from svg2_compile.passes.config import SparseConfig
     from svg2_compile.passes.errors import ConfigError, InternalError, UnsupportedError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from svg2_compile.passes.sparsify import sparsify
     from svg2_compile.presets import preset, preset_names
     from svg2_compile.region import reset
-    from svg2_compile.reporting import explain, report
+    from svg2_compile.reporting import report
 
 __version__ = "0.1.0"
 
@@ -33,7 +34,7 @@ _HOMES = {
     "preset": "presets",
     "preset_names": "presets",
     "reset": "region",
-    "explain": "reporting",
+    "explain": "explaining.tracing",
     "report": "reporting",
 }
 

@@ -28,9 +28,6 @@ from svg2_compile.passes.op_calls import op_calls
 from svg2_compile.passes.plan import StagesOf, stages_of
 from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
 from svg2_compile.region import DenseGraph, LayerOrder, Lower, Owner, Region, Runner, Variant, reset, ticking
-from svg2_compile.tensorrt.engine_files import default_folder
-from svg2_compile.tensorrt.engines import require_tensorrt
-from svg2_compile.tensorrt.lowering import lower_with_tensorrt
 
 log = logging.getLogger(__name__)
 
@@ -101,24 +98,33 @@ def svg2_backend(
 
 
 def _lowering(options: Options, inductor_options: dict[str, Any]) -> Lower:
-    config = options.sparse
-
     def inductor(gm: GraphModule, inputs: list[Any]) -> Runner:
         # whoever calls, and whenever: a variant may wait for its first use, a segment of TensorRT's for its weights
         with named_after_ops():
             runner: Runner = compile_fx(gm, inputs, config_patches=inductor_options or None)
         return runner
 
-    def tensorrt(gm: GraphModule, inputs: list[Any]) -> Runner:
-        folder = Path(options.kernel.engine_folder) if options.kernel.engine_folder else default_folder()
-        return lower_with_tensorrt(gm, inputs, config.min_tokens, folder, inductor)
-
     def eager(gm: GraphModule, inputs: list[Any]) -> Runner:
         return gm.forward
 
-    if config.lowering == "tensorrt":
-        require_tensorrt()
-    return {"inductor": inductor, "tensorrt": tensorrt, "eager": eager}[config.lowering]
+    if options.sparse.lowering == "tensorrt":
+        return _tensorrt(options, inductor)
+    return {"inductor": inductor, "eager": eager}[options.sparse.lowering]
+
+
+def _tensorrt(options: Options, inductor: Lower) -> Lower:
+    """Return the lowering with TensorRT, whose room is not entered by who does not ask for it."""
+    from svg2_compile.tensorrt import engines
+    from svg2_compile.tensorrt.engine_files import default_folder
+    from svg2_compile.tensorrt.lowering import lower_with_tensorrt
+
+    engines.require_tensorrt()
+    folder = Path(options.kernel.engine_folder) if options.kernel.engine_folder else default_folder()
+
+    def tensorrt(gm: GraphModule, inputs: list[Any]) -> Runner:
+        return lower_with_tensorrt(gm, inputs, options.sparse.min_tokens, folder, inductor)
+
+    return tensorrt
 
 
 def _owner_of(gm: GraphModule, example_inputs: list[Any], compiled: Compiled) -> Owner:

@@ -105,8 +105,9 @@ def evaluate(
     """Show what sparsity costs and gains for a pipeline, and which layer did it; go on where a run was stopped."""
     from rich.console import Console
 
+    from svg2_compile.evaluation.errors import EvaluationError
     from svg2_compile.evaluation.inputs import check_packages, parse_configurations, parse_seeds, read_prompts
-    from svg2_compile.evaluation.pipelines import EvaluationError, Size
+    from svg2_compile.evaluation.pipelines import Size
     from svg2_compile.passes.errors import ConfigError
     from svg2_compile.tiny_wan import TinyWanError
 
@@ -146,6 +147,7 @@ def doctor(
     from rich.console import Console
 
     from svg2_compile.doctor import DTYPES, Workload, check, default_device, diagnose, print_diagnosis
+    from svg2_compile.passes.errors import ConfigError
 
     if dtype not in DTYPES:
         typer.secho(f"svg2 doctor: --dtype must be one of {', '.join(DTYPES)}, got {dtype}", fg="red", err=True)
@@ -154,8 +156,8 @@ def doctor(
         workload = Workload(default_device(device), DTYPES[dtype], head_dim, clusters, tokens)
         check(workload)
         print_diagnosis(diagnose(workload), Console())
-    except (AssertionError, RuntimeError) as error:
-        typer.secho(f"svg2 doctor: device {device}: {error}", fg="red", err=True)
+    except ConfigError as error:
+        typer.secho(f"svg2 doctor: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
 
 

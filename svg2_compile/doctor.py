@@ -16,6 +16,7 @@ from svg2_compile.kernels.card import PARTS, Card, Kernels
 from svg2_compile.kernels.ops import CARDS
 from svg2_compile.kernels.self_check import Kind, check_kernels
 from svg2_compile.kernels.why_not import MIN_CAPABILITY, choose_attention, why_not_gluon_assign, why_not_triton
+from svg2_compile.passes.errors import ConfigError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -57,10 +58,18 @@ class Diagnosis:
 
 
 def default_device(name: str = "auto") -> torch.device:
-    """Return the device of that name; ``auto`` is a GPU if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device of that name; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no device of that name.
+    """
+    gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    known = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{index}" for index in range(gpus))]
+    if name not in known:
+        raise ConfigError(f"device must be auto or one of {', '.join(known)} here, got {name!r}")
+    return torch.device(name)
 
 
 def check(workload: Workload) -> None:

@@ -1,4 +1,4 @@
-"""What was made sparse, what was not and why, and what it kept: ``report`` after a run, ``explain`` before one."""
+"""What was made sparse, what was not and why, and what it kept."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
-from torch.fx import GraphModule
 
+from svg2_compile.cut_graphs import SegmentReport, segments_of
 from svg2_compile.dynamo import uncompiled
-from svg2_compile.frames import what_is_compiled
+from svg2_compile.formatting import dotted, number, percent
 from svg2_compile.kernels.why_not import wrong_kernels
 from svg2_compile.obstacles import obstacles
-from svg2_compile.options import current_defaults
 from svg2_compile.passes.plan import SitePlan
 from svg2_compile.passes.records import Rejection
-from svg2_compile.passes.sparsify import Sparsified, sparsify
+from svg2_compile.passes.sparsify import Sparsified
 from svg2_compile.region import DenseGraph, Region
 from svg2_compile.state import SiteState, store
-from svg2_compile.tensorrt.lowering import SegmentReport, segments_of
 
 MIB = 2**20
 
-Compiled = TypeVar("Compiled", Region, DenseGraph)
+Called = TypeVar("Called", Region, DenseGraph)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,28 +114,28 @@ class Report:
     @property
     def density(self) -> float | None:
         """Mean density of the sparse calls."""
-        return _mean((site.density, site.sparse_calls) for site in self.sparse_sites)
+        return _weighted_mean((site.density, site.sparse_calls) for site in self.sparse_sites)
 
     @property
     def density_with_dense_calls(self) -> float | None:
         """Mean density of all calls of the sparse sites, the scheduled dense ones counted as 1."""
         dense = [(1.0, site.dense_calls) for site in self.sparse_sites]
-        return _mean([*((site.density, site.sparse_calls) for site in self.sparse_sites), *dense])
+        return _weighted_mean([*((site.density, site.sparse_calls) for site in self.sparse_sites), *dense])
 
     @property
     def kept_mass(self) -> float | None:
         """Mean kept mass of the sparse calls."""
-        return _mean((site.kept_mass, site.sparse_calls) for site in self.sparse_sites)
+        return _weighted_mean((site.kept_mass, site.sparse_calls) for site in self.sparse_sites)
 
     @property
     def recall(self) -> float | None:
         """Mean recall of the sparse calls, of the attentions where it was measured."""
-        return _mean((site.recall, site.sparse_calls) for site in self.sparse_sites)
+        return _weighted_mean((site.recall, site.sparse_calls) for site in self.sparse_sites)
 
     @property
     def k_padding(self) -> float | None:
         """Mean of keys multiplied over keys kept in the sparse calls."""
-        return _mean((site.k_padding, site.sparse_calls) for site in self.sparse_sites)
+        return _weighted_mean((site.k_padding, site.sparse_calls) for site in self.sparse_sites)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
@@ -149,7 +147,7 @@ class Report:
         """Return a table: one line per attention, then the totals."""
         lines = [f"{'attention':<32} {'density':>7} {'mass':>6} {'recall':>6} {'sparse':>6} {'dense':>6}  plan"]
         for site in self.sites:
-            density, mass, recall = map(_percent, (site.density, site.kept_mass, site.recall))
+            density, mass, recall = (percent(each, unknown="") for each in (site.density, site.kept_mass, site.recall))
             calls = f"{site.sparse_calls or '':>6} {site.dense_calls or '':>6}"
             plan = f"{site.shape}, {site.plan}" if site.sparse else f"dense: {site.plan}"
             lines.append(f"{site.path:<32} {density:>7} {mass:>6} {recall:>6} {calls}  {plan}")
@@ -158,15 +156,16 @@ class Report:
                 lines.append(f"{'':<32} {told}")
             lines += [
                 f"{'':<32} guard: head {each.head} of batch element {each.batch}, branch {each.stream!r}, is dense "
-                f"since sparse call {each.since_call} of the generation, where it kept {_percent(each.recall)}"
+                f"since sparse call {each.since_call} of the generation, where it kept {percent(each.recall)}"
                 for each in site.dense_heads
             ]
         sparse = len(self.sparse_sites)
         lines.append(
-            f"{sparse} attentions sparse, {len(self.sites) - sparse} dense; density {_percent(self.density) or '-'} in "
-            f"sparse calls, {_percent(self.density_with_dense_calls) or '-'} with the dense ones; kept mass "
-            f"{_percent(self.kept_mass) or '-'}, recall {_percent(self.recall) or '-'}; "
-            f"key padding {_factor(self.k_padding)}; state {self.state_mib:.1f} MiB"
+            f"{sparse} attentions sparse, {len(self.sites) - sparse} dense; density "
+            f"{percent(self.density, unknown='-')} in sparse calls, "
+            f"{percent(self.density_with_dense_calls, unknown='-')} with the dense ones; kept mass "
+            f"{percent(self.kept_mass, unknown='-')}, recall {percent(self.recall, unknown='-')}; "
+            f"key padding {number(self.k_padding, unknown='-')}; state {self.state_mib:.1f} MiB"
         )
         lines += [f"WRONG KERNEL, not used: {each}" for each in self.wrong_kernels]
         if self.segments:
@@ -203,12 +202,12 @@ def report(model: torch.nn.Module) -> Report:
         dense_calls = region.dense_calls.get(owner, 0)
         for decision in region.plan.decisions:
             # a layer may be compiled several times, for other sizes or modes: its calls add up, the last plan is shown
-            row = rows.setdefault((_join(prefix, decision.path), decision.node), _Row(decision, owner))
+            row = rows.setdefault((dotted(prefix, decision.path), decision.node), _Row(decision, owner))
             row.decision = decision
             row.dense_calls += dense_calls
     for graph, _, prefix in _called_for(model, DenseGraph.instances):
         for rejection in graph.rejections:
-            rows.setdefault((_join(prefix, rejection.path), rejection.node), _Row(rejection, None))
+            rows.setdefault((dotted(prefix, rejection.path), rejection.node), _Row(rejection, None))
     if all(isinstance(row.decision, Rejection) for row in rows.values()):
         seen = [f"{path}." for path, _ in rows]
         for path, rejection in obstacles(model):
@@ -225,57 +224,18 @@ def report(model: torch.nn.Module) -> Report:
     )
 
 
-def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
-    """Return what the backend would do to ``model`` for these inputs; traces the model and computes nothing.
-
-    The options are the defaults, so wrap the call in ``with svg2_compile.configure(...)`` to ask about others.
-
-    Args:
-        model: a model that is not compiled yet.
-        args: the model's positional arguments.
-        kwargs: its keyword arguments.
-
-    Returns:
-        One entry per attention; densities are unknown before a run.
-    """
-    graphs = trace(model, args, kwargs)
-    rows = [(_join(prefix, each.path), each) for prefix, found in graphs for each in found.decisions]
+def report_before_running(graphs: Iterable[tuple[str, Sparsified]]) -> Report:
+    """Return what would be done to graphs that were only traced, each with the path of its module."""
+    rows = [(dotted(prefix, each.path), each) for prefix, found in graphs for each in found.decisions]
     return Report(tuple(_Row(each, None).describe(path) for path, each in rows), 0.0, {})
 
 
-def trace(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fullgraph: bool = False
-) -> list[tuple[str, Sparsified]]:
-    """Return (module path, what the passes made of it) for each graph of a model; computes nothing."""
-    graphs: list[tuple[str, Sparsified]] = []
-    options = current_defaults()
-
-    def describe(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        found, compiled = sparsify(gm, options.sparse, options.kernel), what_is_compiled(example_inputs)
-        modules = {id(module): name for name, module in model.named_modules()}
-        graphs.append((modules.get(id(compiled.root), ""), found))
-        (output,) = gm.graph.find_nodes(op="output")
-        return lambda *_: torch.fx.node.map_arg(output.args[0], _zeros_like_node)
-
-    with torch.no_grad():
-        torch.compile(uncompiled(model), backend=describe, dynamic=False, fullgraph=fullgraph)(*args, **kwargs)
-    return graphs
-
-
-def _zeros_like_node(node: torch.fx.Node) -> Any:
-    value = node.meta.get("example_value")
-    if isinstance(value, torch.Tensor):
-        shape = [int(size) for size in value.shape]
-        return torch.zeros(shape, dtype=value.dtype, device=value.device)
-    return value if not isinstance(value, torch.SymInt) else int(value)
-
-
-def _called_for(model: torch.nn.Module, compiled: Iterable[Compiled]) -> list[tuple[Compiled, Any, str]]:
+def _called_for(model: torch.nn.Module, compiled: Iterable[Called]) -> list[tuple[Called, Any, str]]:
     """Return (graph, owner, module path) for every owner that is part of the model, in the model's order."""
     names: list[tuple[int, str]] = []
     for path, module in model.named_modules():
         names += [(id(module), path)]
-        names += [(id(parameter), _join(path, name)) for name, parameter in module.named_parameters(recurse=False)]
+        names += [(id(parameter), dotted(path, name)) for name, parameter in module.named_parameters(recurse=False)]
     position = {owner: place for place, (owner, _) in enumerate(names)}
     found = []
     for graph in list(compiled):
@@ -357,24 +317,12 @@ class _Row:
         )
 
 
-def _join(prefix: str, path: str) -> str:
-    return f"{prefix}.{path}" if prefix and path else prefix or path
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}%"
-
-
-def _factor(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def _told(value: Any) -> str:
     """Return what a stage tells, a number in few digits."""
     return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:
+def _weighted_mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:
     known = [(value, weight) for value, weight in weighted if value is not None and weight]
     total = sum(weight for _, weight in known)
     return sum(value * weight for value, weight in known) / total if total else None

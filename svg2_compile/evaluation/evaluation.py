@@ -21,8 +21,9 @@ import torch
 import svg2_compile
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
+from svg2_compile.evaluation.errors import EvaluationError
 from svg2_compile.evaluation.ledger import Ledger, key_of
-from svg2_compile.evaluation.pipelines import TINY, EvaluationError, Size, counted_flops, load, request_for, twin
+from svg2_compile.evaluation.pipelines import TINY, Size, counted_flops, load, request_for, twin
 from svg2_compile.options import Options, split_options
 from svg2_compile.passes import config
 from svg2_compile.passes.errors import ConfigError

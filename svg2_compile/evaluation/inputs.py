@@ -6,8 +6,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from svg2_compile.evaluation.errors import EvaluationError
 from svg2_compile.evaluation.evaluation import Configuration
-from svg2_compile.evaluation.pipelines import PROMPTS, TINY, TINY_PROMPTS, EvaluationError
+from svg2_compile.evaluation.pipelines import PROMPTS, TINY, TINY_PROMPTS
 from svg2_compile.options import parse_options
 
 DEFAULT_PRESET = "balanced"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svg2_compile.evaluation.pipelines import EvaluationError
+from svg2_compile.evaluation.errors import EvaluationError
 from svg2_compile.video.pictures import to_uint8
 
 LINES = "results.jsonl"
@@ -80,9 +80,12 @@ class Ledger:
 
         path = self.folder / self[key]["frames_file"]
         try:
-            frames: Tensor = load_file(str(path))["frames"]
-        except (OSError, SafetensorError, KeyError) as error:
+            tensors = load_file(str(path))
+        except (OSError, SafetensorError) as error:
             raise EvaluationError(f"{path} is damaged: {error}; delete it and run the same command again") from error
+        if "frames" not in tensors:
+            raise EvaluationError(f"{path} is damaged: it holds no frames; delete it and run the same command again")
+        frames: Tensor = tensors["frames"]
         return frames.permute(0, 3, 1, 2).to(torch.float32) / 255
 
     def _read(self) -> int:
@@ -90,13 +93,12 @@ class Ledger:
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:whole].splitlines(), 1):
-            try:
-                record = json.loads(line)
-                self.records[record["key"]] = record
-            except (ValueError, KeyError, TypeError):
+            record = _record_of(line)
+            if record is None:
                 raise EvaluationError(
                     f"{self.path}, line {number}, is no result of svg2 evaluate; give another --out, or delete the line"
-                ) from None
+                )
+            self.records[record["key"]] = record
         return whole
 
     def _append(self, line: bytes) -> None:
@@ -110,6 +112,15 @@ class Ledger:
             os.truncate(self.path, self._whole)
             raise
         self._whole += len(line)
+
+
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    """Return what a line holds; None where it is no record of ours."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON, or no text
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("key"), str) else None
 
 
 def _write_whole(path: Path, data: bytes) -> None:

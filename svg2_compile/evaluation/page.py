@@ -7,15 +7,18 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from svg2_compile.evaluation.evaluation import DENSE, EAGER, Configuration, Evaluation, EvaluationSettings
-from svg2_compile.video.pictures import GAIN, Table, frame_strip, heat_map, shortened, to_bytes, write_video
+from svg2_compile.evaluation.figures import by_frame, pareto, times
+from svg2_compile.evaluation.summary import Spread, Summary, summarise
+from svg2_compile.formatting import number, percent
+from svg2_compile.video.pictures import GAIN, Table, frame_strip, heat_map, to_bytes, write_video
 from svg2_compile.video.quality import lpips_missing
 
 PAGE = "report.html"
@@ -23,71 +26,11 @@ TEMPLATES = Path(__file__).resolve().parent / "templates"
 PAIRS_SHOWN = 4
 """Prompts and seeds whose frames are put into the page, which would grow too large with all."""
 WEAKEST_SHOWN = 8
-FLOOR_GAP_DB = 20
-"""A noise floor this far above all configurations is named and not drawn."""
 WAITING_RATIO = 1.25
 """The rest of a step is the same work in both; by so much more, it is idle time."""
 FIGURES = (
     "step faster", "loop faster", "predicted", "PSNR, dB", "SSIM", "LPIPS", "density", "with dense steps", "recall",
 )  # fmt: skip
-INK, GREY = "#1c2733", "#8792a0"
-COLOURS = ("#0b6bcb", "#c2410c", "#15803d", "#7c3aed", "#b91c1c", "#0e7490", "#a16207", "#be185d")
-PARTS = {"attention": "#0b6bcb", "clustering": "#f59e0b", "rest": "#cbd2da"}
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Mean, least and greatest of one figure over prompts and seeds."""
-
-    mean: float | None
-    least: float | None
-    greatest: float | None
-
-    @classmethod
-    def of(cls, values: Iterable[float | None]) -> Spread:
-        """Summarise what is known."""
-        known = [value for value in values if value is not None]
-        return cls(statistics.fmean(known), min(known), max(known)) if known else cls(None, None, None)
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """One configuration, or the dense eager pipeline, over all prompts and seeds."""
-
-    name: str
-    psnr_db: Spread
-    identical: bool
-    """No pixel differs anywhere; then there is no PSNR."""
-    ssim: Spread
-    lpips: Spread
-    speed: dict[str, Any] | None
-    """Record of the measurement of speed; ``None`` for the eager pipeline."""
-    density: float | None
-    density_with_dense_calls: float | None
-    recall: float | None
-    kept_mass: float | None
-    """The mass as estimated from the centroids."""
-
-
-def summarise(evaluation: Evaluation, configuration: Configuration | str) -> Summary:
-    """Return what is known about a configuration whose items are all finished."""
-    pairs = evaluation.pairs
-    qualities = [evaluation.ledger[evaluation.comparison_key(configuration, *pair)] for pair in pairs]
-    generations = [evaluation.ledger[evaluation.generation_key(configuration, *pair)] for pair in pairs]
-    reports = [each.get("report", {}) for each in generations]
-    is_sparse = isinstance(configuration, Configuration)
-    return Summary(
-        name=configuration.name if isinstance(configuration, Configuration) else configuration,
-        psnr_db=Spread.of(each["psnr_db"] for each in qualities),
-        identical=all(each["psnr_db"] is None for each in qualities),
-        ssim=Spread.of(each["ssim"] for each in qualities),
-        lpips=Spread.of(each["lpips"] for each in qualities),
-        speed=evaluation.ledger[evaluation.speed_key(configuration)] if is_sparse else None,  # type: ignore[arg-type]
-        **{
-            name: Spread.of(report.get(name) for report in reports).mean
-            for name in ("density", "density_with_dense_calls", "recall", "kept_mass")
-        },
-    )
 
 
 def evaluate_and_show(settings: EvaluationSettings, console: Any) -> None:
@@ -124,7 +67,7 @@ def write_page(evaluation: Evaluation) -> Path:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"speed": _speed, "percent": _percent, "decibel": _decibel, "number": _number}
+    environment.filters |= {"speed": _speed, "percent": _percent, "decibel": _decibel, "number": number}
     summaries = _summaries(evaluation)
     noise, *sparse = summaries
     settings = evaluation.settings
@@ -140,8 +83,8 @@ def write_page(evaluation: Evaluation) -> Path:
         figures=FIGURES,
         rows=[(_name(each), _cells(each)) for each in summaries],
         notes=_notes(evaluation),
-        pareto=_picture(_pareto(noise, sparse)),
-        times=_picture(_times(sparse)),
+        pareto=_picture(pareto(noise, sparse)),
+        times=_picture(times(sparse)),
         memory=[each for each in sparse if each.speed and each.speed["peak_memory_gib"]],
         configurations=[_configuration(evaluation, each) for each in settings.configurations],
         pairs=[_pair(evaluation, *pair) for pair in evaluation.pairs[:PAIRS_SHOWN]],
@@ -172,10 +115,10 @@ def _cells(summary: Summary) -> list[str]:
     """Return the figures in the order of ``FIGURES``."""
     speed = summary.speed or {}
     return [
-        *(_factor(speed.get(name)) for name in ("step_speedup", "loop_speedup", "predicted_step_speedup")),
+        *(number(speed.get(name), unit="×") for name in ("step_speedup", "loop_speedup", "predicted_step_speedup")),
         "identical" if summary.identical else _decibel(summary.psnr_db.mean),
-        _number(summary.ssim.mean, 4),
-        "skipped" if summary.lpips.mean is None else _number(summary.lpips.mean, 4),
+        number(summary.ssim.mean, 4),
+        "skipped" if summary.lpips.mean is None else number(summary.lpips.mean, 4),
         *(_percent(getattr(summary, name)) for name in ("density", "density_with_dense_calls", "recall")),
     ]
 
@@ -290,7 +233,7 @@ def _pair(evaluation: Evaluation, prompt: str, seed: int) -> dict[str, Any]:
         "dense": _video(dense) if is_video else None,
         "versions": [(name, qualities[name], _video(videos[name]) if is_video else None) for name in names],
         "strip": _picture(frame_strip(dense, videos), dpi=88),
-        "by_frame": _picture(_by_frame(qualities)) if is_video else None,
+        "by_frame": _picture(by_frame(qualities)) if is_video else None,
     }  # fmt: skip
 
 
@@ -315,101 +258,6 @@ def _fields(resolved: dict[str, Any]) -> dict[str, Any]:
     return {**resolved["sparse"], **resolved["kernel"]}
 
 
-def _pareto(noise: Summary, summaries: Sequence[Summary]) -> Any:
-    """Speed against quality; a configuration that differs in no pixel has no place in it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, 3.9), layout="constrained")
-    axis = figure.subplots()
-    speedups, bounds = [1.0], []
-    for colour, each in zip(_colours(summaries), summaries):
-        mean, least, greatest = each.psnr_db.mean, each.psnr_db.least, each.psnr_db.greatest
-        if each.speed is None or mean is None or least is None or greatest is None:
-            continue
-        place = (each.speed["step_speedup"], mean)
-        whiskers = [[mean - least], [greatest - mean]]
-        axis.errorbar(*place, yerr=whiskers, fmt="o", color=colour, capsize=3, markersize=7)
-        axis.annotate(shortened(each.name, 40), place, (8, 6), textcoords="offset points", fontsize=9, color=INK)
-        speedups.append(place[0])
-        bounds += [least, greatest]
-    margin = 0.25 * (max(speedups) - min(speedups)) + 0.05
-    axis.set_xlim(min(speedups) - margin / 2, max(speedups) + margin)
-    floor = noise.psnr_db.mean
-    text = "noise floor: no difference at all" if floor is None else f"noise floor {floor:.1f} dB"
-    if floor is not None and bounds and floor > max(bounds) + FLOOR_GAP_DB:
-        text += ", far above"
-    elif floor is not None:
-        bounds.append(floor)
-        axis.axhline(floor, color=GREY, linestyle="--", linewidth=1)
-    if bounds:
-        axis.set_ylim(min(bounds) - 4, max(bounds) + 6)
-    axis.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
-    paper = {"facecolor": "white", "edgecolor": "none", "pad": 2}
-    axis.text(0.99, 0.97, text, transform=axis.transAxes, ha="right", va="top", fontsize=9, color=GREY, bbox=paper)
-    axis.set_xlabel("measured speed-up of a sparse step over a compiled dense step")
-    axis.set_ylabel("PSNR to dense, dB")
-    _plain(axis)
-    return figure
-
-
-def _times(summaries: Sequence[Summary]) -> Any:
-    """Where the time of a step goes, dense and for every configuration."""
-    from matplotlib.figure import Figure
-
-    bars: list[tuple[str, float, dict[str, float]]] = []
-    for each in summaries:
-        if each.speed:
-            bars.append((f"dense, beside {each.name}", each.speed["dense_step_seconds"], each.speed["split"]["dense"]))
-            bars.append((each.name, each.speed["sparse_step_seconds"], each.speed["split"]["sparse"]))
-    figure = Figure(figsize=(6.2, 1.1 + 0.42 * len(bars)), layout="constrained")
-    axis = figure.subplots()
-    for row, (_, seconds, split) in enumerate(bars):
-        left = 0.0
-        for part, colour in PARTS.items():
-            width = seconds * max(split[part], 0.0)
-            axis.barh(row, width, left=left, color=colour, height=0.64, label=part if row == 0 else None)
-            left += width
-        axis.text(left, row, f"  {seconds:.3g} s", va="center", fontsize=9, color=INK)
-    axis.set_yticks(range(len(bars)), [shortened(name, 36) for name, _, _ in bars])
-    axis.invert_yaxis()
-    axis.set_xlabel("seconds a step, median")
-    axis.margins(x=0.15)
-    figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    _plain(axis)
-    return figure
-
-
-def _by_frame(qualities: dict[str, dict[str, Any]]) -> Any:
-    from matplotlib.figure import Figure
-
-    names = {"psnr_db_per_frame": "PSNR, dB", "ssim_per_frame": "SSIM", "lpips_per_frame": "LPIPS"}
-    names = {name: label for name, label in names.items() if any(each[name] for each in qualities.values())}
-    figure = Figure(figsize=(12.6, 2.6), layout="constrained")
-    for axis, (name, label) in zip(figure.subplots(1, len(names), squeeze=False)[0], names.items()):
-        for colour, (configuration, quality) in zip(_colours(list(qualities)), qualities.items()):
-            values = [float("nan") if each is None else each for each in quality[name]]
-            axis.plot(
-                values, color=colour, label=shortened(configuration, 40), marker="." if len(values) < 40 else None
-            )
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_xlabel("frame")
-        axis.set_ylabel(label)
-        _plain(axis)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    return figure
-
-
-def _plain(axis: Any) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="#e8ebef", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(labelsize=9)
-
-
-def _colours(things: Sequence[object]) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(len(things))]
-
-
 def _picture(figure: Any, dpi: int = 110) -> str:
     return _data("image/png", to_bytes(figure, dpi))
 
@@ -425,20 +273,12 @@ def _data(kind: str, data: bytes) -> str:
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
+    return percent(share, digits, " %")
 
 
 def _decibel(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return number(value, 1)
 
 
 def _speed(speedup: float) -> str:
     return f"{speedup:.2f}× faster" if speedup >= 1 else f"{1 / speedup:.2f}× slower"
-
-
-def _factor(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}×"

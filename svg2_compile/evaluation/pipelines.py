@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from svg2_compile import tiny_wan
+from svg2_compile.evaluation.errors import EvaluationError
 from svg2_compile.kernels.private_torch import flash_attention_for_cpu
 from svg2_compile.video.measure import Request, Video, denoiser_names
 
@@ -31,10 +32,6 @@ PROMPTS = (
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 ASKED = {"frames": "num_frames", "height": "height", "width": "width", "guidance_scale": "guidance_scale"}
 """Our words and those of the pipelines' signatures."""
-
-
-class EvaluationError(RuntimeError):
-    """The evaluation cannot go on; the message says what to do. What is finished is kept."""
 
 
 @dataclass(frozen=True, slots=True)

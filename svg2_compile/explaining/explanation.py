@@ -22,6 +22,8 @@ from svg2_compile.explaining.prediction import (
     gpu_named,
     predict,
 )
+from svg2_compile.explaining.tracing import trace
+from svg2_compile.formatting import dotted
 from svg2_compile.options import configure
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.errors import ConfigError
@@ -29,7 +31,6 @@ from svg2_compile.passes.nodes import is_sdpa, sdpa_arguments, shape_of, target_
 from svg2_compile.passes.plan import SitePlan
 from svg2_compile.passes.records import AttentionSite, Rejection, size_hint
 from svg2_compile.passes.sparsify import Sparsified
-from svg2_compile.reporting import trace
 
 USUAL_DENSITY = 0.2
 DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -94,9 +95,7 @@ def explain_model(settings: ExplainSettings) -> Explanation:
     with configure(**settings.options) as options:
         call = first_call(settings.model, settings.frames, settings.height, settings.width)
         graphs, is_whole = _graphs(call)
-        decisions = tuple(
-            (".".join(filter(None, (prefix, each.path))), each) for prefix, found in graphs for each in found.decisions
-        )
+        decisions = tuple((dotted(prefix, each.path), each) for prefix, found in graphs for each in found.decisions)
         sites = [each for _, each in decisions if isinstance(each, SitePlan)]
         work = _work([found.gm for _, found in graphs], sites)
         gpu = gpu_named(settings.gpu)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
+from svg2_compile.cut_graphs import SegmentReport, hand_in
 from svg2_compile.frames import is_dynamic, is_weight, placeholders
 from svg2_compile.passes.canonicalize import canonicalize
 from svg2_compile.passes.clone import clone
@@ -44,24 +44,6 @@ from svg2_compile.tensorrt.private_names import (
 )
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentReport:
-    """One dense segment of a graph."""
-
-    graph: str
-    """``sparse`` or ``dense``: the variant that it belongs to."""
-    name: str
-    ops: int
-    compiler: str
-    """``tensorrt`` or ``inductor``."""
-    engine: str
-    """Where the engine came from: ``built``, ``from disk``, ``refitted`` or ``shared``; empty for Inductor."""
-    why_not: str
-    """Why it is no engine; empty where it is one."""
-    seconds: float
-    """Spent on the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +74,7 @@ class Programs:
         self._frozen = frozenset(weights)
         self._lock = threading.Lock()
         self._programs: Any = WeakIdKeyDictionary()
-        _lowered.add(self)
+        hand_in(self)
 
     def __call__(self, args: list[Any]) -> Any:
         """Run with the weights among ``args``."""
@@ -158,7 +140,7 @@ class WholeGraph:
         self._run, self._owner, self._report = run, owner, report
         self._owners: Any = WeakIdKeyDictionary()
         log.warning("a %s graph is compiled by Inductor: %s", report.graph, report.why_not)
-        _lowered.add(self)
+        hand_in(self)
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph."""
@@ -169,15 +151,6 @@ class WholeGraph:
     def segments_of(self, tensors: set[int]) -> list[SegmentReport]:
         """Return the graph as one segment, where a model with these tensors called it."""
         return [self._report] if any(id(owner) in tensors for owner in self._owners) else []
-
-
-_lowered: weakref.WeakSet[Programs | WholeGraph] = weakref.WeakSet()
-
-
-def segments_of(model: torch.nn.Module) -> tuple[SegmentReport, ...]:
-    """Return the dense segments of every graph that ran for ``model`` with ``lowering="tensorrt"``."""
-    tensors = {id(each) for each in [*model.parameters(), *model.buffers()]}
-    return tuple(segment for each in list(_lowered) for segment in each.segments_of(tensors))
 
 
 def variant_of(graph: Graph) -> str:

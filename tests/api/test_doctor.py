@@ -166,5 +166,20 @@ def test_the_command_prints_ops_versions_and_warnings():
         assert word in result.output
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "mps"])
+def test_a_device_that_is_not_here_is_refused_and_those_here_are_named(device):
+    result = CliRunner().invoke(app, ["doctor", "--device", device])
+    assert result.exit_code == 2
+    assert "must be auto or one of cpu" in result.output and device in result.output
+
+
+def test_a_failure_of_ours_is_not_taken_for_a_wrong_device(monkeypatch):
+    def fail(workload):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(doctor, "check", fail)
+    assert isinstance(CliRunner().invoke(app, ["doctor", "--device", "cpu"]).exception, RuntimeError)
+
+
 def test_an_unknown_dtype_is_refused():
     assert CliRunner().invoke(app, ["doctor", "--dtype", "int4"]).exit_code == 2

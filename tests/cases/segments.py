@@ -12,7 +12,7 @@ from conformance.cases import CASES
 from conformance.examine import output_of
 from torch.fx import GraphModule
 
-from svg2_compile import backend, svg2_backend
+from svg2_compile import svg2_backend
 from svg2_compile.passes.split_segments import SplitGraph, split_segments
 from svg2_compile.tensorrt import engines as tensorrt_engines
 from svg2_compile.tensorrt import lowering as tensorrt_lowering
@@ -44,7 +44,7 @@ def without_tensorrt(
     patch: pytest.MonkeyPatch, engine_for: Callable[..., Engine] = run_as_it_is, decompose: bool = False
 ) -> None:
     """Let the lowering run where there is no TensorRT; with it, ``decompose`` keeps its own decompositions."""
-    patch.setattr(backend, "require_tensorrt", lambda: None)
+    patch.setattr(tensorrt_engines, "require_tensorrt", lambda: None)
     patch.setattr(tensorrt_engines, "engine_for", engine_for)
     if not decompose:
         patch.setattr(tensorrt_engines, "decompositions", dict)

@@ -21,8 +21,9 @@ from svg2_compile.cli import app
 from svg2_compile.evaluation import evaluation as evaluate
 from svg2_compile.evaluation import page as evaluation_page
 from svg2_compile.evaluation import pipelines
+from svg2_compile.evaluation.errors import EvaluationError
 from svg2_compile.evaluation.ledger import Ledger
-from svg2_compile.evaluation.pipelines import EvaluationError, Size
+from svg2_compile.evaluation.pipelines import Size
 from svg2_compile.video import measure, quality
 
 STEPS = 4
@@ -258,8 +259,9 @@ def test_a_really_full_file_system_is_told(tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_a_line_that_is_no_result_is_refused(tmp_path):
-    (tmp_path / "results.jsonl").write_text('{"key": "a"}\nhello\n')
+@pytest.mark.parametrize("line", ["hello", "[1]", '"key"', "{}", '{"key": 1}', "\xff"])
+def test_a_line_that_is_no_result_is_refused(tmp_path, line):
+    (tmp_path / "results.jsonl").write_bytes(b'{"key": "a"}\n' + line.encode("latin-1") + b"\n")
     with pytest.raises(EvaluationError, match="line 2, is no result of svg2 evaluate"):
         Ledger(tmp_path)
 
