@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from shapes import HUNYUAN_720P, WAN_14B_720P
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -31,12 +33,12 @@ EPS_SEL_FEW = Goal(0.65, 0.80, 0.88)  # up to 500 key clusters
 EPS_SEL_MANY = Goal(0.55, 0.72, 0.82)
 # Time of clustering, permuting and selecting over that of dense cuDNN, in percent; (shape, iterations, many clusters).
 OVERHEAD = {
-    ("Wan 14B 720p", 1, False): Goal(3.0, 2.0, 1.5),
-    ("HunyuanVideo 720p", 1, False): Goal(2.2, 1.4, 1.0),
-    ("Wan 14B 720p", 2, False): Goal(5.0, 3.0, 2.3),
-    ("HunyuanVideo 720p", 2, False): Goal(3.5, 2.2, 1.6),
-    ("Wan 14B 720p", 2, True): Goal(7.0, 4.5, 3.5),
-    ("HunyuanVideo 720p", 2, True): Goal(5.0, 3.2, 2.5),
+    (WAN_14B_720P.name, 1, False): Goal(3.0, 2.0, 1.5),
+    (HUNYUAN_720P.name, 1, False): Goal(2.2, 1.4, 1.0),
+    (WAN_14B_720P.name, 2, False): Goal(5.0, 3.0, 2.3),
+    (HUNYUAN_720P.name, 2, False): Goal(3.5, 2.2, 1.6),
+    (WAN_14B_720P.name, 2, True): Goal(7.0, 4.5, 3.5),
+    (HUNYUAN_720P.name, 2, True): Goal(5.0, 3.2, 2.5),
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
 from marked_table import write_between
+from shapes import HUNYUAN_720P_WITH_TEXT, WAN_1_3B_480P, WAN_14B_720P
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "docs" / "images"
@@ -47,9 +48,9 @@ NAMES = {
 }
 HEADLINE = ("wan-14b-720p", "hunyuan-720p")
 SIZES = {
-    "wan-1.3b-480p": "Wan 1.3B 480p",
-    "wan-14b-720p": "Wan 14B 720p",
-    "hunyuan-720p": "HunyuanVideo 720p with text",
+    "wan-1.3b-480p": WAN_1_3B_480P.name,
+    "wan-14b-720p": WAN_14B_720P.name,
+    "hunyuan-720p": HUNYUAN_720P_WITH_TEXT.name,
 }
 """Their attention in ``DENSE``."""
 

@@ -6,12 +6,17 @@ k-means makes them. The density printed is the one reached: kept query-key pairs
 
 import argparse
 import platform
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
+
+from plan_costs import selected_pairs
+from random_blocks import random_blocks
+from timing import medians_in_turns_ms
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.work_list import kept_runs_reference
@@ -46,10 +51,10 @@ def main() -> None:
     )
     print(f"{'density':>8} {'sparse_ms':>10} {'dense_ms':>9} {'speedup':>8} {'share_of_ideal':>15}")
     for target in args.densities:
-        keep = random_blocks(target, k_sizes, args.q_clusters, generator)
-        density = kept_pairs(keep, q_sizes, k_sizes) / (args.heads * args.tokens**2)
+        keep = random_blocks(generator, target, k_sizes, args.q_clusters)
+        density = selected_pairs(q_sizes, k_sizes, keep) / (args.heads * args.tokens**2)
         kept = kept_runs_reference(keep, k_sizes)
-        sparse_ms, dense_ms = medians_ms(
+        sparse_ms, dense_ms = medians_in_turns_ms(
             lambda kept=kept: torch.ops.svg2.block_sparse_attention(
                 q, k, v, q_sizes, kept.runs, kept.counts, None, None, None, None, scale
             ),
@@ -65,34 +70,6 @@ def uneven_sizes(heads: int, tokens: int, clusters: int, generator: torch.Genera
     edges = torch.rand((heads, clusters), generator=generator).add(0.5).cumsum(-1)
     edges = (edges / edges[:, -1:] * tokens).round().int()
     return torch.diff(edges, prepend=torch.zeros_like(edges[:, :1])).unsqueeze(0)
-
-
-def random_blocks(density: float, k_sizes: torch.Tensor, q_clusters: int, generator: torch.Generator) -> torch.Tensor:
-    """Return bool [1, H, C_q, C_k] with, per query cluster, random key clusters of about that share of the tokens."""
-    _, heads, k_clusters = k_sizes.shape
-    order = torch.rand((1, heads, q_clusters, k_clusters), generator=generator).argsort(-1)
-    sizes = k_sizes.unsqueeze(2).expand_as(order).gather(-1, order)
-    middles = sizes.cumsum(-1) - sizes / 2
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(
-        -1, order, middles < density * sizes.sum(-1, keepdim=True)
-    )
-
-
-def kept_pairs(keep: torch.Tensor, q_sizes: torch.Tensor, k_sizes: torch.Tensor) -> int:
-    """Return the number of query-key pairs inside kept blocks."""
-    return int((keep * q_sizes.long().unsqueeze(-1) * k_sizes.long().unsqueeze(-2)).sum())
-
-
-def medians_ms(*candidates: Callable[[], object], repeats: int) -> list[float]:
-    """Return the median time of each candidate, taken in turns so that a change of the machine hits all of them."""
-    times: list[list[float]] = [[] for _ in candidates]
-    for repeat in range(repeats + 1):
-        for candidate, record in zip(candidates, times, strict=True):
-            start = time.perf_counter()
-            candidate()
-            if repeat > 0:  # the first round warms up
-                record.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(record) for record in times]
 
 
 if __name__ == "__main__":

@@ -27,18 +27,15 @@ from torch.nn.attention import SDPBackend
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
 from dense_baselines import sdpa
-from gpu_kernels import DENSITIES, SHAPES, Case, Plan, Shape
-from host_time import device_ms
+from gpu_kernels import DENSITIES, SHAPES, Case, Plan
+from shapes import COGVIDEOX, NARROW_FINE, Shape
+from timing import device_ms
 
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels.tuning import GLUON
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL_SHAPES = (
-    *SHAPES,
-    Shape("CogVideoX", 48, 17_776, 64, ((30, 118),)),
-    Shape("head dimension 64, fine", 48, 33_000, 64, ((110, 440),)),
-)
+ALL_SHAPES = (*SHAPES, COGVIDEOX, NARROW_FINE)
 FILE = ROOT / "kernels" / "block_sparse_attention_gluon.py"
 OURS = "this tree"
 

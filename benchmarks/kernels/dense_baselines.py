@@ -12,10 +12,10 @@ import argparse
 import importlib.util
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,18 +24,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
+
+from shapes import HUNYUAN_720P_WITH_TEXT, NARROW, NARROW_FINE, WAN_1_3B_480P, WAN_14B_720P, Shape
+from timing import median_ms
+
 from svg2_compile.environment import describe_environment
 
 WORKSPACE_BYTES = 256 << 20  # FlashInfer's own scratch memory
 FLASHINFER_BACKENDS = ("fa2", "fa3")
 FA4_BLOCKS = {64: (192, 128), 128: (128, 128)}  # its tiles on Hopper, by head dimension: queries, keys
 FA4_DENSITY = 0.25
-# name, heads, tokens, head dimension
 DENSE_SHAPES = (
-    ("Wan 14B 720p", 40, 75_600, 128),
-    ("HunyuanVideo 720p with text", 24, 119_056, 128),
-    ("Wan 1.3B 480p", 12, 32_760, 128),
-    ("head dimension 64", 48, 33_000, 64),
+    WAN_14B_720P,
+    HUNYUAN_720P_WITH_TEXT,
+    WAN_1_3B_480P,
+    replace(NARROW_FINE, name=NARROW.name),
 )
 MATRIX = 8192
 COPIED_BYTES = 1 << 30
@@ -60,7 +64,7 @@ def main() -> int:
         "dense": dense,
     }
     for shape in DENSE_SHAPES:
-        dense.append(dense_record(*shape, args.rep_ms))
+        dense.append(dense_record(shape, args.rep_ms))
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"on {record['environment']}, {record['date']}")
@@ -77,50 +81,22 @@ def ceilings(rep_ms: float, device: str = "cuda") -> dict[str, float]:
     return {"matmul_tflops": 2 * MATRIX**3 / matmul_ms / 1e9, "copy_gbs": 2 * COPIED_BYTES / copy_ms / 1e6}
 
 
-def dense_record(
-    name: str, heads: int, tokens: int, dim: int, rep_ms: float, device: str = "cuda"
-) -> dict[str, object]:
+def dense_record(shape: Shape, rep_ms: float, device: str = "cuda") -> dict[str, object]:
     """Time dense attention at one size, print what came out, and return it."""
     generator = torch.Generator(device).manual_seed(0)
+    stored = (1, shape.tokens, shape.heads, shape.dim)
     q, k, v = (
-        torch.randn((1, tokens, heads, dim), generator=generator, device=device, dtype=torch.bfloat16).transpose(1, 2)
-        for _ in "qkv"
+        torch.randn(stored, generator=generator, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in "qkv"
     )
     ms = dense_ms(q, k, v, rep_ms)
-    flop = 4 * dim * heads * tokens**2
+    flop = 4 * shape.dim * shape.heads * shape.tokens**2
     tflops = {each: flop / value / 1e9 for each, value in ms.items() if not isinstance(value, str)}
-    print(f"{name} (1, {heads}, {tokens}, {dim})")
+    print(f"{shape.name} {tuple(shape.size)}")
     for each, value in ms.items():
         print(f"  {each:<14} " + (value if isinstance(value, str) else f"{value:8.2f} ms, {tflops[each]:4.0f} TFLOP/s"))
     blocks = fa4_blocks(q, k, v, generator, rep_ms)
     print("  FA4, fixed blocks: " + ", ".join(f"{each} {value}" for each, value in blocks.items()), flush=True)
-    return {"shape": name, "size": [1, heads, tokens, dim], "ms": ms, "tflops": tflops, "FA4 blocks": blocks}
-
-
-def median_ms(function: Callable[[], object], rep_ms: float) -> float:
-    """Return the median time of a call, of at least three calls and about ``rep_ms``."""
-    from triton.testing import do_bench
-
-    function()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    stop.record()
-    torch.cuda.synchronize()
-    once_ms = max(start.elapsed_time(stop), 1e-3)
-    if once_ms * 3 > rep_ms:
-        return statistics.median([once_ms, *(time_once_ms(function) for _ in range(2))])
-    return float(do_bench(function, warmup=min(10.0, rep_ms), rep=rep_ms, return_mode="median"))
-
-
-def time_once_ms(function: Callable[[], object]) -> float:
-    """Return the time of one call."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    function()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop)
+    return {"shape": shape.name, "size": shape.size, "ms": ms, "tflops": tflops, "FA4 blocks": blocks}
 
 
 def dense_ms(q: Tensor, k: Tensor, v: Tensor, rep_ms: float) -> dict[str, float | str]:

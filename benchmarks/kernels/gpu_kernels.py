@@ -32,11 +32,12 @@ from torch import Tensor
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
-from dense_baselines import FLASHINFER_BACKENDS, attempt, dense_ms, flash_kmeans_ms, flashinfer_ms, median_ms
+from dense_baselines import FLASHINFER_BACKENDS, attempt, dense_ms, flash_kmeans_ms, flashinfer_ms
 from gpu_targets import EPS_TILE, eps_sel_goal, judged, overhead_goal
-from host_time import device_median_ms
 from plan_costs import issued_pairs, selected_pairs
 from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
+from shapes import HUNYUAN_720P, NARROW, WAN_1_3B_480P, WAN_14B_720P, Shape
+from timing import device_median_ms, median_ms
 
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
@@ -49,31 +50,12 @@ from svg2_compile.kernels.work_list import COUNTS, MAX_KEYS, kept_runs_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = tuple(f"test_*_{kind}.py" for kind in ("triton", "descriptor", "gluon"))
+SHAPES = (WAN_14B_720P, HUNYUAN_720P, WAN_1_3B_480P, NARROW)
 DENSITIES = (0.15, 0.25, 0.4)
 ITERS_INIT = 10
 TOP_P, MIN_KEEP_RATIO = 0.9, 0.1
 OVERHEAD_ROUNDS = 11
 svg2 = torch.ops.svg2
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """One layer's attention, and the numbers of clusters to try."""
-
-    name: str
-    heads: int
-    tokens: int
-    dim: int
-    clusters: tuple[tuple[int, int], ...]
-    """(query clusters, key clusters) of a head."""
-
-
-SHAPES = (
-    Shape("Wan 14B 720p", 40, 75_600, 128, ((100, 500), (300, 1000))),
-    Shape("HunyuanVideo 720p", 24, 118_800, 128, ((100, 500), (400, 1000))),
-    Shape("Wan 1.3B 480p", 12, 32_760, 128, ((55, 218),)),
-    Shape("head dimension 64", 24, 32_760, 64, ((55, 218),)),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +136,9 @@ def why_no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     device = torch.device("cuda", torch.cuda.current_device())
-    return why_not_triton("block_sparse_attention", device, torch.bfloat16, dim=128, clusters=1000, keys=118_800)
+    return why_not_triton(
+        "block_sparse_attention", device, torch.bfloat16, dim=128, clusters=1000, keys=HUNYUAN_720P.tokens
+    )
 
 
 def check_plans(max_heads: int) -> None:

@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,6 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
+
+from marked_table import write_between
+
 import svg2_compile.kernels
 from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.tuning import AttentionTiles, attention_candidates
@@ -32,7 +37,6 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Shared memory that one program may use, in bytes, where it is less than what the larger chips have.
 SHARED_LIMITS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TOOLS = Path(nvidia.__file__).parent / "bin"
-START, STOP = "<!-- kernel resources -->", "<!-- end of kernel resources -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps({"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}))
     if args.write:
-        before, rest = args.write.read_text().split(START)
-        args.write.write_text(f"{before}{START}\n{table}\n{STOP}{rest.split(STOP)[1]}")
+        write_between(args.write, "kernel resources", table)
 
 
 def triton_modules() -> list[str]:

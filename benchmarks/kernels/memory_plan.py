@@ -27,13 +27,13 @@ from torch.utils._pytree import tree_leaves
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
 from marked_table import write_between
+from shapes import HUNYUAN_720P, WAN_14B_720P
 
 from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.tuning import attention_tiles
 
-# name, heads, tokens, head dimension
-MODELS = (("Wan 14B 720p", 40, 75_600, 128), ("HunyuanVideo 720p", 24, 118_800, 128))
+MODELS = (WAN_14B_720P, HUNYUAN_720P)
 CLUSTERS = ((100, 500), (300, 1000))
 
 
@@ -151,13 +151,13 @@ def table() -> str:
         f"| model | clusters | {' | '.join(columns)} | largest | K and V copies | peak less copies |",
         "| --- | --- |" + " --- |" * (len(columns) + 3),
     ]
-    for name, heads, tokens, dim in MODELS:
+    for model in MODELS:
         for q_clusters, k_clusters in CLUSTERS:
-            memory = measure(heads, tokens, dim, q_clusters, k_clusters)
+            memory = measure(model.heads, model.tokens, model.dim, q_clusters, k_clusters)
             figures = [memory.workspace[column] for column in columns]
             figures += [memory.beside_copies, memory.copies, memory.peak - memory.copies]
             cells = " | ".join(f"{figure / 1e6:.1f}" for figure in figures)
-            lines.append(f"| {name} | {q_clusters} / {k_clusters} | {cells} |")
+            lines.append(f"| {model.name} | {q_clusters} / {k_clusters} | {cells} |")
     return "\n".join(lines)
 
 

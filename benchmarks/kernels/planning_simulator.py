@@ -9,7 +9,7 @@ tiny Wan, queries and keys of all layers and heads are taken from the middle of 
 selected as the ops do; its rows are one layer's launch in size, all layers in the means, the worst layer in the
 balance. Once more, all its layers and heads are the heads of one layer of the first large model, every cluster as much
 larger as the sequence is longer: real proportions and real neighbours, at a real size. ``--skip-trained`` leaves them
-out; ``--frames-file`` is that of learned_attention.py.
+out; ``--frames-file`` is that of ``benchmarks/method/learned_attention.py``.
 
 Processors take the next tile of queries when they are free, in the order in which the kernel is launched, and a tile
 takes as long as it has tiles of keys. L2: K and V of the kept keys, once a tile of queries. HBM: K and V of the keys
@@ -30,11 +30,11 @@ sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 from marked_table import write_between
 from plan_costs import key_tiles, query_tiles
 from random_blocks import lognormal_sizes, random_blocks
+from shapes import HUNYUAN_720P, WAN_14B_720P, Shape
 
 from svg2_compile.kernels.work_list import COUNTS, kept_runs_reference, max_runs, max_tiles
 
-# name, heads, tokens, head dimension
-MODELS = (("Wan 14B 720p", 40, 75_600, 128), ("HunyuanVideo 720p", 24, 118_800, 128))
+MODELS = (WAN_14B_720P, HUNYUAN_720P)
 CLUSTERS = ((100, 500), (300, 1000))
 ELEMENT_BYTES = 2
 MAX_K_PADDING, MAX_IMBALANCE = 1.10, 1.05
@@ -98,7 +98,7 @@ def main() -> None:
             Selection(f"tiny Wan, trained{how}", layers.heads, layers.dim, *select(layers, clusters))
             for how, clusters in (("", (64, 256)), (", auto", "auto"))
         ]
-        selections.append(as_long_as(*MODELS[0], selections[-2]))
+        selections.append(as_long_as(MODELS[0], selections[-2]))
     for selection in selections:
         lines.append(row(machine, selection))
         print(lines[-1], flush=True)
@@ -109,27 +109,28 @@ def main() -> None:
 def lognormal_selections(densities: list[float], sampled_heads: int) -> list[Selection]:
     """Return random selections for the large models."""
     selections = []
-    for name, heads, tokens, dim in MODELS:
+    for model in MODELS:
         for q_clusters, k_clusters in CLUSTERS:
             for density in densities:
                 generator = torch.Generator().manual_seed(0)
                 q_sizes, k_sizes = (
-                    lognormal_sizes(generator, 1, sampled_heads, clusters, tokens)
+                    lognormal_sizes(generator, 1, sampled_heads, clusters, model.tokens)
                     for clusters in (q_clusters, k_clusters)
                 )
                 keep = random_blocks(generator, density, k_sizes, q_clusters)
-                selections.append(Selection(name, heads, dim, q_sizes, k_sizes, keep))
+                selections.append(Selection(model.name, model.heads, model.dim, q_sizes, k_sizes, keep))
     return selections
 
 
-def as_long_as(name: str, heads: int, tokens: int, dim: int, real: Selection) -> Selection:
+def as_long_as(model: Shape, real: Selection) -> Selection:
     """Return the clusters and selections of all layers and heads as heads of one layer of a large model."""
     sizes = []
     for small in (real.q_sizes, real.k_sizes):
         edges = small.double().cumsum(-1)
-        edges = (edges / edges[..., -1:] * tokens).round().int()
+        edges = (edges / edges[..., -1:] * model.tokens).round().int()
         sizes.append(torch.diff(edges, prepend=torch.zeros_like(edges[..., :1])).flatten(0, 1).unsqueeze(0))
-    return Selection(f"{real.name}, stretched to {name}", heads, dim, *sizes, real.keep.flatten(0, 1).unsqueeze(0))
+    keep = real.keep.flatten(0, 1).unsqueeze(0)
+    return Selection(f"{real.name}, stretched to {model.name}", model.heads, model.dim, *sizes, keep)
 
 
 def row(machine: Machine, selection: Selection) -> str:

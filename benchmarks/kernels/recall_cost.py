@@ -5,17 +5,15 @@ themselves cluster and select them, at their defaults, and the density printed i
 """
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
-from host_time import device_ms
+from shapes import WAN_1_3B_480P
+from timing import cpu_ms, device_ms, medians_in_turns_ms
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.environment import describe_environment
@@ -28,9 +26,9 @@ svg2 = torch.ops.svg2
 def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--tokens", type=int, default=32760)
-    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=WAN_1_3B_480P.heads)
+    parser.add_argument("--tokens", type=int, default=WAN_1_3B_480P.tokens)
+    parser.add_argument("--dim", type=int, default=WAN_1_3B_480P.dim)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--repeats", type=int, default=10)
@@ -58,10 +56,11 @@ def main() -> None:
         *state[:2], q_sizes, k_sizes, scale, config.top_p, config.min_keep_ratio, statistics_of_call
     )
     selection = (q_order, q_sizes, k_sizes, runs, counts, None, None, state[3])
-    attention_ms, *recall_ms = medians_ms(
+    attention_ms, *recall_ms = medians_in_turns_ms(
         lambda: svg2.block_sparse_attention(q, keys, values, q_sizes, runs, counts, None, None, None, q_order, scale),
         *(lambda rows=rows: svg2.measure_recall(q, keys, *selection, scale, rows, 1, 0) for rows in args.rows),
         repeats=args.repeats,
+        time_ms=device_ms if torch.cuda.is_available() else cpu_ms,
     )
     density = float(statistics_of_call[..., 1].sum() / args.heads)
     print(", ".join(f"{name} {value}" for name, value in describe_environment().items()))
@@ -73,25 +72,6 @@ def main() -> None:
     print(f"| sparse attention | {attention_ms:.2f} | |")
     for rows, each in zip(args.rows, recall_ms, strict=True):
         print(f"| recall on {rows} rows | {each:.2f} | {100 * each / attention_ms:.1f} % |")
-
-
-def medians_ms(*candidates: Callable[[], object], repeats: int) -> list[float]:
-    """Return the median time of each candidate, taken in turns so that a change of the machine hits all of them."""
-    time_ms = device_ms if torch.cuda.is_available() else cpu_ms
-    times: list[list[float]] = [[] for _ in candidates]
-    for repeat in range(repeats + 1):
-        for candidate, record in zip(candidates, times, strict=True):
-            ms = time_ms(candidate)
-            if repeat > 0:  # the first round warms up
-                record.append(ms)
-    return [statistics.median(record) for record in times]
-
-
-def cpu_ms(candidate: Callable[[], object]) -> float:
-    """Return the time of one call."""
-    start = time.perf_counter()
-    candidate()
-    return (time.perf_counter() - start) * 1e3
 
 
 if __name__ == "__main__":

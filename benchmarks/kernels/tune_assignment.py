@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,16 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
+
+from shapes import WAN_14B_720P
+
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import kmeans_triton
 from svg2_compile.kernels.centroids_triton import AssignTile
 from svg2_compile.kernels.why_not import why_not_gluon_assign
 
-HEADS, TOKENS, DIM = 40, 75_600, 128
+_, HEADS, TOKENS, DIM = WAN_14B_720P.size
 CLUSTERS = (100, 500, 1000)
 CALLS = 4
 TILES = [

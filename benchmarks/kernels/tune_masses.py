@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -17,17 +19,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
+
+from shapes import HUNYUAN_720P, NARROW, WAN_14B_720P
+
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import block_masses_triton
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 
-# Heads, tokens, head dimension; clusters of queries and keys.
-CASES = (
-    ((40, 75_600, 128), (100, 500)),
-    ((40, 75_600, 128), (300, 1000)),
-    ((24, 118_800, 128), (100, 500)),
-    ((24, 32_760, 64), (55, 218)),
-)
+SHAPES = (WAN_14B_720P, replace(HUNYUAN_720P, clusters=HUNYUAN_720P.clusters[:1]), NARROW)
 TILES = [
     {"BLOCK_M": queries, "BLOCK_C": key_clusters, "num_warps": warps, "num_stages": stages}
     for queries, key_clusters, warps, stages in (
@@ -55,8 +55,8 @@ def main() -> None:
 
     rows: list[dict[str, object]] = []
     record = {"environment": describe_environment(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
-    for (heads, tokens, dim), clusters in CASES:
-        arguments = make_arguments(heads, tokens, dim, clusters)
+    for shape, clusters in ((each, clusters) for each in SHAPES for clusters in each.clusters):
+        arguments = make_arguments(shape.heads, shape.tokens, shape.dim, clusters)
         expected = None
         for tile in TILES:
             with patch.object(block_masses_triton, "_tile", lambda *_, tile=tile: dict(tile)):
@@ -65,11 +65,12 @@ def main() -> None:
             expected = masses if expected is None else expected
             difference = float((masses - expected).abs().max())
             print(
-                f"{(heads, tokens, dim)} {clusters} {tuple(tile.values())} {ms:.3f} ms, off {difference:.1e}",
+                f"{tuple(shape.size[1:])} {clusters} {tuple(tile.values())} {ms:.3f} ms, off {difference:.1e}",
                 flush=True,
             )
-            size = [1, heads, tokens, dim]
-            rows.append({"q": size, "clusters": clusters, "tile": tile, "ms": ms, "largest_difference": difference})
+            rows.append(
+                {"q": shape.size, "clusters": clusters, "tile": tile, "ms": ms, "largest_difference": difference}
+            )
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
+from capture import AttentionCapture, queries_and_keys
 from plan_costs import key_tiles, query_tiles
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
@@ -38,23 +36,6 @@ STEPS, FIRST_STEP = 6, 2
 ITERS_INIT, ITERS_STEP = 10, 2
 BLOCK_M, BLOCK_N, PIECE = 128, 64, 16
 ORDERS = ("chain", "chain from the largest norm", "stretches of the sequence", "random")
-
-
-class Capture(TorchFunctionMode):
-    """Keeps the queries and keys [1, H, N, D] of every self-attention of the given length, in the order of calls."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.calls: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = dict(zip(("query", "key"), args)) | (kwargs or {})
-        if func is F.scaled_dot_product_attention and given["query"].shape[2] == given["key"].shape[2] == self.tokens:
-            self.calls.append((given["query"].contiguous(), given["key"].contiguous()))
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(slots=True)
@@ -115,7 +96,7 @@ def costs(query: Side, key: Side, tokens: int, scale: float, top_p: float) -> Te
 def captured_layers() -> tuple[int, list[list[tuple[Tensor, Tensor]]]]:
     """Return the length of the sequence, and the queries and keys of every layer of every clustered step."""
     video = Video(steps=STEPS)
-    with Capture(video.tokens) as capture:
+    with AttentionCapture(video.tokens, queries_and_keys) as capture:
         tiny_wan.generate(
             tiny_wan.load_pipeline(),
             video.prompt,
@@ -125,8 +106,8 @@ def captured_layers() -> tuple[int, list[list[tuple[Tensor, Tensor]]]]:
             steps=STEPS,
             guidance_scale=1.0,
         )
-    layers = len(capture.calls) // STEPS
-    steps = [capture.calls[step * layers : (step + 1) * layers] for step in range(FIRST_STEP, STEPS)]
+    layers = len(capture.measured) // STEPS
+    steps = [capture.measured[step * layers : (step + 1) * layers] for step in range(FIRST_STEP, STEPS)]
     return video.tokens, steps
 
 

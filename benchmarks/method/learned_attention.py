@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +22,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
+
+from capture import FRAMES, AttentionCapture, clean_latents, mixed_with_noise
 
 from svg2_compile import tiny_wan
 from svg2_compile.environment import describe_environment
 from svg2_compile.tiny_wan import clips, model
-from svg2_compile.tiny_wan.transform import BlockTransform, coordinates, frames_to_pixels
 
 NOISE_LEVELS = (0.95, 0.8, 0.5, 0.2)
 SCENES = ("rabbit_stretches", "passenger_talks", "street_fence")
-FRAMES = 16
 
 console = Console()
-
-
-class AttentionCapture(TorchFunctionMode):
-    """Measures query, key and scale of every self-attention of ``tokens`` tokens that runs inside, in their order."""
-
-    def __init__(self, tokens: int, measure: Callable[[Tensor, Tensor, float | None], Tensor]) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.measure = measure
-        self.measured: list[Tensor] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"), args)) | kwargs
-            if given["query"].shape[-2] == given["key"].shape[-2] == self.tokens:
-                if given.get("attn_mask") is not None or given.get("is_causal"):
-                    raise SystemExit("a self-attention has a mask; this script counts all keys of unmasked attention")
-                self.measured.append(self.measure(given["query"], given["key"], given.get("scale")))
-        return func(*args, **kwargs)
 
 
 def share_of_keys(query: Tensor, key: Tensor, scale: float | None, mass: float) -> Tensor:
@@ -120,22 +98,6 @@ def main() -> None:
     draw(options.out / "learned_attention.png", shares, result)
     console.print(table_of(shares, options.noise_levels))
     console.print(f"written to {options.out}: learned_attention.json, learned_attention.png")
-
-
-def clean_latents(names: list[str], scenes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return picture and coordinate channels ``[1, 64, F, h, w]`` of each scene's first frames."""
-    transform = BlockTransform.load(model.FOLDER / model.TRANSFORM_NAME)
-    place = coordinates(FRAMES, clips.HEIGHT, clips.WIDTH)
-    return {
-        name: torch.cat([transform.encode(frames_to_pixels(scenes[name][:FRAMES])), place], dim=1) for name in names
-    }
-
-
-def mixed_with_noise(latents: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Return the network's input at a noise level in (0, 1), always with the same noise, and the timestep."""
-    picture, place = latents[:, : model.CHANNELS], latents[:, model.CHANNELS :]
-    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(1))
-    return torch.cat([torch.lerp(picture, noise, level), place], dim=1), torch.tensor([1000 * level])
 
 
 @torch.no_grad()

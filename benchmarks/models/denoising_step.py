@@ -37,11 +37,12 @@ from torch import Tensor
 from torch._inductor import cudagraph_trees
 from torch.fx import GraphModule
 
-sys.path.extend(str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "kernels", "models"))
+sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
-from dense_baselines import time_once_ms
 from gpu_targets import StepGoal, step_goal
 from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
+from shapes import HUNYUAN_720P, WAN_1_3B_480P, WAN_14B_720P
+from timing import time_once_ms
 
 import svg2_compile
 from svg2_compile.environment import describe_environment
@@ -88,17 +89,24 @@ MODELS = {
         "WanTransformer3DModel",
         {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
         (1, 16, 21, 60, 104),
-        32_760,
-        (55, 218),
+        WAN_1_3B_480P.tokens,
+        WAN_1_3B_480P.clusters[0],
         WAN_TEXT,
     ),
-    "wan-14b-720p": Model("WanTransformer3DModel", {}, (1, 16, 21, 90, 160), 75_600, (100, 500), WAN_TEXT),
+    "wan-14b-720p": Model(
+        "WanTransformer3DModel",
+        {},
+        (1, 16, 21, 90, 160),
+        WAN_14B_720P.tokens,
+        WAN_14B_720P.clusters[0],
+        WAN_TEXT,
+    ),
     "hunyuan-720p": Model(
         "HunyuanVideoTransformer3DModel",
         {"guidance_embeds": True},
         (1, 16, 33, 90, 160),
-        118_800,
-        (100, 500),
+        HUNYUAN_720P.tokens,
+        HUNYUAN_720P.clusters[0],
         {"encoder_hidden_states": (1, 256, 4096), "pooled_projections": (1, 768)},
     ),
 }

@@ -1,9 +1,11 @@
 """The GPU benchmarks as far as a machine without a GPU can take them, and the arithmetic behind their figures."""
 
+import ast
 import dataclasses
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPTS = sorted(path for path in BENCHMARKS.rglob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+BENCHMARK_MODULES = {path.stem for path in BENCHMARKS.rglob("*.py")}
 
 
 @pytest.fixture
@@ -28,11 +32,30 @@ def run(script, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.fixture
+def run_here(monkeypatch):
+    """Run a script as a process of its own would without a GPU, but for the seconds in which that imports torch."""
+
+    def run_here(script, *arguments):
+        monkeypatch.setattr(sys, "path", [each for each in sys.path if not Path(each).is_relative_to(BENCHMARKS)])
+        monkeypatch.setattr(sys, "argv", [script.name, *arguments])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        for name in BENCHMARK_MODULES & sys.modules.keys():
+            monkeypatch.delitem(sys.modules, name)
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+
+    return run_here
+
+
 @pytest.mark.parametrize(
     "script",
     [
         "gpu_kernels.py",
-        "tune_attention.py",
+        "race_control.py",
+        "tune_assignment.py",
         "tune_masses.py",
         "denoising_step.py",
         "dense_baselines.py",
@@ -42,10 +65,31 @@ def run(script, *arguments):
         "tensorrt_engines.py",
     ],
 )
-def test_without_a_gpu_it_says_so_and_succeeds(script):
-    result = run(*script.split())
-    assert result.returncode == 0, result.stderr
-    assert "no GPU: " in result.stdout
+def test_without_a_gpu_it_says_so_and_succeeds(script, run_here, capsys):
+    name, *arguments = script.split()
+    assert not run_here(next(BENCHMARKS.rglob(name)), *arguments)
+    assert "no GPU: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_explains_itself_and_names_the_path_it_has(script, run_here, capsys):
+    assert f"python -P {script.relative_to(BENCHMARKS.parent)}" in ast.get_docstring(ast.parse(script.read_text()))
+    assert run_here(script, "--help") == 0
+    assert f"usage: {script.name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.rglob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_of_the_others_lies_in_its_folder_or_above_it(file):
+    found = {BENCHMARKS, file.parent}
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in BENCHMARK_MODULES.intersection(names):
+            assert any((folder / f"{name}.py").is_file() for folder in found), f"line {node.lineno}: {name}"
+
+
+def test_no_two_modules_of_the_benchmarks_share_a_name():
+    assert len(BENCHMARK_MODULES) == len(list(BENCHMARKS.rglob("*.py")))
 
 
 def test_without_a_gpu_nothing_is_written(tmp_path):
@@ -93,7 +137,7 @@ def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(mod
     monkeypatch.setattr(gpu_kernels, "device_median_ms", call_once)
     monkeypatch.setattr(gpu_kernels, "dense_ms", lambda *tensors: {"cuDNN": 1.0, "flash": "failed: for a test"})
     monkeypatch.setattr(gpu_kernels, "implementations", lambda dim: {"descriptor": tiles, "pointer": tiles})
-    shape = gpu_kernels.Shape("Wan 14B 720p", 2, 300, 128, ((3, 10),))
+    shape = module("shapes").Shape("Wan 14B 720p", 2, 300, 128, ((3, 10),))
     result = gpu_kernels.measure(shape, 2, (0.4,), 1.0, device="cpu")
     json.dumps(result)
     (overhead,), (attention,) = result["overhead"], result["attention"]
@@ -110,9 +154,9 @@ def test_a_measurement_calls_every_op_as_its_schema_wants_and_can_be_written(mod
 def test_host_and_gpu_times_are_of_every_op(module, monkeypatch, capsys):
     host_time = module("host_time")
     monkeypatch.setattr(host_time, "host_ms", lambda call, repeats: call() is None or 3.0)
-    monkeypatch.setattr(host_time, "device_ms", lambda call: 2.0)
+    monkeypatch.setattr(host_time, "device_median_ms", lambda call, rounds: 2.0)
     monkeypatch.setattr(host_time, "count_launches", lambda call: 7)
-    result = host_time.measure("small", 2, 300, 64, (3, 10), repeats=1, device="cpu")
+    result = host_time.measure(module("shapes").Shape("small", 2, 300, 64, ((3, 10),)), repeats=1, device="cpu")
     json.dumps(result)
     ops = ("cluster_tokens_", "select_blocks", "block_sparse_attention", "block_masses", "measure_recall")
     assert [result[op]["launches"] for op in ops] == [7] * 5 and result["select_blocks"]["device_ms"] == 2.0
@@ -133,7 +177,7 @@ def test_versions_of_the_attention_are_compared_in_the_same_rounds(module, monke
         out, lse = ours(*arguments)
         return out + 1, lse
 
-    shape = compare_attention.Shape("small", 2, 300, 64, ((3, 10),))
+    shape = module("shapes").Shape("small", 2, 300, 64, ((3, 10),))
     launchers = {compare_attention.OURS: ours, "wrong": wrong}
     (row,) = compare_attention.compare(shape, launchers, [0.4], rounds=2, device="cpu")
     json.dumps(row)
@@ -237,7 +281,7 @@ def test_dense_baselines_are_written_with_their_rates(module, monkeypatch, capsy
     monkeypatch.setattr(baselines, "COPIED_BYTES", 1000)
     monkeypatch.setattr(baselines, "dense_ms", lambda *arguments: {"cuDNN": 2.0, "flash": "failed: for a test"})
     assert baselines.ceilings(1.0, "cpu") == {"matmul_tflops": 2 * 64**3 / 2e9, "copy_gbs": 2 * 1000 / 2e6}
-    record = baselines.dense_record("a shape", 2, 100, 64, 1.0, "cpu")
+    record = baselines.dense_record(module("shapes").Shape("a shape", 2, 100, 64), 1.0, "cpu")
     assert record["tflops"] == {"cuDNN": 4 * 64 * 2 * 100**2 / 2e9}
     json.dumps(record)
     assert "failed: for a test" in capsys.readouterr().out

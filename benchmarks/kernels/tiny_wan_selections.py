@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from learned_attention import FRAMES, AttentionCapture, clean_latents, mixed_with_noise
+from capture import FRAMES, AttentionCapture, clean_latents, mixed_with_noise
 from torch import Tensor
 
 from svg2_compile import tiny_wan
