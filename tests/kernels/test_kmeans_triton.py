@@ -42,13 +42,13 @@ def assert_is_greedy_chain(centroids):
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "clusters", "dim"), CASES)
-def test_labels_are_nearest_and_centroids_are_their_means(tokens, clusters, dim, dtype, monkeypatch):
-    check_labels_and_means(random_tokens(tokens, dim, dtype), clusters, monkeypatch)
+def test_labels_are_nearest_and_centroids_are_their_means(tokens, clusters, dim, dtype):
+    check_labels_and_means(random_tokens(tokens, dim, dtype), clusters)
 
 
 @runs_kernels
-def test_labels_and_centroids_of_a_longer_sequence(monkeypatch):
-    check_labels_and_means(random_tokens(1000, 64, torch.float16), 100, monkeypatch)
+def test_labels_and_centroids_of_a_longer_sequence():
+    check_labels_and_means(random_tokens(1000, 64, torch.float16), 100)
 
 
 @runs_kernels

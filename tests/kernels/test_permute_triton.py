@@ -31,6 +31,16 @@ def random_order(batch, heads, tokens):
     return torch.rand(batch, heads, tokens).argsort(-1).int().to(DEVICE)
 
 
+@runs_kernels
+def test_a_row_that_is_not_written_is_no_number():
+    from svg2_compile.kernels.permute_triton import unpermute_tokens_triton
+
+    x = tokens_in("contiguous", 1, 1, 65, 16, torch.float32)
+    order = torch.arange(65, dtype=torch.int32, device=DEVICE).view(1, 1, 65).clamp(max=63)  # nothing goes to the last
+    rows = unpermute_tokens_triton(x, order)[0, 0]
+    assert torch.equal(rows[:63], x[0, 0, :63]) and rows[64].isnan().all()
+
+
 LAYOUTS = ["contiguous", "token-major", "slice of fused qkv", "transposed rows"]
 
 
