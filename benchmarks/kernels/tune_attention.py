@@ -58,7 +58,7 @@ def main() -> None:
 
 def measure(dim: int, rep_ms: float) -> dict[AttentionTiles, float]:
     """Return the time of every candidate that runs here."""
-    from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
+    from svg2_compile.kernels.block_sparse_attention_pointer import block_sparse_attention_pointer
 
     generator = torch.Generator(device="cuda").manual_seed(0)
     shape = (1, HEADS, TOKENS, dim)
@@ -70,7 +70,7 @@ def measure(dim: int, rep_ms: float) -> dict[AttentionTiles, float]:
     for block_m, block_n, num_warps, num_stages in CANDIDATES:
         tiles = AttentionTiles(block_m, block_n, 16, num_warps, num_stages)
         arguments = (q, k, v, q_sizes, kept.runs, kept.counts, None, None, None, None, dim**-0.5, tiles)
-        answer = attempt(partial(block_sparse_attention_triton, *arguments), rep_ms)
+        answer = attempt(partial(block_sparse_attention_pointer, *arguments), rep_ms)
         if isinstance(answer, str):
             print(f"D={dim} {tiles}: {answer}")
         else:
