@@ -6,12 +6,8 @@
 
 import math
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from svg2_compile.kernels.permute import empty_token_major
 
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
@@ -142,34 +138,3 @@ def store_results(out_ptr, lse_ptr, acc, row_max, row_sum, rows, inside, stride_
     out_rows = out_ptr + rows.to(tl.int64) * stride_n
     out = (acc / divisor[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_rows[:, None] + offs_d[None, :], out, mask=inside[:, None] & (offs_d < DIM)[None, :])
-
-
-def empty_results(q: Tensor, q_order: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return room for the results as the op lays them out."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if q_order is None else empty_token_major(q)
-    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-
-
-def packed_runs(runs: Tensor) -> Tensor:
-    """Return both ends of every run as one number, int64 [B, H, C_q, R], which a kernel loads at once."""
-    return runs.contiguous().view(torch.int64).squeeze(-1)
-
-
-def rows_of_unit_stride(x: Tensor) -> Tensor:
-    """Return ``x``, copied if its last axis is strided."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def context_arguments(
-    k: Tensor,
-    v: Tensor,
-    counts: Tensor,
-    context_k: Tensor | None,
-    context_v: Tensor | None,
-    context_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return keys, values and mask of the context; what there is not is never read, and something else stands in."""
-    context_keys = k if context_k is None else rows_of_unit_stride(context_k)
-    context_values = v if context_v is None else rows_of_unit_stride(context_v)
-    mask = counts if context_mask is None else rows_of_unit_stride(context_mask).view(torch.uint8)
-    return context_keys, context_values, mask

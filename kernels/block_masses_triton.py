@@ -18,11 +18,10 @@ from svg2_compile.kernels.attention_steps import (
     LOG2_E,
     load_rows,
     query_rows,
-    rows_of_unit_stride,
     scores_of,
     softmax,
 )
-from svg2_compile.kernels.launch import cdiv, padded_power_of_two
+from svg2_compile.kernels.launch import cdiv, padded_power_of_two, rows_of_unit_stride
 from svg2_compile.kernels.select_blocks_triton import sum_of
 from svg2_compile.kernels.work_list_triton import query_tiles_triton
 

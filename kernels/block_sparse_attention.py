@@ -316,7 +316,7 @@ define(
         modules=(
             "block_sparse_attention_gluon",
             "block_sparse_attention_descriptor",
-            "block_sparse_attention_triton",
+            "block_sparse_attention_pointer",
             "work_list_triton",
         ),
     ),

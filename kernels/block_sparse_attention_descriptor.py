@@ -10,26 +10,23 @@ and packed into tiles half as wide, which are loaded by pointer.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
 # mypy: disable-error-code="assignment, misc"
 
-import torch
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.attention_call import DTYPES, AttentionCall, Cut, attention_variants, triton_constexprs
 from svg2_compile.kernels.attention_steps import (
-    LOG2_E,
     accumulate,
     attend_context,
     attend_masked,
-    context_arguments,
-    empty_results,
     first_and_last_key,
     load_rows,
     load_runs,
-    packed_runs,
     query_rows,
-    rows_of_unit_stride,
     scores_of,
     softmax,
     spread,
@@ -38,8 +35,7 @@ from svg2_compile.kernels.attention_steps import (
 from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
 from svg2_compile.kernels.why_not import capability_of
-from svg2_compile.kernels.work_list import COUNTS, PIECES
-from svg2_compile.kernels.work_list_triton import query_tiles_triton
+from svg2_compile.kernels.work_list import PIECES
 
 ROTATED_FROM = 128
 
@@ -100,14 +96,6 @@ def _accumulate_bits(acc, bits, decay, v):
     return tl.dot(bits.to(v.dtype, bitcast=True), v, acc * decay[:, None], input_precision="ieee")
 
 
-@triton.jit
-def _tail_of(run, BLOCK_N: tl.constexpr):
-    """Return the first key and the length of what whole tiles leave of a run."""
-    first_key, last_key = first_and_last_key(run)
-    length = last_key - first_key
-    return first_key + length // BLOCK_N * BLOCK_N, length % BLOCK_N
-
-
 @triton.jit(
     do_not_specialize=[
         "stride_mask_b",
@@ -121,7 +109,7 @@ def _tail_of(run, BLOCK_N: tl.constexpr):
         "run_slots",
     ]
 )
-def _attention_kernel(
+def attention_descriptor_kernel(
     q_ptr,
     k_desc,
     v_desc,
@@ -310,58 +298,24 @@ def block_sparse_attention_descriptor(
     of keys and values that are not yet. No device synchronisation; keys that are not kept are not read. ``tiles`` None
     takes what ``tuning`` says.
     """
-    q = rows_of_unit_stride(q)
-    if scale < 0:
-        # The kernel takes the maximum before it scales.
-        q, scale = -q, -scale
-    batch, heads, tokens, dim = q.shape
-    groups, k_tokens = k.shape[1:3]
+    block_d = padded_power_of_two(q.shape[3])
     if tiles is None:
-        tiles = attention_tiles(capability_of(q.device), padded_power_of_two(dim), q.dtype, "descriptor")
-    out, lse = empty_results(q, q_order)
-    if out.numel() == 0:
-        return out, lse
-    query_tiles = query_tiles_triton(q_sizes, tokens, tiles.block_m)
-    runs, counts = packed_runs(runs), counts.contiguous()
-    keys, values = _rows(k), _rows(v)
-    has_context = context_k is not None and context_v is not None
-    context_keys, context_values, mask = context_arguments(k, v, counts, context_k, context_v, context_mask)
-    block = [tiles.block_n, padded_power_of_two(dim)]
-    with torch.cuda.device_of(q):
-        _attention_kernel[(batch * heads * query_tiles.shape[2],)](
-            q,
-            TensorDescriptor.from_tensor(keys, block),
-            TensorDescriptor.from_tensor(values, block),
-            keys,
-            values,
-            context_keys,
-            context_values,
-            mask,
-            None if q_order is None else q_order.contiguous(),
-            out,
-            lse,
-            query_tiles,
-            runs,
-            counts,
-            *q.stride()[:3],
-            *context_keys.stride()[:3],
-            *context_values.stride()[:3],
-            *out.stride()[:3],
-            0 if mask.shape[0] == 1 else mask.stride(0),
-            scale * LOG2_E,
-            heads,
-            heads // groups,
-            tokens,
-            k_tokens,
-            context_keys.shape[2],
-            runs.shape[2],
-            query_tiles.shape[2],
-            runs.shape[3],
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-            **_constexprs(dim, tiles, has_context, context_mask is not None),
-        )
-    return out, lse
+        tiles = attention_tiles(capability_of(q.device), block_d, q.dtype, "descriptor")
+    call = AttentionCall.of(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, scale, tiles)
+    if call.is_empty:
+        return call.results
+    keys, values = _rows(call.k), _rows(call.v)
+    block = [tiles.block_n, block_d]
+    descriptors = TensorDescriptor.from_tensor(keys, block), TensorDescriptor.from_tensor(values, block)
+    return call.launch(
+        attention_descriptor_kernel,
+        (*descriptors, keys, values, call.context_k, call.context_v),
+        call.mask_or_stand_in,
+        call.packed_runs,
+        (*call.context_k.stride()[:3], *call.context_v.stride()[:3]),
+        (k.shape[2], call.context),
+        _constexprs(q.shape[3], tiles, call.context > 0, call.context_mask is not None),
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -372,22 +326,16 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.data_ptr() % 16 == 0 else rows.clone()
 
 
+@cache
 def _constexprs(dim: int, tiles: AttentionTiles, has_context: bool, has_context_mask: bool) -> dict[str, int | bool]:
     """Return the compile-time arguments."""
     return {
-        "DIM": dim,
-        "BLOCK_D": padded_power_of_two(dim),
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
+        **triton_constexprs(dim, tiles, has_context, has_context_mask),
         "BLOCK_REST": tiles.block_n // 2,
-        "PIECE": tiles.piece,
         # Narrower tiles are for GPUs whose products the exponentials cannot overlap.
         "ROTATED": tiles.block_n >= ROTATED_FROM,
-        "COUNTS": len(COUNTS),
         "TILE_COLUMN": 1 + PIECES.index(tiles.block_n),
         "PIECE_COLUMN": 1 + PIECES.index(tiles.piece),
-        "HAS_CONTEXT": has_context,
-        "HAS_CONTEXT_MASK": has_context_mask,
     }
 
 
@@ -395,28 +343,11 @@ def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernel as launched on a compute capability such as 90; none where there are no descriptors."""
     if capability < 90:
         return []
-    variants = []
-    for name in ("bf16", "fp16"):
-        for dim, has_context in ((64, True), (64, False), (128, True), (128, False)):
-            tiles = attention_tiles(capability, padded_power_of_two(dim), torch.bfloat16, "descriptor")
-            constexprs = _constexprs(dim, tiles, has_context, has_context)
-            types = dict.fromkeys(_attention_kernel.arg_names, "i32") | {"scale_log2": "fp32", "lse_ptr": "*fp32"}
-            types |= dict.fromkeys(("order_ptr", "tiles_ptr", "counts_ptr"), "*i32")
-            types |= {"runs_ptr": "*i64", "context_mask_ptr": "*u8"}
-            types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "context_k_ptr", "context_v_ptr", "out_ptr"), f"*{name}")
-            descriptors = ("k_desc", "v_desc")
-            types |= dict.fromkeys(descriptors, f"tensordesc<{name}[{tiles.block_n}, {padded_power_of_two(dim)}]>")
-            signature = {argument: type_ for argument, type_ in types.items() if argument not in constexprs}
-            aligned = (x for x in signature if x.endswith(("_ptr", "_b", "_h", "_n")) and "mask" not in x)
-            variants.append(
-                AotVariant(
-                    name=f"attention_{name}_{dim}{'_context' if has_context else ''}",
-                    fn=_attention_kernel,
-                    signature=signature,
-                    constexprs=dict(constexprs),
-                    num_warps=tiles.num_warps,
-                    num_stages=tiles.num_stages,
-                    divisible_by_16=tuple(aligned),
-                )
-            )
-    return variants
+
+    def cut(kind: str, dim: int, has_context: bool) -> Cut:
+        block_d = padded_power_of_two(dim)
+        tiles = attention_tiles(capability, block_d, DTYPES[kind], "descriptor")
+        types = dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{kind}[{tiles.block_n}, {block_d}]>")
+        return tiles, _constexprs(dim, tiles, has_context, has_context), types
+
+    return attention_variants(attention_descriptor_kernel, "_context", cut)

@@ -19,9 +19,9 @@ piece read kept keys only. Tiles of context follow.
 # mypy: disable-error-code="assignment"
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,12 +34,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
-from svg2_compile.kernels.attention_steps import LOG2_E, empty_results, rows_of_unit_stride
+from svg2_compile.kernels.attention_call import AttentionCall, Cut, attention_variants
 from svg2_compile.kernels.gluon_names import element_type, load_box, shared_layout, thread_barrier
 from svg2_compile.kernels.tuning import GLUON, GLUON_ROWS
 from svg2_compile.kernels.tuning import PIECE as PIECE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES
-from svg2_compile.kernels.work_list_triton import query_tiles_triton
 
 LN_2 = gl.constexpr(math.log(2))
 PIECE = gl.constexpr(PIECE_KEYS)
@@ -378,7 +377,7 @@ def _consume(group: gl.constexpr, tiles, queries):
         "run_slots",
     ]
 )
-def _attention_kernel(
+def attention_gluon_kernel(
     q_ptr,
     k_desc,
     v_desc,
@@ -515,64 +514,34 @@ def block_sparse_attention_gluon(
     Allocates what the Triton implementation does, and contiguous copies of keys, values and context that are not yet.
     No device synchronisation.
     """
-    # The kernel takes the maximum, and masks, before it scales.
-    if scale < 0:
-        q, scale = -q, -scale
-    elif scale == 0:
-        q, scale = torch.zeros_like(q), 1.0
-    q = rows_of_unit_stride(q)
-    batch, heads, tokens, dim = q.shape
-    groups, k_tokens = k.shape[1:3]
-    out, lse = empty_results(q, q_order)
-    if out.numel() == 0:
-        return out, lse
-    tiles = query_tiles_triton(q_sizes, tokens, GLUON[dim].block_m)
-    runs, counts = runs.contiguous(), counts.contiguous()
-    keys, values = _rows(k), _rows(v)
-    # Without a context its arguments are never read.
-    context = 0 if context_k is None else context_k.shape[2]
-    context_keys = keys if context_k is None or context == 0 else _rows(context_k)
-    context_values = values if context_v is None or context == 0 else _rows(context_v)
-    mask = None if context_mask is None or context == 0 else context_mask.contiguous().view(torch.uint8)
-    with torch.cuda.device_of(q):
-        _attention_kernel[(batch * heads * tiles.shape[2],)](
-            q,
-            keys,
-            values,
-            context_keys,
-            context_values,
-            mask,
-            None if q_order is None else q_order.contiguous(),
-            out,
-            lse,
-            tiles,
-            runs,
-            counts,
-            *q.stride()[:3],
-            *out.stride()[:3],
-            0 if mask is None or mask.shape[0] == 1 else mask.stride(0),
-            scale * LOG2_E,
-            heads,
-            heads // groups,
-            tokens,
-            k_tokens,
-            context,
-            runs.shape[2],
-            tiles.shape[2],
-            runs.shape[3],
-            num_warps=GLUON[dim].num_warps,
-            **_constexprs(dim),
-        )
-    return out, lse
+    dim = q.shape[3]
+    tiles = GLUON[dim]
+    call = AttentionCall.of(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, scale, tiles)
+    if call.is_empty:
+        return call.results
+    block = [PIECE_KEYS, dim]
+    layout = shared_layout((PIECE_KEYS, dim), element_type(q))
+    keys = _rows(call.k, block, layout), _rows(call.v, block, layout)
+    context = keys
+    if call.context > 0:
+        context = _rows(call.context_k, block, layout), _rows(call.context_v, block, layout)
+    return call.launch(
+        attention_gluon_kernel,
+        (*keys, *context),
+        call.context_mask,
+        call.runs,
+        (),
+        (k.shape[2], call.context),
+        _constexprs(dim),
+    )
 
 
-def _rows(x: Tensor) -> TensorDescriptor:
+def _rows(x: Tensor, block: list[int], layout: Any) -> TensorDescriptor:
     """Return [B, G, N, D] as rows of all heads, to be loaded piece by piece."""
-    rows = x.contiguous().view(-1, x.shape[3])
-    block = [PIECE_KEYS, x.shape[3]]
-    return TensorDescriptor.from_tensor(rows, block, shared_layout(tuple(block), element_type(x)))
+    return TensorDescriptor.from_tensor(x.contiguous().view(-1, x.shape[3]), block, layout)
 
 
+@cache
 def _constexprs(dim: int) -> dict[str, int]:
     """Return the compile-time arguments."""
     consumer, producer = REGISTERS[dim]
@@ -591,29 +560,12 @@ def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernel as launched on Hopper, with everything in it and with the least; nothing elsewhere."""
     if capability != 90:
         return []
-    variants = []
-    for dtype, name in ((gl.bfloat16, "bf16"), (gl.float16, "fp16")):
-        for dim, has_context_mask in ((64, True), (64, False), (128, True), (128, False)):
-            layout = shared_layout((PIECE_KEYS, dim), dtype)
-            constexprs: dict[str, object] = {**_constexprs(dim)}
-            if not has_context_mask:
-                constexprs["context_mask_ptr"] = None
-            types = dict.fromkeys(_attention_kernel.arg_names, "i32") | {"scale_log2": "fp32", "lse_ptr": "*fp32"}
-            types |= dict.fromkeys(("order_ptr", "tiles_ptr", "runs_ptr", "counts_ptr"), "*i32")
-            types |= {"q_ptr": f"*{name}", "out_ptr": f"*{name}", "context_mask_ptr": "*u8"}
-            descriptors = ("k_desc", "v_desc", "context_k_desc", "context_v_desc")
-            types |= dict.fromkeys(descriptors, f"tensordesc<{name}[{PIECE_KEYS}, {dim}],{layout!r}>")
-            signature = {argument: type_ for argument, type_ in types.items() if argument not in constexprs}
-            aligned = (x for x in signature if x.endswith(("_ptr", "_b", "_h", "_n")) and "mask" not in x)
-            variants.append(
-                AotVariant(
-                    name=f"attention_{name}_{dim}{'_context_mask' if has_context_mask else ''}",
-                    fn=_attention_kernel,
-                    signature=signature,
-                    constexprs=constexprs,
-                    num_warps=GLUON[dim].num_warps,
-                    num_stages=GLUON[dim].num_stages,
-                    divisible_by_16=tuple(aligned),
-                )
-            )
-    return variants
+
+    def cut(kind: str, dim: int, has_context_mask: bool) -> Cut:
+        layout = shared_layout((PIECE_KEYS, dim), gl.bfloat16 if kind == "bf16" else gl.float16)
+        descriptors = ("k_desc", "v_desc", "context_k_desc", "context_v_desc")
+        types = dict.fromkeys(descriptors, f"tensordesc<{kind}[{PIECE_KEYS}, {dim}],{layout!r}>")
+        absent = {} if has_context_mask else {"context_mask_ptr": None}
+        return GLUON[dim], _constexprs(dim) | absent, types | {"runs_ptr": "*i32"}
+
+    return attention_variants(attention_gluon_kernel, "_context_mask", cut)

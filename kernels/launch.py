@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def cdiv(numerator: int, denominator: int) -> int:
@@ -16,6 +17,11 @@ def cdiv(numerator: int, denominator: int) -> int:
 def padded_power_of_two(size: int, at_least: int = 16) -> int:
     """Return the smallest power of two that is no less than either argument; tiles have such sides."""
     return max(at_least, 1 << (size - 1).bit_length())
+
+
+def rows_of_unit_stride(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy where the elements of a row are not neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass(frozen=True, slots=True)

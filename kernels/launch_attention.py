@@ -15,12 +15,6 @@ from svg2_compile.kernels.tuning import attention_candidates, chosen_tiles
 from svg2_compile.kernels.why_not import capability_of
 
 Launcher = Callable[..., tuple[Tensor, Tensor]]
-LAUNCHERS = {
-    "gluon": "block_sparse_attention_gluon",
-    "descriptor": "block_sparse_attention_descriptor",
-    "pointer": "block_sparse_attention_triton",
-}
-"""Module and function of each implementation."""
 CONTEXT_K = 6
 """Where the op takes the context keys."""
 
@@ -43,7 +37,7 @@ def launch_attention(
     Raises:
         ValueError: tiles are given for Gluon, whose tiles are part of its code.
     """
-    launch = _launcher(LAUNCHERS[implementation])
+    launch = _launcher(implementation)
     q = arguments[0]
     if implementation == "gluon":
         check_value(tiles is None, lambda: f"the gluon attention has tiles of its own, got {tiles}; leave tiles out")
@@ -62,6 +56,8 @@ def launch_attention(
 
 
 @cache
-def _launcher(name: str) -> Launcher:
+def _launcher(implementation: str) -> Launcher:
+    """Return the function that is named like its module."""
+    name = f"block_sparse_attention_{implementation}"
     launcher: Launcher = getattr(importlib.import_module(f"svg2_compile.kernels.{name}"), name)
     return launcher

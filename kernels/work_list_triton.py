@@ -3,6 +3,8 @@
 # Triton has no types.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -64,6 +66,7 @@ def query_tiles_triton(q_sizes: Tensor, q_tokens: int, block_m: int) -> Tensor:
     return tiles
 
 
+@cache
 def _constexprs(clusters: int, block_m: int) -> dict[str, int]:
     """Return the compile-time arguments."""
     return {"BLOCK_M": block_m, "BLOCK_CLUSTERS": padded_power_of_two(clusters), "BLOCK_SLOTS": BLOCK_SLOTS}

@@ -91,7 +91,9 @@ def triton_modules() -> list[str]:
     """Return the names of the modules with kernels."""
     folder = Path(svg2_compile.kernels.__path__[0])
     return sorted(
-        path.stem for pattern in ("*_triton.py", "*_gluon.py", "*_descriptor.py") for path in folder.glob(pattern)
+        path.stem
+        for pattern in ("*_triton.py", "*_gluon.py", "*_pointer.py", "*_descriptor.py")
+        for path in folder.glob(pattern)
     )
 
 

@@ -111,7 +111,7 @@ class LayerMemory:
 
 def measure(heads: int, tokens: int, dim: int, q_clusters: int, k_clusters: int) -> LayerMemory:
     """Run one sparse layer on tensors without data and return what it allocates."""
-    from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
+    from svg2_compile.kernels.block_sparse_attention_pointer import block_sparse_attention_pointer
     from svg2_compile.kernels.cluster_tokens_triton import cluster_tokens_triton
     from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
 
@@ -138,7 +138,7 @@ def measure(heads: int, tokens: int, dim: int, q_clusters: int, k_clusters: int)
         runs, counts = run("select", select_blocks_triton, *centroids, *sizes, dim**-0.5, 0.9, 0.1, statistics)
         tiles = attention_tiles(90, padded_power_of_two(dim), q.dtype)
         attend = (q, keys, values, q_sizes, runs, counts, None, None, None, q_order, dim**-0.5, tiles)
-        out, _ = run("attention", block_sparse_attention_triton, *attend)
+        out, _ = run("attention", block_sparse_attention_pointer, *attend)
         return LayerMemory(workspace, bytes_of(keys, values), ledger.peak - bytes_of(out))
 
 

@@ -59,7 +59,8 @@ from svg2_compile.video.measure import fastest_attention
 
 DEVICE = "cuda"
 DENSITIES = (0.15, 0.2, 0.25, 0.3, 0.4)
-ATTENTION_KERNELS = ("_attention_kernel", "_query_tiles_kernel", "cudnn_generated", "flash_fwd", "fmha")
+ATTENTION_KERNELS = ("attention_pointer_kernel", "attention_descriptor_kernel", "attention_gluon_kernel")
+ATTENTION_KERNELS += ("_query_tiles_kernel", "cudnn_generated", "flash_fwd", "fmha")
 CLUSTERING_KERNELS = ("start_kernel", "order_kernel", "assign_kernel", "count_kernel", "scan_kernel", "place_kernel")
 CLUSTERING_KERNELS += ("sum_kernel", "mean_kernel", "move_rows_kernel", "select_kernel")
 LONGEST = 8

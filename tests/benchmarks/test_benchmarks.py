@@ -203,7 +203,7 @@ def steps(module, monkeypatch):
     monkeypatch.setattr(steps, "DEVICE", "cpu")
     monkeypatch.setattr(steps, "time_once_ms", time_once_ms)
     monkeypatch.setattr(
-        steps, "kernels_ms", lambda function: {"_attention_kernel": 1.0, "sum_kernel": 0.5, "gemm": 0.5}
+        steps, "kernels_ms", lambda function: {"attention_gluon_kernel": 1.0, "sum_kernel": 0.5, "gemm": 0.5}
     )
     monkeypatch.setattr(steps, "compiled", lambda model, *rest: model)
     return steps

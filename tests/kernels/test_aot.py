@@ -40,7 +40,7 @@ def assert_spills_nothing(kernels):
 def test_attention_spills_nothing_on_ampere_and_hopper(tmp_path):
     chosen = () if EVERYTHING else ("--match", ATTENTION)
     kernels = resources(
-        tmp_path / "kernels.json", "--modules", "block_sparse_attention_triton", "--arch", "80", "90", *chosen
+        tmp_path / "kernels.json", "--modules", "block_sparse_attention_pointer", "--arch", "80", "90", *chosen
     )
     assert_fits(kernels)
     assert_spills_nothing(kernels)

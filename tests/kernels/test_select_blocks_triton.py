@@ -303,7 +303,7 @@ def test_statistics_accumulate_over_calls_in_any_layout():
 
 @runs_kernels
 def test_the_attention_takes_the_selection_with_dense_heads():
-    from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
+    from svg2_compile.kernels.block_sparse_attention_pointer import block_sparse_attention_pointer
     from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
 
     generator = torch.Generator().manual_seed(0)
@@ -314,7 +314,7 @@ def test_the_attention_takes_the_selection_with_dense_heads():
     runs, counts = select_blocks_triton(*means, sizes, sizes, 0.3, 0.2, 0.0, statistics[0])
     dense_heads = torch.tensor([[[0.0, 0.0], [1.0, 0.5]]], device=DEVICE)
     kept = torch.ops.svg2.keep_dense_heads_(runs, counts, sizes, sizes, dense_heads, *statistics)
-    out, _ = block_sparse_attention_triton(q, k, v, sizes, *kept, None, None, None, None, 0.3)
+    out, _ = block_sparse_attention_pointer(q, k, v, sizes, *kept, None, None, None, None, 0.3)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
     sparse, _ = block_sparse_attention_reference(q, k, v, sizes, runs, counts, None, None, None, None, 0.3)
     torch.testing.assert_close(out[:, 1], dense[:, 1])

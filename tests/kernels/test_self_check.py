@@ -160,7 +160,7 @@ def test_a_kernel_that_fails_is_wrong_and_memory_that_is_out_is_not():
 def test_the_kernels_are_right(op):
     from svg2_compile.kernels import (
         block_masses_triton,
-        block_sparse_attention_triton,
+        block_sparse_attention_pointer,
         cluster_tokens_triton,
         kmeans_triton,
         measure_recall_triton,
@@ -177,7 +177,7 @@ def test_the_kernels_are_right(op):
         "unpermute_tokens": permute_triton.unpermute_tokens_triton,
         "block_masses": block_masses_triton.block_masses_triton,
         "select_blocks": select_blocks_triton.select_blocks_triton,
-        "block_sparse_attention": block_sparse_attention_triton.block_sparse_attention_triton,
+        "block_sparse_attention": block_sparse_attention_pointer.block_sparse_attention_pointer,
         "measure_recall": measure_recall_triton.measure_recall_triton,
     }
     kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, given=GIVEN_CONTEXT)

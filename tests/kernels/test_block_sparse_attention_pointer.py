@@ -21,13 +21,13 @@ def test_the_kernels_pass_under_the_interpreter():
 def attend(request):
     """Return a function that returns a kernel's results; the tiles decide which loop the one by descriptors takes."""
     from svg2_compile.kernels.block_sparse_attention_descriptor import block_sparse_attention_descriptor
-    from svg2_compile.kernels.block_sparse_attention_triton import block_sparse_attention_triton
+    from svg2_compile.kernels.block_sparse_attention_pointer import block_sparse_attention_pointer
     from svg2_compile.kernels.tuning import AttentionTiles
 
     is_descriptor = request.param.startswith("descriptor")
     if DEVICE == "cuda" and is_descriptor and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors need compute capability 9.0")
-    implementation = block_sparse_attention_descriptor if is_descriptor else block_sparse_attention_triton
+    implementation = block_sparse_attention_descriptor if is_descriptor else block_sparse_attention_pointer
     block_n = 128 if request.param.endswith("128 keys") else 64
     tiles = AttentionTiles(block_m=64, block_n=block_n, piece=16, num_warps=8, num_stages=2)
     if DEVICE == "cuda" and not is_descriptor:

@@ -9,25 +9,22 @@ their tiles need no mask.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
 # mypy: disable-error-code="assignment, misc"
 
-import torch
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.attention_call import DTYPES, AttentionCall, Cut, attention_variants, triton_constexprs
 from svg2_compile.kernels.attention_steps import (
-    LOG2_E,
     accumulate,
     attend_context,
     attend_masked,
-    context_arguments,
-    empty_results,
     first_and_last_key,
     load_rows,
     load_runs,
-    packed_runs,
     query_rows,
-    rows_of_unit_stride,
     scores_of,
     softmax,
     spread,
@@ -36,8 +33,7 @@ from svg2_compile.kernels.attention_steps import (
 from svg2_compile.kernels.launch import padded_power_of_two
 from svg2_compile.kernels.tuning import AttentionTiles, attention_tiles
 from svg2_compile.kernels.why_not import capability_of
-from svg2_compile.kernels.work_list import COUNTS, PIECES
-from svg2_compile.kernels.work_list_triton import query_tiles_triton
+from svg2_compile.kernels.work_list import PIECES
 
 
 @triton.jit
@@ -98,7 +94,7 @@ def _last_pieces(runs, piece_keys, left_pieces, PIECE: tl.constexpr, COUNT: tl.c
         "run_slots",
     ]
 )
-def _attention_kernel(
+def attention_pointer_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -238,7 +234,7 @@ def _attention_kernel(
     store_results(out_ptr, lse_ptr, acc, row_max, row_sum, rows, inside, stride_out_n, offs_d, DIM)
 
 
-def block_sparse_attention_triton(
+def block_sparse_attention_pointer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -257,94 +253,30 @@ def block_sparse_attention_triton(
     Besides its results it allocates the tiles of queries, 12 bytes each. No device synchronisation; keys that are not
     kept are not read. ``tiles`` None takes what ``tuning`` says.
     """
-    q, k, v = (rows_of_unit_stride(x) for x in (q, k, v))
-    if scale < 0:
-        # The kernel takes the maximum before it scales.
-        q, scale = -q, -scale
-    batch, heads, tokens, dim = q.shape
     if tiles is None:
-        tiles = attention_tiles(capability_of(q.device), padded_power_of_two(dim), q.dtype)
-    out, lse = empty_results(q, q_order)
-    if out.numel() == 0:
-        return out, lse
-    query_tiles = query_tiles_triton(q_sizes, tokens, tiles.block_m)
-    runs, counts = packed_runs(runs), counts.contiguous()
-    has_context = context_k is not None and context_v is not None
-    context_keys, context_values, mask = context_arguments(k, v, counts, context_k, context_v, context_mask)
-    with torch.cuda.device_of(q):
-        _attention_kernel[(batch * heads * query_tiles.shape[2],)](
-            q,
-            k,
-            v,
-            context_keys,
-            context_values,
-            mask,
-            None if q_order is None else q_order.contiguous(),
-            out,
-            lse,
-            query_tiles,
-            runs,
-            counts,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *context_keys.stride()[:3],
-            *context_values.stride()[:3],
-            *out.stride()[:3],
-            0 if mask.shape[0] == 1 else mask.stride(0),
-            scale * LOG2_E,
-            heads,
-            heads // k.shape[1],
-            tokens,
-            context_keys.shape[2],
-            runs.shape[2],
-            query_tiles.shape[2],
-            runs.shape[3],
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-            **_constexprs(dim, tiles, has_context, context_mask is not None),
-        )
-    return out, lse
+        tiles = attention_tiles(capability_of(q.device), padded_power_of_two(q.shape[3]), q.dtype)
+    call = AttentionCall.of(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, scale, tiles)
+    if call.is_empty:
+        return call.results
+    keys = call.k, call.v, call.context_k, call.context_v
+    strides = (*call.k.stride()[:3], *call.v.stride()[:3], *call.context_k.stride()[:3], *call.context_v.stride()[:3])
+    constexprs = _constexprs(q.shape[3], tiles, call.context > 0, call.context_mask is not None)
+    return call.launch(
+        attention_pointer_kernel, keys, call.mask_or_stand_in, call.packed_runs, strides, (call.context,), constexprs
+    )
 
 
+@cache
 def _constexprs(dim: int, tiles: AttentionTiles, has_context: bool, has_context_mask: bool) -> dict[str, int | bool]:
     """Return the compile-time arguments."""
-    return {
-        "DIM": dim,
-        "BLOCK_D": padded_power_of_two(dim),
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "PIECE": tiles.piece,
-        "COUNTS": len(COUNTS),
-        "COLUMN": 1 + PIECES.index(tiles.piece),
-        "HAS_CONTEXT": has_context,
-        "HAS_CONTEXT_MASK": has_context_mask,
-    }
+    return triton_constexprs(dim, tiles, has_context, has_context_mask) | {"COLUMN": 1 + PIECES.index(tiles.piece)}
 
 
 def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernel as launched on a compute capability such as 90, with everything in it and with the least."""
-    variants = []
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        for dim, has_context in ((64, True), (64, False), (128, True), (128, False)):
-            tiles = attention_tiles(capability, padded_power_of_two(dim), dtype)
-            constexprs = _constexprs(dim, tiles, has_context, has_context)
-            types = dict.fromkeys(_attention_kernel.arg_names, "i32") | {"scale_log2": "fp32", "lse_ptr": "*fp32"}
-            types |= dict.fromkeys(("order_ptr", "tiles_ptr", "counts_ptr"), "*i32")
-            types |= {"runs_ptr": "*i64", "context_mask_ptr": "*u8"}
-            rows = ("q_ptr", "k_ptr", "v_ptr", "context_k_ptr", "context_v_ptr", "out_ptr")
-            types |= dict.fromkeys(rows, f"*{name}")
-            signature = {argument: type_ for argument, type_ in types.items() if argument not in constexprs}
-            aligned = (x for x in signature if x.endswith(("_ptr", "_b", "_h", "_n")) and "mask" not in x)
-            variants.append(
-                AotVariant(
-                    name=f"attention_{name}_{dim}{'_context' if has_context else ''}",
-                    fn=_attention_kernel,
-                    signature=signature,
-                    constexprs=dict(constexprs),
-                    num_warps=tiles.num_warps,
-                    num_stages=tiles.num_stages,
-                    divisible_by_16=tuple(aligned),
-                )
-            )
-    return variants
+
+    def cut(kind: str, dim: int, has_context: bool) -> Cut:
+        tiles = attention_tiles(capability, padded_power_of_two(dim), DTYPES[kind])
+        return tiles, _constexprs(dim, tiles, has_context, has_context), {}
+
+    return attention_variants(attention_pointer_kernel, "_context", cut)
