@@ -93,7 +93,7 @@ def test_an_op_stands_in_a_module_of_its_name(card):
 
 
 def test_every_module_with_kernels_belongs_to_a_card():
-    files = {path.stem for end in ("triton", "gluon", "descriptor") for path in KERNELS.glob(f"*_{end}.py")}
+    files = {path.stem for end in ("triton", "gluon", "descriptor", "pointer") for path in KERNELS.glob(f"*_{end}.py")}
     assert {module for card in CARDS.values() if card.kernels for module in card.kernels.modules} == files
 
 
