@@ -6,16 +6,15 @@ JSON, and ``--write PATH`` replaces the table between the markers of a Markdown 
 
 import argparse
 import importlib
-import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import triton
@@ -28,8 +27,8 @@ sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
 from marked_table import write_between
 
-import svg2_compile.kernels
-from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels.ahead_of_time import AotVariant, kernel_modules, variants_of
 from svg2_compile.kernels.tuning import AttentionTiles, attention_candidates
 
 MAX_CANDIDATES = 4
@@ -71,13 +70,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
-    modules = [importlib.import_module(f"svg2_compile.kernels.{name}") for name in args.modules or triton_modules()]
     rows = [
         measure(module, variant, arch)
-        for module in modules
-        for arch in args.arch
-        for variant in (candidates_of if args.candidates else variants_of)(module, arch)
-        if re.search(args.match, variant.name)
+        for module, arch, variant in chosen_variants(args.modules, args.arch, args.match, args.candidates)
     ]
     table = markdown(rows)
     print(table)
@@ -87,25 +82,20 @@ def main() -> None:
         write_between(args.write, "kernel resources", table)
 
 
-def triton_modules() -> list[str]:
-    """Return the names of the modules with kernels."""
-    folder = Path(svg2_compile.kernels.__path__[0])
-    return sorted(
-        path.stem
-        for pattern in ("*_triton.py", "*_gluon.py", "*_pointer.py", "*_descriptor.py")
-        for path in folder.glob(pattern)
-    )
+def chosen_variants(
+    modules: list[str] | None, archs: list[int], match: str, candidates: bool = False
+) -> Iterator[tuple[str, int, AotVariant]]:
+    """Yield module, architecture and kernel of all that are asked for."""
+    for module in modules or kernel_modules():
+        for arch in archs:
+            for variant in (candidates_of if candidates else variants_of)(module, arch):
+                if re.search(match, variant.name):
+                    yield module, arch, variant
 
 
-def variants_of(module: ModuleType, arch: int) -> list[AotVariant]:
-    """Return the kernels of a module; some are cut differently on each architecture."""
-    takes_arch = bool(inspect.signature(module.aot_variants).parameters)
-    variants: list[AotVariant] = module.aot_variants(arch) if takes_arch else module.aot_variants()
-    return variants
-
-
-def candidates_of(module: ModuleType, arch: int) -> list[AotVariant]:
+def candidates_of(name: str, arch: int) -> list[AotVariant]:
     """Return the kernels of a module with the tiles that autotuning would time besides those in use."""
+    module = importlib.import_module(f"svg2_compile.kernels.{name}")
     if not hasattr(module, "attention_tiles"):
         return []
     in_use, lookup = module.aot_variants(arch), module.attention_tiles
@@ -126,7 +116,7 @@ def candidate_at(place: int, *question: Any, **more: Any) -> AttentionTiles:
     return candidates[place if place < len(candidates) else 0]
 
 
-def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:
+def measure(module: str, variant: AotVariant, arch: int) -> Resources:
     """Compile one kernel and read its resources from the machine code."""
     source = GluonASTSource if variant.fn.is_gluon() else ASTSource
     kernel = triton.compile(
@@ -141,7 +131,7 @@ def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:
         stack_bytes = int(re.findall(r"STACK:(\d+)", usage)[-1])
         code = tool("nvdisasm", "-c", cubin.name) if arch == 90 or stack_bytes else ""
     return Resources(
-        module=module.__name__.rpartition(".")[2].removesuffix("_triton"),
+        module=label_of(module),
         kernel=variant.name,
         arch=arch,
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
@@ -153,6 +143,11 @@ def measure(module: ModuleType, variant: AotVariant, arch: int) -> Resources:
         overwritten_operands=count_overwritten_operands(code),
         overlapped_loops=count_overlapped_loops(code),
     )
+
+
+def label_of(module: str) -> str:
+    """Return how the table names a module."""
+    return module.removesuffix("_triton")
 
 
 def is_stack_read(code: str) -> bool:

@@ -47,6 +47,8 @@ from timing import time_once_ms
 import svg2_compile
 from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels.ahead_of_time import kernel_names
+from svg2_compile.kernels.card import PARTS
 from svg2_compile.kernels.work_list import kept_runs_reference
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.plan import stages_of
@@ -59,10 +61,7 @@ from svg2_compile.video.measure import fastest_attention
 
 DEVICE = "cuda"
 DENSITIES = (0.15, 0.2, 0.25, 0.3, 0.4)
-ATTENTION_KERNELS = ("attention_pointer_kernel", "attention_descriptor_kernel", "attention_gluon_kernel")
-ATTENTION_KERNELS += ("_query_tiles_kernel", "cudnn_generated", "flash_fwd", "fmha")
-CLUSTERING_KERNELS = ("start_kernel", "order_kernel", "assign_kernel", "count_kernel", "scan_kernel", "place_kernel")
-CLUSTERING_KERNELS += ("sum_kernel", "mean_kernel", "move_rows_kernel", "select_kernel")
+PYTORCHS_ATTENTION = ("cudnn_generated", "flash_fwd", "fmha")
 LONGEST = 8
 """Kernels that are named in the record."""
 WARM_STEPS = 3
@@ -331,10 +330,12 @@ def kernels_ms(function: Callable[[], object]) -> dict[str, float]:
 def kinds_ms(kernels: dict[str, float]) -> dict[str, float]:
     """Return the time of attention, of clustering and selection, and of the rest."""
     kinds = {"attention": 0.0, "clustering": 0.0, "rest": 0.0}
+    attention = kernel_names("attention")
+    others = tuple(name for part in PARTS if part != "attention" for name in kernel_names(part))
     for name, ms in kernels.items():
-        if name.startswith(CLUSTERING_KERNELS):
+        if name.startswith(others):
             kinds["clustering"] += ms
-        elif any(part in name for part in ATTENTION_KERNELS):
+        elif name.startswith(attention) or any(each in name for each in PYTORCHS_ATTENTION):
             kinds["attention"] += ms
         else:
             kinds["rest"] += ms

@@ -209,6 +209,13 @@ def steps(module, monkeypatch):
     return steps
 
 
+def test_every_kernel_of_ours_counts_to_attention_or_to_clustering(steps):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    ours = {"_query_tiles_kernel": 1.0, "select_kernel": 2.0, "sums_kernel": 4.0, "mark_kernel": 8.0}
+    kinds = steps.kinds_ms(ours | {"cudnn_generated_fort_native_sdpa": 16.0, "gemm": 32.0})
+    assert kinds == {"attention": 17.0, "clustering": 14.0, "rest": 32.0}
+
+
 @pytest.mark.parametrize("name", ["wan-14b-720p", "hunyuan-720p"])
 def test_a_step_is_timed_dense_and_at_every_density_and_saved_each_time(steps, monkeypatch, capsys, name):
     spec = steps.MODELS[name]

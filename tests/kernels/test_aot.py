@@ -9,10 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
+from svg2_compile.kernels.ahead_of_time import kernel_modules
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "kernel_resources.py"
 # `SVG2_AOT=all` compiles every kernel for every architecture; by default one of each kind, for time.
 EVERYTHING = os.environ.get("SVG2_AOT") == "all"
 ATTENTION = "^attention_(bf16_(64|128)_context|fp16_128)$"
+EXAMINED_ABOVE = (
+    "block_sparse_attention_triton",
+    "block_sparse_attention_gluon",
+    "block_sparse_attention_descriptor",
+    "assign_gluon",
+    "work_list_triton",
+)
 
 
 def resources(path, *arguments):
@@ -83,14 +93,10 @@ def test_query_tiles_spill_nothing_on_ampere_and_hopper(tmp_path):
     assert_spills_nothing(kernels)
 
 
-@pytest.mark.parametrize(
-    "module", ["block_masses", "centroids", "cluster_tokens", "kmeans", "permute", "select_blocks", "sort_labels"]
-)
+@pytest.mark.parametrize("module", [name for name in kernel_modules() if name not in EXAMINED_ABOVE])
 def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_path):
-    if not (SCRIPT.parents[2] / "kernels" / f"{module}_triton.py").exists():
-        pytest.skip(f"kernels/{module}_triton.py does not exist")
     chosen = () if EVERYTHING else ("--match", "^(?!.*(fp32|fp16|256)).*$")
-    kernels = resources(tmp_path / "kernels.json", "--modules", f"{module}_triton", "--arch", "90", *chosen)
+    kernels = resources(tmp_path / "kernels.json", "--modules", module, "--arch", "90", *chosen)
     assert_fits(kernels)
     assert_spills_nothing(kernels)
 
@@ -103,11 +109,16 @@ def test_selection_among_up_to_256_clusters_spills_nothing_on_ampere(tmp_path):
     assert_spills_nothing(kernels)
 
 
-def test_a_spill_is_what_is_loaded_again(monkeypatch):
+@pytest.fixture
+def kernel_resources(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     for folder in SCRIPT.parents[:2]:
         monkeypatch.syspath_prepend(str(folder))
-    is_stack_read = importlib.import_module("kernel_resources").is_stack_read
+    return importlib.import_module("kernel_resources")
+
+
+def test_a_spill_is_what_is_loaded_again(kernel_resources):
+    is_stack_read = kernel_resources.is_stack_read
     # From functions around a shuffle, and before a call that takes an argument on the stack.
     assert is_stack_read("STL [R1], R0 ;\nSHFL.UP PT, R48, R25, R48, R53 ;\nLDL.LU R0, [R1] ;")
     assert not is_stack_read("STL.64 [R1], RZ ;\nLDC.64 R10, c[0x4][R0] ;\nCALL.ABS.NOINC R10 ;\nLDG.E R1, [R2] ;")
