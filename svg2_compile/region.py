@@ -20,7 +20,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.clock import Tick, current_clock, forget, tick
-from svg2_compile.kernels.known_state import is_capturing, known_as_clustered
+from svg2_compile.kernels.known_state import known_as_clustered
+from svg2_compile.kernels.launch import is_capturing
 from svg2_compile.kernels.self_check import Kind, check_kernels
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.nodes import target_name

@@ -52,8 +52,8 @@ DEVICE = "cuda"
 DENSITIES = (0.15, 0.2, 0.25, 0.3, 0.4)
 ATTENTION_KERNELS = ("attention_pointer_kernel", "attention_descriptor_kernel", "attention_gluon_kernel")
 ATTENTION_KERNELS += ("_query_tiles_kernel", "cudnn_generated", "flash_fwd", "fmha")
-CLUSTERING_KERNELS = ("start_kernel", "order_kernel", "assign_kernel", "count_kernel", "scan_kernel", "place_kernel")
-CLUSTERING_KERNELS += ("sum_kernel", "mean_kernel", "move_rows_kernel", "select_kernel")
+CLUSTERING_KERNELS = ("start_kernel", "order_kernel", "assign_triton_kernel", "assign_gluon_kernel", "count_kernel")
+CLUSTERING_KERNELS += ("scan_kernel", "place_kernel", "sum_kernel", "mean_kernel", "move_rows_kernel", "select_kernel")
 LONGEST = 8
 """Kernels that are named in the record."""
 WARM_STEPS = 3
