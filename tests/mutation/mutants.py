@@ -35,6 +35,7 @@ RECALL_TRITON = ("tests/kernels/test_recall_triton.py",)
 GUARD = ("tests/api/test_guard.py",)
 SELF_CHECK = ("tests/kernels/test_self_check.py",)
 KNOWN = ("tests/kernels/test_known_state.py",)
+ATTENTION_CALL = ("tests/kernels/test_attention_call.py",)
 CLUSTER_TRITON = ("tests/kernels/test_cluster_tokens_triton.py",)
 VOUCHING = ("tests/api/test_backend.py",)
 API = ("tests/api/test_clock.py", "tests/api/test_backend.py")
@@ -1334,5 +1335,40 @@ MUTANTS = (
         "if iteration == iters_init - 1 and not is_later:",
         "if iteration == iters_init - 1:",
         CLUSTER_TRITON,
+    ),
+    Mutant(
+        "a negative scale left to the kernels",
+        "kernels/attention_call.py",
+        "        if scale < 0:\n",
+        "        if False:\n",
+        ATTENTION_CALL,
+    ),
+    Mutant(
+        "a scale of zero left to the kernels",
+        "kernels/attention_call.py",
+        "        elif scale == 0:\n",
+        "        elif False:\n",
+        ATTENTION_CALL,
+    ),
+    Mutant(
+        "a mask of one batch entry strided",
+        "kernels/attention_call.py",
+        "0 if mask is None or mask.shape[0] == 1 else",
+        "0 if mask is None else",
+        ATTENTION_CALL,
+    ),
+    Mutant(
+        "an empty context told to the kernels",
+        "kernels/attention_call.py",
+        "if context > 0 and context_k is not None",
+        "if context_k is not None",
+        ATTENTION_CALL,
+    ),
+    Mutant(
+        "nothing computed with a grid of nothing",
+        "kernels/attention_call.py",
+        "return self.out.numel() == 0",
+        "return False",
+        ATTENTION_CALL,
     ),
 )
