@@ -26,11 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.assign_tile import GLUON_ASSIGN_C as BLOCK_C
 from svg2_compile.kernels.card import MAX_CLUSTERS
-from svg2_compile.kernels.centroids_triton import GLUON_ASSIGN_C as BLOCK_C
+from svg2_compile.kernels.counting_sort import COUNT_N, TABLE_COLUMNS
 from svg2_compile.kernels.gluon_names import element_type, load_box, shared_layout, thread_barrier
 from svg2_compile.kernels.launch import RepeatableLaunch
-from svg2_compile.kernels.sort_labels_triton import COUNT_N, SIZES, TABLE_COLUMNS
+from svg2_compile.kernels.sides import SIZES
 
 ROWS = 64  # tokens of either group of warps
 CENTROID_BYTES = 128 * 1024  # of shared memory
@@ -281,7 +282,7 @@ def _count(
 
 
 @gluon.jit(do_not_specialize=[*SIZES, "iteration"])
-def assign_kernel(
+def assign_gluon_kernel(
     q_desc,
     k_desc,
     c_desc,
@@ -362,7 +363,7 @@ def launch_assign(
         q: [B, H, N, D], tokens that ``why_not_gluon_assign`` and ``why_not_boxes`` have nothing against.
         k: the same of the second side; anything like it where there is none.
         operand: [padded C of all heads, D], the centroids in the dtype of the tokens.
-        buffers: half squared norms, labels, counts and needed iterations, as ``assign_kernel`` takes them.
+        buffers: half squared norms, labels, counts and needed iterations, as ``assign_gluon_kernel`` takes them.
         sizes: those of ``Sides``.
     """
     centroids = _descriptor(operand, [BLOCK_C, operand.shape[1]])
@@ -370,7 +371,7 @@ def launch_assign(
     iteration = 0
     constexprs = _constexprs(operand.shape[1])
     return RepeatableLaunch.first(
-        assign_kernel, grid, *tokens, centroids, *buffers, *sizes, iteration, **constexprs, num_warps=NUM_WARPS
+        assign_gluon_kernel, grid, *tokens, centroids, *buffers, *sizes, iteration, **constexprs, num_warps=NUM_WARPS
     )
 
 
@@ -404,7 +405,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
     variants = []
     for dtype, name in ((gl.bfloat16, "bf16"), (gl.float16, "fp16")):
         for dim in (64, 128):
-            types = dict.fromkeys(assign_kernel.arg_names, "i32") | {"half_norms_ptr": "*fp32"}
+            types = dict.fromkeys(assign_gluon_kernel.arg_names, "i32") | {"half_norms_ptr": "*fp32"}
             types |= dict.fromkeys(("labels_ptr", "counts_ptr", "needed_ptr"), "*i32")
             for argument, block in (
                 ("q_desc", [1, 1, ROWS, dim]),
@@ -418,7 +419,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
             variants.append(
                 AotVariant(
                     name=f"assign_{name}_{dim}",
-                    fn=assign_kernel,
+                    fn=assign_gluon_kernel,
                     signature=signature,
                     constexprs=constexprs,
                     num_warps=NUM_WARPS,

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from svg2_compile.kernels.known_state import is_capturing
+from svg2_compile.kernels.launch import is_capturing
 from svg2_compile.kernels.tiles import AttentionTiles
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from svg2_compile.kernels.attention_steps import (
     scores_of,
     softmax,
 )
+from svg2_compile.kernels.cluster_sizes import sum_of
 from svg2_compile.kernels.launch import cdiv, padded_power_of_two, rows_of_unit_stride
-from svg2_compile.kernels.select_blocks_triton import sum_of
 from svg2_compile.kernels.work_list_triton import query_tiles_triton
 
 # Means, or masses, of a program of the first and of the last kernel; tiles that the last one adds at a time.
@@ -125,7 +125,7 @@ def sums_kernel(
 
 
 @triton.jit(do_not_specialize=["repeats", "q_clusters", "k_clusters", "tile_slots"])
-def masses_kernel(
+def block_masses_kernel(
     sums_ptr,
     q_sizes_ptr,
     k_sizes_ptr,
@@ -180,20 +180,20 @@ def block_masses_triton(
     """
     q = rows_of_unit_stride(q)
     batch, heads, tokens, dim = q.shape
-    groups, k_clusters = k_sizes.shape[1:]
-    q_clusters, repeats = q_sizes.shape[2], heads // groups
+    k_heads, k_clusters = k_sizes.shape[1:]
+    q_clusters, repeats = q_sizes.shape[2], heads // k_heads
     k_centroids, q_order, q_sizes, k_sizes = (each.contiguous() for each in (k_centroids, q_order, q_sizes, k_sizes))
     tile = _tile(q.dtype, dim, k_clusters)
     block_m, block_c, block_d = tile["BLOCK_M"], tile["BLOCK_C"], padded_power_of_two(dim)
     slots = cdiv(k_clusters, block_c) * block_c
-    means = torch.empty((batch, groups, slots, block_d), dtype=q.dtype, device=q.device)
-    log_sizes = torch.empty((batch, groups, slots), dtype=torch.float32, device=q.device)
+    means = torch.empty((batch, k_heads, slots, block_d), dtype=q.dtype, device=q.device)
+    log_sizes = torch.empty((batch, k_heads, slots), dtype=torch.float32, device=q.device)
     tiles = query_tiles_triton(q_sizes, tokens, block_m)
     tile_slots = tiles.shape[2]
     sums = torch.empty((batch, heads, tile_slots, slots), dtype=torch.float32, device=q.device)
     masses = torch.empty((batch, heads, q_clusters, k_clusters), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        means_kernel[(cdiv(slots, BLOCK_ROWS), batch * groups)](
+        means_kernel[(cdiv(slots, BLOCK_ROWS), batch * k_heads)](
             k_centroids, k_sizes, means, log_sizes, k_clusters, slots,
             DIM=dim, BLOCK_D=block_d, BLOCK_ROWS=BLOCK_ROWS, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -202,7 +202,7 @@ def block_masses_triton(
             heads, repeats, tokens, tile_slots, slots,
             DIM=dim, BLOCK_D=block_d, **tile,
         )  # fmt: skip
-        masses_kernel[(q_clusters * cdiv(k_clusters, BLOCK_K), batch * heads)](
+        block_masses_kernel[(q_clusters * cdiv(k_clusters, BLOCK_K), batch * heads)](
             sums, q_sizes, k_sizes, masses, repeats, q_clusters, k_clusters, tile_slots, slots,
             num_warps=NUM_WARPS, **_last_constexprs(block_m, q_clusters),
         )  # fmt: skip
@@ -234,7 +234,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
         for fn, constexprs, num_warps, num_stages in (
             (means_kernel, widths | {"BLOCK_ROWS": BLOCK_ROWS}, NUM_WARPS, 3),
             (sums_kernel, widths | tile, warps, stages),
-            (masses_kernel, last, NUM_WARPS, 3),
+            (block_masses_kernel, last, NUM_WARPS, 3),
         ):
             types = dict.fromkeys(fn.arg_names, "i32") | {"scale_log2": "fp32"}
             types |= dict.fromkeys(("q_ptr", "means_ptr"), f"*{kind}")

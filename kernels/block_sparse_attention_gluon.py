@@ -511,7 +511,7 @@ def block_sparse_attention_gluon(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``block_sparse_attention_reference`` for fp16 and bf16 rows of 64 or 128 on Hopper.
 
-    Allocates what the Triton implementation does, and contiguous copies of keys, values and context that are not yet.
+    Allocates what the one by pointers does, and contiguous copies of keys, values and context that are not yet.
     No device synchronisation.
     """
     dim = q.shape[3]

@@ -1,4 +1,4 @@
-"""Block-sparse attention on the GPU: one program per tile of queries, over packed tiles of kept keys.
+"""Block-sparse attention for any GPU: one program per tile of queries, over packed tiles of keys, loaded by pointer.
 
 A program walks the runs of kept keys of its query cluster and cuts them into pieces of 16. A tile of keys is assembled
 from whatever pieces come next, so clusters of any size cost their own keys and little more. Full pieces come first:

@@ -7,26 +7,22 @@ number padded to whole tiles, with half their squared norms.
 # Triton has no types.
 # mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def, no-untyped-call"
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.assign_tile import operand_c
+from svg2_compile.kernels.cluster_sums import SUM_N
 from svg2_compile.kernels.launch import padded_power_of_two
-from svg2_compile.kernels.sort_labels_triton import SIZES, locate, row_start, tiles_to_do
-from svg2_compile.kernels.why_not import GLUON_DIMS, GLUON_DTYPES
+from svg2_compile.kernels.sides import SIZES, locate, row_start, tiles_to_do
+from svg2_compile.kernels.token_variants import NAMES, ROWS, token_variant
 
-SUM_N = 256  # sorted tokens added up by one program at a time
 SLOT_ELEMENTS = 2048  # of the partial sums, added up by one program at a time
 START_CLUSTERS = 16  # clusters started by one program at a time
 WALK_COLUMNS = 16  # of all centroids of a head, compared at a time
 MOVE_COLUMNS = 8  # of the same, moved at a time
 MEAN_WARPS = 4
-# Clusters of a tile of the Gluon assignment: timed with Triton 3.6; with those of later versions 128 would spill.
-GLUON_ASSIGN_C = 128 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 64
 
 
 @triton.jit
@@ -264,32 +260,6 @@ def mean_kernel(
             store_operand(operand_ptr, half_norms_ptr, operand_row, mean[None, :], operand_row >= 0, BLOCK_D)
 
 
-@dataclass(frozen=True, slots=True)
-class AssignTile:
-    """The shape of the assignment's product."""
-
-    block_n: int
-    """Tokens."""
-    block_c: int
-    """Clusters."""
-    num_warps: int
-    """Warps of a program."""
-    num_stages: int
-    """Tiles of centroids in flight."""
-    max_registers: int | None = None
-    """Most registers of a thread; None leaves it to the assembler."""
-
-
-def assign_tile(dtype: torch.dtype, block_d: int, capability: int | None = None) -> AssignTile:
-    """Return the tile for tokens of ``dtype`` and rows padded to ``block_d``; only time depends on the capability."""
-    if dtype == torch.float32:
-        return AssignTile(32, 32, 4, 1, 128)
-    if block_d > 128:
-        return AssignTile(64, 64, 4, 2, 255)
-    # Three programs share a processor; on sm_120 they would spill with Triton 3.9.
-    return AssignTile(128, 32, 4, 3, 184 if capability == 120 else 168)
-
-
 def order_warps(block_c: int) -> int:
     """Return the warps that order ``block_c`` clusters: two clusters a thread; one processor holds all of them."""
     return min(16, max(1, block_c // 64))
@@ -300,67 +270,13 @@ def order_registers(block_c: int) -> int:
     return min(255, 65536 // (32 * order_warps(block_c)))
 
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-ROWS = (
-    (torch.bfloat16, 128),
-    (torch.bfloat16, 64),
-    (torch.float16, 128),
-    (torch.float16, 64),
-    (torch.float16, 80),
-    (torch.bfloat16, 256),
-    (torch.float32, 64),
-    (torch.float32, 128),
-)
-"""What is compiled ahead of time: the usual rows, and padded and fp32 ones."""
-# Pointers to something else than tokens.
-POINTERS = {
-    "fp32": ("half_norms_ptr", "sums_ptr", "q_centroids_ptr", "k_centroids_ptr"),
-    "i32": (
-        *("labels_ptr", "counts_ptr", "starts_ptr", "needed_ptr"),
-        *("q_order_ptr", "k_order_ptr", "q_calls_ptr", "k_calls_ptr"),
-    ),
-}
-
-
-def token_variant(
-    name: str,
-    fn: Any,
-    dtype: torch.dtype,
-    constexprs: dict[str, object],
-    num_warps: int,
-    num_stages: int,
-    max_registers: int | None = None,
-) -> AotVariant:
-    """Return a kernel for tokens of ``dtype``, with aligned pointers and strides."""
-    names: list[str] = [each for each in fn.arg_names if each not in constexprs]
-    types = dict.fromkeys((each for each in names if each.endswith("_ptr")), f"*{NAMES[dtype]}")
-    types |= {each: f"*{kind}" for kind, pointers in POINTERS.items() for each in pointers if each in names}
-    return AotVariant(
-        name=name,
-        fn=fn,
-        signature={each: types.get(each, "i32") for each in names},
-        constexprs=constexprs,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        divisible_by_16=tuple(each for each in names if each.endswith("_ptr") or each.startswith("stride_")),
-        max_registers=max_registers,
-    )
-
-
-def _operand_c(dtype: torch.dtype, dim: int, capability: int) -> int:
-    """Return what the centroids of a head are padded to a multiple of, for tokens without gaps."""
-    if capability == 90 and dtype in GLUON_DTYPES and dim in GLUON_DIMS:
-        return GLUON_ASSIGN_C
-    return assign_tile(dtype, padded_power_of_two(dim), capability).block_c
-
-
 def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernels for the usual rows, and the ordering one for the usual numbers of clusters as well."""
     variants = []
     for dtype, dim in ROWS:
         block_d = padded_power_of_two(dim)
         shape: dict[str, object] = {"DIM": dim, "BLOCK_D": block_d}
-        block_c = _operand_c(dtype, dim, capability)
+        block_c = operand_c(dtype, dim, capability)
         start = shape | {"START_CLUSTERS": START_CLUSTERS, "BLOCK_C": block_c}
         mean = shape | {"SUM_N": SUM_N, "OPERAND_C": block_c, "BLOCK_S": SLOT_ELEMENTS // block_d}
         suffix = f"{NAMES[dtype]}_d{dim}"
@@ -377,7 +293,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
         (torch.float32, 64, 512),
     ):
         block_d = padded_power_of_two(dim)
-        operand = {"DIM": dim, "OPERAND_C": _operand_c(dtype, dim, capability), "BLOCK_C": block_c, "BLOCK_D": block_d}
+        operand = {"DIM": dim, "OPERAND_C": operand_c(dtype, dim, capability), "BLOCK_C": block_c, "BLOCK_D": block_d}
         name = f"order_kernel_{NAMES[dtype]}_d{dim}_c{block_c}"
         warps, registers = order_warps(block_c), order_registers(block_c)
         variants.append(token_variant(name, order_kernel, dtype, {**operand, **columns}, warps, 1, registers))

@@ -150,7 +150,14 @@ define(
         seen_dtype=same_dtype,
         launch="cluster_tokens_triton:cluster_tokens_triton",
         self_check="self_check:check_cluster_tokens",
-        modules=("cluster_tokens_triton", "kmeans_triton", "centroids_triton", "sort_labels_triton", "assign_gluon"),
+        modules=(
+            "cluster_tokens_triton",
+            "kmeans_triton",
+            "assign_triton",
+            "assign_gluon",
+            "centroids_triton",
+            "sort_labels_triton",
+        ),
         assigns=True,
     ),
 )

@@ -7,8 +7,9 @@ values beside them, to their places. Nothing is sorted twice, and the keys are n
 from torch import Tensor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
-from svg2_compile.kernels.centroids_triton import NAMES, ROWS
-from svg2_compile.kernels.kmeans_triton import Clustering, Copies, Side, sum_variant
+from svg2_compile.kernels.cluster_sums import sum_variant
+from svg2_compile.kernels.clustering import Clustering, Copies, Side
+from svg2_compile.kernels.token_variants import NAMES, ROWS
 
 
 def cluster_tokens_triton(

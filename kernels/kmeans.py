@@ -207,7 +207,7 @@ define(
         seen_dtype=same_dtype,
         launch="kmeans_triton:kmeans_triton",
         self_check="self_check:check_kmeans",
-        modules=("kmeans_triton", "centroids_triton", "sort_labels_triton", "assign_gluon"),
+        modules=("kmeans_triton", "assign_triton", "assign_gluon", "centroids_triton", "sort_labels_triton"),
         assigns=True,
     ),
 )

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
+
+from svg2_compile.kernels.launch import is_capturing
 
 _clustered: ContextVar[frozenset[int]] = ContextVar("clustered", default=frozenset())
 
@@ -28,8 +29,3 @@ def is_known_as_clustered(*calls: Tensor) -> bool:
     """Return whether somebody vouches for these counters; never while a CUDA graph records, which others replay."""
     known = _clustered.get()
     return bool(known) and all(each.data_ptr() in known for each in calls) and not is_capturing()
-
-
-def is_capturing() -> bool:
-    """Return whether the current stream records a CUDA graph: what is launched now does not run now."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -72,3 +72,8 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def is_capturing() -> bool:
+    """Return whether the current stream records a CUDA graph: what is launched now does not run now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

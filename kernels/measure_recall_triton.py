@@ -48,8 +48,8 @@ def mark_kernel(calls_ptr, runs_ptr, counts_ptr, kept_ptr, interval, slots, toke
                 tl.store(kept_ptr + row * tokens + first + offs, ones, mask=first + offs < stop)
 
 
-@triton.jit(do_not_specialize=["interval", "rows", "tokens", "groups", "splits"])
-def masses_kernel(
+@triton.jit(do_not_specialize=["interval", "rows", "tokens", "k_heads", "splits"])
+def recall_masses_kernel(
     calls_ptr,
     q_ptr,
     k_ptr,
@@ -64,7 +64,7 @@ def masses_kernel(
     interval,
     rows,
     tokens,
-    groups,
+    k_heads,
     splits,
     DIM: tl.constexpr,
     KEYS: tl.constexpr,
@@ -78,7 +78,7 @@ def masses_kernel(
     """
     if _is_measured(calls_ptr, interval):
         batch_group = tl.program_id(1).to(tl.int64)
-        batch, group = batch_group // groups, batch_group % groups
+        batch, group = batch_group // k_heads, batch_group % k_heads
         split = tl.program_id(0)
         offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
         offs_d = tl.arange(0, BLOCK_D)
@@ -156,7 +156,7 @@ def key_masses_triton(
             k_calls, runs.contiguous(), counts.contiguous(), kept, interval, runs.shape[2], tokens,
             MARK_BLOCK=MARK_BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
-        masses_kernel[(splits, heads, cdiv(rows, tile["BLOCK_R"]))](
+        recall_masses_kernel[(splits, heads, cdiv(rows, tile["BLOCK_R"]))](
             k_calls, q.contiguous(), k, visible, kept, masses, *k.stride(), scale * LOG2_E, interval, rows, tokens,
             k.shape[1], splits, **tile, DIM=dim, KEYS=KEYS_PER_PROGRAM, BLOCK_D=padded_power_of_two(dim),
             num_warps=NUM_WARPS, num_stages=NUM_STAGES,
@@ -193,12 +193,12 @@ def aot_variants(capability: int) -> list[AotVariant]:
         variants.append(
             AotVariant(
                 name=name,
-                fn=masses_kernel,
+                fn=recall_masses_kernel,
                 signature=pointers
                 | dict.fromkeys(strides, "i32")
                 | ({"stride_k_d": "i32"} if strided else {})
                 | {"scale_log2": "fp32"}
-                | dict.fromkeys(("interval", "rows", "tokens", "groups", "splits"), "i32"),
+                | dict.fromkeys(("interval", "rows", "tokens", "k_heads", "splits"), "i32"),
                 constexprs=({} if strided else {"stride_k_d": 1})
                 | _tile(dtypes[dtype], rows)
                 | {"DIM": dim, "KEYS": KEYS_PER_PROGRAM, "BLOCK_D": padded_power_of_two(dim)},

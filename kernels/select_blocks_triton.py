@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
+from svg2_compile.kernels.cluster_sizes import sum_of
 from svg2_compile.kernels.launch import cdiv, padded_power_of_two
 from svg2_compile.kernels.select_blocks import LEAST_MASS
 from svg2_compile.kernels.selection_statistics import STATISTICS, TILE_KEYS
@@ -339,16 +340,6 @@ def _add_statistics(pointers, is_row, q_sizes, q_tokens, k_tokens, kept_keys, ma
     _add(pointers + 2, q_share * mass, is_row)
     _add(pointers + 3, tl.where(q_sizes == 0, 1.0, mass), is_row)
     _add(pointers + 4, q_share * issued_keys / keys, is_row)
-
-
-@triton.jit
-def sum_of(sizes_ptr, clusters, BLOCK: tl.constexpr):
-    """Return the tokens of the first ``clusters`` clusters."""
-    total = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, clusters, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
-        total += tl.load(sizes_ptr + offs, mask=offs < clusters, other=0)
-    return tl.sum(total, 0)
 
 
 # A tile lies in the threads as its accesses to memory want it. Here a warp is to have a row, and a lane one of every 32

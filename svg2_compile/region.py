@@ -19,7 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.clock import Tick, current_clock, forget, tick
 from svg2_compile.dynamo import fake_mode_of_fixed_sizes, tracing_with
-from svg2_compile.kernels.known_state import is_capturing, known_as_clustered
+from svg2_compile.kernels.known_state import known_as_clustered
+from svg2_compile.kernels.launch import is_capturing
 from svg2_compile.kernels.self_check import Kind, check_kernels
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.records import Rejection

@@ -23,8 +23,9 @@ sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 from shapes import WAN_14B_720P
 
 from svg2_compile.environment import describe_environment
-from svg2_compile.kernels import kmeans_triton
-from svg2_compile.kernels.centroids_triton import AssignTile
+from svg2_compile.kernels import clustering
+from svg2_compile.kernels.assign_tile import AssignTile
+from svg2_compile.kernels.kmeans_triton import kmeans_triton
 from svg2_compile.kernels.why_not import why_not_gluon_assign
 
 _, HEADS, TOKENS, DIM = WAN_14B_720P.size
@@ -63,9 +64,10 @@ def main() -> None:
     for clusters in CLUSTERS:
         for tile in (*gluon, *TILES):
             kernels_ms = kernel_times_ms(clusters, tile)
-            tflops = 2 * HEADS * TOKENS * DIM * clusters / kernels_ms["assign_kernel"] / 1e9
+            assign_ms = kernels_ms["assign_gluon_kernel" if tile is None else "assign_triton_kernel"]
+            tflops = 2 * HEADS * TOKENS * DIM * clusters / assign_ms / 1e9
             name = "Gluon" if tile is None else str(tile)
-            print(f"{clusters:>5} {name} {kernels_ms['assign_kernel']:7.3f} ms {tflops:5.0f} TFLOP/s", flush=True)
+            print(f"{clusters:>5} {name} {assign_ms:7.3f} ms {tflops:5.0f} TFLOP/s", flush=True)
             rows.append({"clusters": clusters, "tile": name, "kernels_ms": kernels_ms, "tflops": tflops})
     if args.out:
         args.out.write_text(json.dumps({"environment": describe_environment(), "rows": rows}, indent=1) + "\n")
@@ -76,13 +78,13 @@ def kernel_times_ms(clusters: int, tile: AssignTile | None) -> dict[str, float]:
     x = torch.randn(1, TOKENS, HEADS, DIM, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     centroids = x[:, :, :clusters].float().contiguous()
     calls = torch.ones(1, dtype=torch.int32, device="cuda")
-    cluster = partial(kmeans_triton.kmeans_triton, x, centroids, calls, 1, 1, 0)
+    cluster = partial(kmeans_triton, x, centroids, calls, 1, 1, 0)
     chosen = (
         {}
         if tile is None
         else {"assign_tile": lambda *_: tile, "why_not_gluon_assign": lambda *_, **__: "not asked for"}
     )
-    with patch.multiple(kmeans_triton, **chosen) if chosen else nullcontext():
+    with patch.multiple(clustering, **chosen) if chosen else nullcontext():
         for _ in range(2):
             cluster()
         torch.cuda.synchronize()

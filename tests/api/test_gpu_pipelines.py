@@ -299,17 +299,17 @@ def test_a_captured_step_replays_with_new_inputs_and_the_state_moves_on(guard):
 
 
 def test_what_the_host_knows_of_the_state_saves_launches_and_changes_no_bits(monkeypatch):
-    from svg2_compile.kernels import kmeans_triton
+    from svg2_compile.kernels.clustering import Clustering
 
     layer = Layer().to(DEVICE, torch.bfloat16)
     compiled = torch.compile(layer, backend=svg2_backend, options=ALWAYS_SPARSE, fullgraph=True)
     orders = []
 
-    def order(clustering, launch=kmeans_triton.Clustering._order):
+    def order(clustering, launch=Clustering._order):
         orders.append(None)
         return launch(clustering)
 
-    monkeypatch.setattr(kmeans_triton.Clustering, "_order", order)
+    monkeypatch.setattr(Clustering, "_order", order)
 
     def run() -> list[torch.Tensor]:
         svg2_compile.reset()

@@ -86,14 +86,14 @@ MUTANTS = (
     Mutant("counters known for ever", "kernels/known_state.py", "_clustered.reset(token)", "pass", KNOWN),
     Mutant(
         "all iterations launched for known state",
-        "kernels/kmeans_triton.py",
+        "kernels/clustering.py",
         "iterations = iters_step if is_later else",
         "iterations = iters_init if is_later else",
         CLUSTER_TRITON,
     ),
     Mutant(
         "order launched for known state",
-        "kernels/kmeans_triton.py",
+        "kernels/clustering.py",
         "if iteration == iters_init - 1 and not is_later:",
         "if iteration == iters_init - 1:",
         CLUSTER_TRITON,

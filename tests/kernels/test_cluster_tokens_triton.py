@@ -113,7 +113,7 @@ def test_the_calls_of_a_side_decide_on_the_device_how_many_of_its_iterations_run
 @runs_kernels
 @pytest.mark.parametrize(("iters_init", "iters_step"), [(4, 2), (1, 3), (5, 1)])
 def test_state_that_is_vouched_for_needs_fewer_launches_and_gives_the_same_bits(iters_init, iters_step, monkeypatch):
-    from svg2_compile.kernels import kmeans_triton
+    from svg2_compile.kernels import clustering
     from svg2_compile.kernels.known_state import known_as_clustered
 
     tokens = random_qkv(130, 65, 16, torch.float32)
@@ -123,8 +123,8 @@ def test_state_that_is_vouched_for_needs_fewer_launches_and_gives_the_same_bits(
     expected = cluster_tokens(*tokens, *state, iters_init, iters_step, 0)
     launches = []
     for owner, name in [
-        *((kmeans_triton.RepeatableLaunch, name) for name in ("first", "again")),
-        *((kmeans_triton.Clustering, name) for name in ("_start", "_order")),
+        *((clustering.RepeatableLaunch, name) for name in ("first", "again")),
+        *((clustering.Clustering, name) for name in ("_start", "_order")),
     ]:
         launch = getattr(owner, name)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svg2_compile.kernels.known_state import is_capturing, is_known_as_clustered, known_as_clustered
+from svg2_compile.kernels.known_state import is_known_as_clustered, known_as_clustered
 
 
 @pytest.fixture
@@ -37,11 +37,3 @@ def test_nothing_is_known_while_a_cuda_graph_records(counters, monkeypatch):
         assert not is_known_as_clustered(counters[0])
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert is_known_as_clustered(counters[0])
-
-
-def test_capturing_is_asked_of_the_current_stream_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert is_capturing()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not is_capturing()

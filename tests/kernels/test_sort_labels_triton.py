@@ -103,7 +103,8 @@ def test_a_side_that_does_not_need_an_iteration_is_left_alone(needed):
 
 def sort_both(q_labels, k_labels, q_clusters, k_clusters, needed=None, iteration=0):
     """Sort two sides in shared launches, from the counts that each has alone."""
-    from svg2_compile.kernels.sort_labels_triton import COUNT_N, Sides, SortedLabels, launch_sort, table_columns
+    from svg2_compile.kernels.counting_sort import COUNT_N, SortedLabels, launch_sort, table_columns
+    from svg2_compile.kernels.sides import Sides
 
     def counted(labels, clusters):
         columns = table_columns(clusters)
