@@ -42,7 +42,12 @@ def test_nothing_is_triton_on_a_cpu():
 def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
     found = choices()
     without_kernels = {op: found.pop(op).implementation for op, card in CARDS.items() if card.kernels is None}
-    assert without_kernels == {"context_attention": "sdpa", "dense_attention": "sdpa", "keep_dense_heads_": "pytorch"}
+    assert without_kernels == {
+        "context_attention": "sdpa",
+        "dense_attention": "sdpa",
+        "judge_heads_": "pytorch",
+        "keep_dense_heads_": "pytorch",
+    }
     assert found.pop("block_sparse_attention").implementation == "gluon"
     assert [found.pop(op).implementation for op in ("cluster_tokens_", "kmeans_")] == ["triton, gluon"] * 2
     assert {choice.implementation for choice in found.values()} == {"triton"}
