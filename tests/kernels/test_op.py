@@ -107,7 +107,8 @@ def test_every_kernel_can_be_compiled_ahead_of_time_and_counts_to_a_part():
     written = {
         name
         for path in KERNELS.glob("*.py")
-        for name in re.findall(r"^@(?:triton|gluon)\.jit.*\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+        if "jit" in path.read_text()
     }
     assert {name for part in PARTS for name in kernel_names(part)} == written
 
