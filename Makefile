@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/svg2 demo
 
 test: $(TESTABLE)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # Every kernel for every GPU generation; `make test` compiles two of them.
 kernels: $(INSTALLED)
