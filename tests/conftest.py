@@ -15,6 +15,12 @@ sys.path.append(str(TESTS / "cases"))
 pytest.register_assert_rewrite(*(path.stem for path in (TESTS / "cases").iterdir() if path.stem != "__pycache__"))
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that have slow tests: with several workers, the last tests should be short ones."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def no_grad_and_a_fresh_start():
     """Compile anew, start generations anew, and compute no gradients, as pipelines do."""

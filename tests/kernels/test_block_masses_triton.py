@@ -82,9 +82,10 @@ def test_empty_clusters_on_either_side_whatever_they_hold(dtype):
     # Empty ones last, and first: a block of keys without any, before and after the others.
     for sizes in (case.k_sizes, case.k_sizes.flip(-1)):
         case = dataclasses.replace(case, k_sizes=sizes)
-        assert_right(case)
+        got = masses(case)
+        torch.testing.assert_close(got.cpu().double(), case.exact(), rtol=0, atol=case.tolerance())
         poisoned = case.k_centroids.masked_fill((case.k_sizes == 0).unsqueeze(-1), math.nan)
-        assert torch.equal(masses(dataclasses.replace(case, k_centroids=poisoned)), masses(case))
+        assert torch.equal(masses(dataclasses.replace(case, k_centroids=poisoned)), got)
 
 
 @runs_kernels
@@ -102,12 +103,12 @@ def test_any_tile(monkeypatch, tile):
 
     names = ("BLOCK_M", "BLOCK_C", "num_warps", "num_stages")
     monkeypatch.setattr(block_masses_triton, "_tile", lambda *_: dict(zip(names, (*tile, 4, 2))))
-    assert_right(random_case(tokens=300, batch=1, clusters=(3, 140), dtype=torch.float16))
+    assert_right(random_case(tokens=300, batch=1, groups=1, clusters=(3, 140), dtype=torch.float16))
 
 
 @runs_kernels
 def test_any_strides_and_every_time_the_same_bits():
-    case = random_case(dim=24)
+    case = random_case(groups=1, dim=24)
     first = masses(case)
     token_major = case.q.transpose(1, 2).contiguous().transpose(1, 2)
     columns = case.q.mT.contiguous().mT

@@ -116,7 +116,7 @@ def test_state_that_is_vouched_for_needs_fewer_launches_and_gives_the_same_bits(
     from svg2_compile.kernels import clustering
     from svg2_compile.kernels.known_state import known_as_clustered
 
-    tokens = random_qkv(130, 65, 16, torch.float32)
+    tokens = random_qkv(130, 65, 16, torch.float32, heads=1)
     state = fresh_state(*tokens[:2], 5, 7)
     cluster_tokens(*tokens, *state, iters_init, iters_step, 0)
     vouched_for = [each.clone() for each in state]

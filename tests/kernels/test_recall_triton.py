@@ -83,7 +83,7 @@ def test_the_recall_is_the_references(case, dtype):
 def test_any_number_of_rows(rows):
     from svg2_compile.kernels.measure_recall_triton import key_masses_triton
 
-    arguments = selection(keys=200)
+    arguments = selection(batch=1, heads=2, groups=1, keys=200)
     got, wanted = measure(key_masses_triton, arguments, rows), measure(key_masses_reference, arguments, rows)
     assert (got - wanted).abs().max() <= ROUNDING
 
