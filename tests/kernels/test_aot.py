@@ -84,7 +84,17 @@ def test_query_tiles_spill_nothing_on_ampere_and_hopper(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["block_masses", "centroids", "cluster_tokens", "kmeans", "permute", "select_blocks", "sort_labels"]
+    "module",
+    [
+        "block_masses",
+        "block_masses_by_keys",
+        "centroids",
+        "cluster_tokens",
+        "kmeans",
+        "permute",
+        "select_blocks",
+        "sort_labels",
+    ],
 )
 def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_path):
     if not (SCRIPT.parents[2] / "kernels" / f"{module}_triton.py").exists():
