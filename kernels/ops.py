@@ -2,6 +2,7 @@
 
 from svg2_compile.kernels import (  # noqa: F401
     block_masses,
+    block_masses_by_keys,
     block_sparse_attention,
     cluster_tokens,
     context_attention,

@@ -49,10 +49,10 @@ class SparseConfig:
     min_keep_ratio: float = 0.1
     """Least share of the key clusters (not tokens) that each query cluster keeps, in [0, 1]."""
 
-    estimate_by: Literal["centroids", "queries"] = "centroids"
-    """What the attention mass of a block is estimated from: the centroid of its queries (the paper's, eq. 1), or every
-    one of the queries, which finds better blocks and costs time (not the paper's). Keys go by their centroids either
-    way."""
+    estimate_by: Literal["centroids", "queries", "keys"] = "centroids"
+    """What the attention mass of a block is estimated from: the centroids of its queries and keys (the paper's, eq. 1);
+    every one of its queries, which finds better blocks and costs time (not the paper's); or every one of its keys (not
+    the paper's, experimental). The other side goes by its centroid."""
 
     q_clusters: int | Literal["auto"] = "auto"
     """Query clusters per head, 1 to 1024; ``auto`` takes one per 600 tokens, 16 at least."""
@@ -128,7 +128,7 @@ class SparseConfig:
         else:
             advice = "as an int it is a count; use a float in [0, 1] for a share"
             check_integer("dense_steps", self.dense_steps, 0, None, advice)
-        check_choice("estimate_by", self.estimate_by, ("centroids", "queries"))
+        check_choice("estimate_by", self.estimate_by, ("centroids", "queries", "keys"))
         check_choice("lowering", self.lowering, ("inductor", "eager", "tensorrt"))
         check_choice("on_unsupported", self.on_unsupported, ("dense", "error"))
 

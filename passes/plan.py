@@ -15,6 +15,7 @@ from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.records import AttentionSite, StateSpec
 from svg2_compile.passes.stages.attend import Attend
 from svg2_compile.passes.stages.cluster import Cluster
+from svg2_compile.passes.stages.estimate_by_keys import EstimateByKeys
 from svg2_compile.passes.stages.estimate_by_queries import EstimateByQueries
 from svg2_compile.passes.stages.guard_heads import GuardHeads
 from svg2_compile.passes.stages.keep_top_p import KeepTopP
@@ -48,6 +49,8 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
     stages: list[Stage] = [Cluster()]
     if config.estimate_by == "queries":
         stages.append(EstimateByQueries())
+    if config.estimate_by == "keys":
+        stages.append(EstimateByKeys())
     is_guarded = config.min_recall > 0
     stages.append(KeepTopP(is_final=not is_guarded))
     if config.measured_rows:

@@ -240,9 +240,9 @@ def by_queries(blocks: Blocks) -> tuple[Tensor, Tensor]:
 
 
 def by_keys(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """The same rule, the keys taken one by one and the queries by their centroids."""
-    probability = (blocks.q_centroids @ blocks.k.float().transpose(-1, -2) * blocks.scale).softmax(-1)
-    return _by_masses(probability @ membership(blocks.k_sizes, blocks.k.shape[2]), blocks)
+    """What ``estimate_by="keys"`` does: the same rule, the keys taken one by one and the queries by their centroids."""
+    masses = svg2.block_masses_by_keys(blocks.q_centroids, blocks.k, blocks.k_sizes, blocks.scale)
+    return _by_masses(masses, blocks)
 
 
 def _by_masses(masses: Tensor | None, blocks: Blocks) -> tuple[Tensor, Tensor]:

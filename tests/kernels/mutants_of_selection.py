@@ -4,11 +4,14 @@ from mutant import Mutant
 
 SELECTION = "kernels/select_blocks.py"
 MASSES = "kernels/block_masses.py"
+MASSES_BY_KEYS = "kernels/block_masses_by_keys.py"
 
 SELECT = ("tests/kernels/test_select_blocks.py",)
 SELECT_TRITON = ("tests/kernels/test_select_blocks_triton.py",)
 ESTIMATE = ("tests/kernels/test_block_masses.py",)
 ESTIMATE_TRITON = ("tests/kernels/test_block_masses_triton.py",)
+BY_KEYS = ("tests/kernels/test_block_masses_by_keys.py",)
+BY_KEYS_TRITON = ("tests/kernels/test_block_masses_by_keys_triton.py",)
 RECALL = ("tests/kernels/test_recall.py",)
 RECALL_TRITON = ("tests/kernels/test_recall_triton.py",)
 GUARD = ("tests/api/test_guard.py",)
@@ -188,6 +191,48 @@ MUTANTS = (
         "masses = tl.where(k_sizes > 0, tl.sum(sums, 0) * k_sizes.to(tl.float32), 0.0)",
         "masses = tl.sum(sums, 0) * k_sizes.to(tl.float32)",
         ESTIMATE_TRITON,
+    ),
+    Mutant(
+        "block masses by keys count hidden keys",
+        MASSES_BY_KEYS,
+        "return scores.masked_fill_(position >= ends[b, h // repeats, -1], -math.inf)",
+        "return scores",
+        BY_KEYS,
+    ),
+    Mutant(
+        "block masses by keys give the first key of a cluster to the one before it too",
+        MASSES_BY_KEYS,
+        "(position.unsqueeze(-1) < last)",
+        "(position.unsqueeze(-1) <= last)",
+        BY_KEYS,
+    ),
+    Mutant(
+        "block masses by keys do not round the centroids",
+        MASSES_BY_KEYS,
+        "q_centroids[b, h].to(k.dtype).to(dtype)",
+        "q_centroids[b, h]",
+        BY_KEYS,
+    ),
+    Mutant(
+        "the kernel of block masses by keys takes hidden keys and those of the next cluster",
+        "kernels/block_masses_by_keys_triton.py",
+        "valid = first + offs_n < size",
+        "valid = offs_n < BLOCK_N",
+        BY_KEYS_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses by keys begins every cluster at the first one of its program",
+        "kernels/block_masses_by_keys_triton.py",
+        "        first_key += size\n",
+        "",
+        BY_KEYS_TRITON,
+    ),
+    Mutant(
+        "the kernel of block masses by keys maps query heads to key heads by modulo",
+        "kernels/block_masses_by_keys_triton.py",
+        "group % k_heads * stride_k_h",
+        "head % k_heads * stride_k_h",
+        BY_KEYS_TRITON,
     ),
     Mutant(
         "recall over the kept keys alone",

@@ -28,6 +28,7 @@ SCHEMAS = {
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     "block_masses": "(Tensor q, Tensor q_order, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale) -> "
     "Tensor",
+    "block_masses_by_keys": "(Tensor q_centroids, Tensor k, Tensor k_sizes, float scale) -> Tensor",
     "select_blocks": "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, "
     "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None) -> (Tensor, Tensor)",
     "keep_dense_heads_": "(Tensor runs, Tensor counts, Tensor q_sizes, Tensor k_sizes, Tensor dense_heads, "

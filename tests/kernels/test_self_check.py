@@ -111,6 +111,10 @@ WRONG = [
     ("block_masses", with_argument(1, lambda arguments: arguments[1].roll(1, 2))),
     ("block_masses", with_argument(4, lambda arguments: torch.ones_like(arguments[4]))),
     ("block_masses", with_result(0, set_at(LAST, math.nan))),
+    ("block_masses_by_keys", with_argument(3, lambda arguments: 1.1 * arguments[3])),
+    ("block_masses_by_keys", with_argument(2, lambda arguments: arguments[2].flip(-1))),
+    ("block_masses_by_keys", with_argument(1, lambda arguments: arguments[1].nan_to_num(0).roll(1, 2))),
+    ("block_masses_by_keys", with_result(0, set_at(LAST, math.nan))),
     ("block_sparse_attention", with_argument(10, lambda arguments: 1.1 * arguments[10])),
     ("block_sparse_attention", with_argument(5, lambda arguments: (arguments[5] - 1).clamp(min=0))),
     ("block_sparse_attention", with_argument(2, lambda arguments: arguments[2].roll(1, 2))),
@@ -159,6 +163,7 @@ def test_a_kernel_that_fails_is_wrong_and_memory_that_is_out_is_not():
 @every_op
 def test_the_kernels_are_right(op):
     from svg2_compile.kernels import (
+        block_masses_by_keys_triton,
         block_masses_triton,
         block_sparse_attention_pointer,
         cluster_tokens_triton,
@@ -176,6 +181,7 @@ def test_the_kernels_are_right(op):
         "permute_tokens": permute_triton.permute_tokens_triton,
         "unpermute_tokens": permute_triton.unpermute_tokens_triton,
         "block_masses": block_masses_triton.block_masses_triton,
+        "block_masses_by_keys": block_masses_by_keys_triton.block_masses_by_keys_triton,
         "select_blocks": select_blocks_triton.select_blocks_triton,
         "block_sparse_attention": block_sparse_attention_pointer.block_sparse_attention_pointer,
         "measure_recall": measure_recall_triton.measure_recall_triton,

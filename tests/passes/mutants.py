@@ -27,6 +27,13 @@ MUTANTS = (
         ("tests/api/test_estimate_by.py",),
     ),
     Mutant(
+        "every key is asked for where every query was to be asked",
+        "passes/plan.py",
+        'config.estimate_by == "keys"',
+        'config.estimate_by != "centroids"',
+        ("tests/passes/test_plan.py",),
+    ),
+    Mutant(
         "inverse permutation forgotten",
         "passes/stages/attend.py",
         "            flow.q_order,\n",

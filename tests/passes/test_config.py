@@ -15,7 +15,7 @@ NOT_NUMBERS = st.one_of(st.none(), st.text(), st.booleans(), st.lists(st.integer
 ADVICE = {
     "top_p": ("(0, 1]", "0.9 is a good start"),
     "min_keep_ratio": ("[0, 1]", "0.1 is the paper's setting"),
-    "estimate_by": ("'centroids', 'queries'", "must be one of"),
+    "estimate_by": ("'centroids', 'queries', 'keys'", "must be one of"),
     "max_context_ratio": ("[0, 1]", "0.5 is the default"),
     "q_clusters": ("[1, 1024]", '"auto"'),
     "k_clusters": ("[1, 1024]", '"auto"'),

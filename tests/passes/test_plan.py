@@ -49,6 +49,7 @@ def test_a_plan_is_its_site_and_what_the_config_says():
     [
         ({}, "Cluster KeepTopP Attend"),
         ({"estimate_by": "queries"}, "Cluster EstimateByQueries KeepTopP Attend"),
+        ({"estimate_by": "keys"}, "Cluster EstimateByKeys KeepTopP Attend"),
         ({"recall_rows": 4}, "Cluster KeepTopP MeasureRecall Attend"),
         ({"min_recall": 0.8}, "Cluster KeepTopP MeasureRecall GuardHeads Attend"),
         (
