@@ -379,7 +379,7 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     """Return a tensor to be loaded block by block."""
     # A dimension of one element may have any stride.
     strides = [stride if size > 1 else x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True)]
-    layout = shared_layout(tuple(block), element_type(x))
+    layout = shared_layout(tuple(block), element_type(x.dtype))
     return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
 
 

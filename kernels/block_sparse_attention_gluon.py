@@ -22,6 +22,7 @@ import math
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from svg2_compile.kernels.ahead_of_time import AotVariant
-from svg2_compile.kernels.attention_call import AttentionCall, Cut, attention_variants
+from svg2_compile.kernels.attention_call import DTYPES, AttentionCall, Cut, attention_variants
 from svg2_compile.kernels.gluon_names import element_type, load_box, shared_layout, thread_barrier
 from svg2_compile.kernels.tuning import GLUON, GLUON_ROWS
 from svg2_compile.kernels.tuning import PIECE as PIECE_KEYS
@@ -520,7 +521,7 @@ def block_sparse_attention_gluon(
     if call.is_empty:
         return call.results
     block = [PIECE_KEYS, dim]
-    layout = shared_layout((PIECE_KEYS, dim), element_type(q))
+    layout = _layout(dim, q.dtype)
     keys = _rows(call.k, block, layout), _rows(call.v, block, layout)
     context = keys
     if call.context > 0:
@@ -539,6 +540,12 @@ def block_sparse_attention_gluon(
 def _rows(x: Tensor, block: list[int], layout: Any) -> TensorDescriptor:
     """Return [B, G, N, D] as rows of all heads, to be loaded piece by piece."""
     return TensorDescriptor.from_tensor(x.contiguous().view(-1, x.shape[3]), block, layout)
+
+
+@cache
+def _layout(dim: int, dtype: torch.dtype) -> Any:
+    """Return how a piece of keys or values lies in shared memory."""
+    return shared_layout((PIECE_KEYS, dim), element_type(dtype))
 
 
 @cache
@@ -562,9 +569,9 @@ def aot_variants(capability: int) -> list[AotVariant]:
         return []
 
     def cut(kind: str, dim: int, has_context_mask: bool) -> Cut:
-        layout = shared_layout((PIECE_KEYS, dim), gl.bfloat16 if kind == "bf16" else gl.float16)
         descriptors = ("k_desc", "v_desc", "context_k_desc", "context_v_desc")
-        types = dict.fromkeys(descriptors, f"tensordesc<{kind}[{PIECE_KEYS}, {dim}],{layout!r}>")
+        type_ = f"tensordesc<{kind}[{PIECE_KEYS}, {dim}],{_layout(dim, DTYPES[kind])!r}>"
+        types = dict.fromkeys(descriptors, type_)
         absent = {} if has_context_mask else {"context_mask_ptr": None}
         return GLUON[dim], _constexprs(dim) | absent, types | {"runs_ptr": "*i32"}
 

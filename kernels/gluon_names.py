@@ -15,9 +15,9 @@ thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
-def element_type(x: torch.Tensor) -> Any:
+def element_type(dtype: torch.dtype) -> Any:
     """Return Gluon's name of an element type that ``GLUON_DTYPES`` has."""
-    return gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    return gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
 
 
 @cache
