@@ -26,6 +26,11 @@ every_op = pytest.mark.parametrize("op", WITH_KERNELS)
 GIVEN_CONTEXT, GIVEN_MASSES = frozenset({"context_k"}), frozenset({"masses"})
 
 
+def name_of(changes):
+    """Return the same name in every process, in which order a set may be."""
+    return str({key: sorted(value) if isinstance(value, frozenset) else value for key, value in changes.items()})
+
+
 @starts_the_interpreter
 def test_the_kernels_pass_under_the_interpreter():
     assert_passes_under_the_interpreter(__file__)
@@ -41,7 +46,7 @@ def test_the_kernels_pass_under_the_interpreter():
         {"given": GIVEN_MASSES},
         {"dim": 128, "q_clusters": 60, "k_clusters": 300, "dtype": torch.bfloat16},
     ],
-    ids=str,
+    ids=name_of,
 )
 @every_op
 def test_what_is_right_passes(op, changes):
@@ -246,7 +251,7 @@ WAN = {"dim": 128, "clusters": 500, "keys": 75_600, "rows": 40 * 75_600}
         (("gluon", "pointer", "descriptor"), "reference"),
         (("pointer",), "gluon"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_wrong_attention_is_replaced_by_the_next_one(broken, wrong, runs, caplog):
     names, checked = broken
