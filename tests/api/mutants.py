@@ -90,14 +90,7 @@ MUTANTS = (
     Mutant(
         "counters kept over generations",
         "svg2_compile/state.py",
-        "                spec.restart(self.tensors[spec.name    Mutant(
-        "the bytes of the ops' files are not in the name of what is compiled",
-        "svg2_compile/cache_identity.py",
-        "digest.update(content)",
-        "pass",
-        ("tests/api/test_cache_identity.py",),
-    ),
-])",
+        "                spec.restart(self.tensors[spec.name])",
         "                pass",
         API,
     ),
@@ -142,5 +135,12 @@ MUTANTS = (
         "for state in states if state.is_clustered for",
         "for state in states for",
         VOUCHING,
+    ),
+    Mutant(
+        "the bytes of the ops' files are not in the name of what is compiled",
+        "svg2_compile/cache_identity.py",
+        "digest.update(content)",
+        "pass",
+        ("tests/api/test_cache_identity.py",),
     ),
 )

@@ -251,7 +251,7 @@ WAN = {"dim": 128, "clusters": 500, "keys": 75_600, "rows": 40 * 75_600}
         (("gluon", "pointer", "descriptor"), "reference"),
         (("pointer",), "gluon"),
     ],
-    ids=name_of,
+    ids=str,
 )
 def test_a_wrong_attention_is_replaced_by_the_next_one(broken, wrong, runs, caplog):
     names, checked = broken
