@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 import torch
-from cluster_sizes import random_sizes
 from hypothesis import strategies as st
+from sizes_of_clusters import random_sizes
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference

@@ -3,8 +3,8 @@
 import dataclasses
 
 import torch
-from cluster_sizes import random_sizes
 from hypothesis import strategies as st
+from sizes_of_clusters import random_sizes
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.select_blocks import block_logits, kept_clusters

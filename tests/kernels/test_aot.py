@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,19 @@ def kernel_resources(monkeypatch):
     for folder in SCRIPT.parents[:2]:
         monkeypatch.syspath_prepend(str(folder))
     return importlib.import_module("kernel_resources")
+
+
+def test_the_table_in_the_docs_has_the_kernels_that_its_command_compiles(kernel_resources):
+    page = (SCRIPT.parents[2] / "docs" / "kernels.md").read_text()
+    (command,) = re.findall(r"`python -P benchmarks/kernels/kernel_resources\.py --arch ([\d ]+)`", page)
+    (match,) = re.findall(r"`--match '(.*?)'`", page)
+    archs = [int(arch) for arch in command.split()]
+    wanted = {
+        f"{kernel_resources.label_of(module)}: {variant.name}"
+        for module, _, variant in kernel_resources.chosen_variants(None, archs, match)
+    }
+    _, table, _ = re.split("<!-- (?:end of )?kernel resources -->", page)
+    assert set(re.findall(r"^\| (\w+: \w+) \|", table, re.MULTILINE)) == wanted
 
 
 def test_a_spill_is_what_is_loaded_again(kernel_resources):

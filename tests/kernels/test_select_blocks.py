@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from cluster_sizes import random_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from selection_cases import Case, selection_cases
+from sizes_of_clusters import random_sizes
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.select_blocks import LEAST_MASS, block_logits

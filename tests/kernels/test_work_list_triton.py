@@ -1,9 +1,9 @@
 """Tiles of queries: they cover every query once, and the kernel makes the same ones."""
 
 import torch
-from cluster_sizes import random_sizes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sizes_of_clusters import random_sizes
 from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs_kernels, starts_the_interpreter
 
 from svg2_compile.kernels.work_list import max_tiles, query_tiles_reference
