@@ -89,13 +89,13 @@ MUTANTS = (
         "kernels/clustering.py",
         "iterations = iters_step if is_later else",
         "iterations = iters_init if is_later else",
-        ("tests/kernels/test_cluster_tokens_triton.py",),
+        CLUSTER_TRITON,
     ),
     Mutant(
         "order launched for known state",
         "kernels/clustering.py",
         "if iteration == iters_init - 1 and not is_later:",
         "if iteration == iters_init - 1:",
-        ("tests/kernels/test_cluster_tokens_triton.py",),
+        CLUSTER_TRITON,
     ),
 )
