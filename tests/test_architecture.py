@@ -13,7 +13,8 @@ FORBIDDEN = {
     "kernels": ("svg2_compile.passes", "diffusers", "torch.fx", "torch._dynamo", "torch._inductor"),
     "passes": ("diffusers", "triton", "torch._dynamo", "torch._inductor"),
 }
-API = sorted({path.stem for path in (ROOT / "svg2_compile").glob("*.py")} - {"__init__"} | {"tiny_wan"})
+ROOMS_OF_THE_API = {path.parent.name for path in (ROOT / "svg2_compile").glob("*/__init__.py")}
+API = sorted({path.stem for path in (ROOT / "svg2_compile").glob("*.py")} - {"__init__"} | ROOMS_OF_THE_API)
 ARROWS = {
     "core": (),
     "tiny_wan": (),
