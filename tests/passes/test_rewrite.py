@@ -366,7 +366,11 @@ def test_a_mask_of_ones_beside_context_rows_costs_nothing():
     text, video = joint_inputs()
     gm, inputs, expected = trace(Ones(), {"text": text, "video": video})
     plan = sparsify(gm, DENSE)
-    assert not plan.sites[0].has_mask and ops(plan.gm)["add_"] == 0
+    assert not plan.sites[0].has_mask
+    (attention,) = plan.gm.graph.find_nodes(op="call_function", target=torch.ops.svg2.block_sparse_attention.default)
+    (of_context,) = plan.gm.graph.find_nodes(op="call_function", target=torch.ops.svg2.context_attention.default)
+    names = [argument.name for argument in torch.ops.svg2.block_sparse_attention.default._schema.arguments]
+    assert attention.args[names.index("context_mask")] is None and of_context.args[3] is None
     assert_equal_within_rounding(run(plan, inputs), expected, 1)
 
 
