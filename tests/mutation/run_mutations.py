@@ -107,7 +107,7 @@ def try_mutant(mutant: Mutant, left_out: list[str]) -> Outcome:
             return Outcome(mutant, f"no end within {TIMEOUT_SECONDS} s; try it again", killed=False)
     failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+?\.py)(?:::(\w+))?", done.stdout, re.MULTILINE)
     if done.returncode == 1 and failed:
-        return Outcome(mutant, f"{failed[1]}: {failed[2]}", killed=True)
+        return Outcome(mutant, f"tests/{failed[1]}: {failed[2]}", killed=True)
     if done.returncode < 0:
         return Outcome(mutant, f"the interpreter dies of signal {-done.returncode}", killed=True)
     if done.returncode == 0:
