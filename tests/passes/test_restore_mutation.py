@@ -6,7 +6,8 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch.fx import symbolic_trace
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
-from svg2_compile.passes.restore_mutation import FUNCTIONALIZED, restore_mutation
+from svg2_compile.passes.dynamo_graphs import AUTO_FUNCTIONALIZED
+from svg2_compile.passes.restore_mutation import restore_mutation
 
 HEADS, TOKENS, DIM, CLUSTERS = 2, 40, 8, 4
 X = torch.randn(1, HEADS, TOKENS, DIM, generator=torch.Generator().manual_seed(0))
@@ -62,7 +63,7 @@ def aten_of(function):
 
 
 def functionalized(gm):
-    return len(gm.graph.find_nodes(op="call_function", target=FUNCTIONALIZED))
+    return len(gm.graph.find_nodes(op="call_function", target=AUTO_FUNCTIONALIZED))
 
 
 @pytest.mark.parametrize(
