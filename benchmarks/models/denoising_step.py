@@ -28,19 +28,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch._inductor import cudagraph_trees
-from torch.fx import GraphModule
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
+from forced_stages import Forced, forced_backend
 from gpu_targets import StepGoal, step_goal
-from random_blocks import lognormal_sizes, random_blocks, shuffled_labels
 from shapes import HUNYUAN_720P, WAN_1_3B_480P, WAN_14B_720P
 from timing import time_once_ms
 
@@ -49,14 +47,6 @@ from svg2_compile.environment import describe_environment
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.ahead_of_time import kernel_names
 from svg2_compile.kernels.card import PARTS
-from svg2_compile.kernels.work_list import kept_runs_reference
-from svg2_compile.passes.config import SparseConfig
-from svg2_compile.passes.plan import stages_of
-from svg2_compile.passes.records import AttentionSite
-from svg2_compile.passes.stages.cluster import Cluster
-from svg2_compile.passes.stages.flow import Flow, SiteWriter
-from svg2_compile.passes.stages.keep_top_p import KeepTopP
-from svg2_compile.passes.stages.stage import Stage
 from svg2_compile.video.measure import fastest_attention
 
 DEVICE = "cuda"
@@ -186,7 +176,7 @@ def measure(
     heads = int(model.config.num_attention_heads)
     # the sparse HunyuanVideo has a mask; only the queries of its text are left to PyTorch's attention
     fastest = nullcontext() if has_mask(spec) else fastest_attention(torch.device(DEVICE))
-    with fastest, Forced(heads, spec.tokens, *clusters) as forced:
+    with fastest, Forced(heads, spec.tokens, *clusters, device=DEVICE) as forced:
         forced.keep(densities[0])
         steps = Steps(compiled(model, way, clusters), inputs)
         for density in densities:
@@ -274,11 +264,6 @@ def compiled(
     return model
 
 
-def forced_backend(gm: GraphModule, inputs: list[Any], **given: Any) -> Callable[..., Any]:
-    """Compile as usual, with ``forced_stages``."""
-    return svg2_compile.svg2_backend(gm, inputs, stages=forced_stages, **given)
-
-
 class Steps:
     """The denoising steps of one compiled model, from the first one on."""
 
@@ -356,95 +341,6 @@ def without_full_masks(spec: Model) -> Iterator[None]:
         yield
     finally:
         module.dispatch_attention_fn = dispatch
-
-
-torch.library.define("svg2_benchmarks::forced_clusters", "(Tensor order, Tensor q_sizes, Tensor k_sizes) -> Tensor[]")
-torch.library.define("svg2_benchmarks::forced_selection", "(Tensor runs, Tensor counts) -> Tensor[]")
-
-
-@torch.library.register_fake("svg2_benchmarks::forced_clusters")
-@torch.library.register_fake("svg2_benchmarks::forced_selection")
-def _alike(*found: Tensor) -> list[Tensor]:
-    return [torch.empty_like(each) for each in found]
-
-
-@torch.library.impl("svg2_benchmarks::forced_clusters", ("cpu", "cuda"))
-def _forced_clusters(*found: Tensor) -> list[Tensor]:
-    return [each.clone() for each in Forced.entered.clusters]
-
-
-@torch.library.impl("svg2_benchmarks::forced_selection", ("cpu", "cuda"))
-def _forced_selection(*found: Tensor) -> list[Tensor]:
-    return [each.clone() for each in Forced.entered.selection]
-
-
-@dataclass(frozen=True, slots=True)
-class ForcedCluster(Cluster):
-    """Clusters, and then pretends to have found the clusters of ``Forced``."""
-
-    def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
-        flow = Cluster.emit(self, writer, flow)
-        found = flow.q_order, flow.q_sizes, flow.k_sizes
-        forced = torch.ops.svg2_benchmarks.forced_clusters.default
-        q_order, q_sizes, k_sizes = writer.parts(forced, *found, count=3)
-        return replace(flow, q_order=q_order, q_sizes=q_sizes, k_sizes=k_sizes)
-
-
-@dataclass(frozen=True, slots=True)
-class ForcedSelection(KeepTopP):
-    """Selects, and then pretends to have selected what ``Forced`` has."""
-
-    def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
-        flow = KeepTopP.emit(self, writer, flow)
-        forced = torch.ops.svg2_benchmarks.forced_selection.default
-        runs, counts = writer.parts(forced, flow.runs, flow.counts, count=2)
-        return replace(flow, runs=runs, counts=counts)
-
-
-def forced_stages(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
-    """Return the usual stages, whose clusters and selection are replaced after they have been found."""
-    forced = {Cluster: ForcedCluster(), KeepTopP: ForcedSelection()}
-    return tuple(forced.get(type(stage), stage) for stage in stages_of(config, site))
-
-
-class Forced:
-    """While entered, what ``forced_stages`` pretend to have found.
-
-    It stays at its place in memory, so that CUDA graphs see another density without being recorded again. Copying it
-    takes some microseconds a layer, which count as sparse.
-    """
-
-    entered: ClassVar[Forced]
-
-    def __init__(self, heads: int, tokens: int, q_clusters: int, k_clusters: int) -> None:
-        generator = self._generator()
-        q_sizes, self.k_sizes = (
-            lognormal_sizes(generator, 1, heads, count, tokens) for count in (q_clusters, k_clusters)
-        )
-        q_order, _ = torch.ops.svg2.sort_labels(shuffled_labels(generator, q_sizes), q_clusters)
-        self.clusters = (q_order, q_sizes, self.k_sizes)
-        everything = torch.ones((1, heads, q_clusters, k_clusters), dtype=torch.bool, device=DEVICE)
-        self.selection = tuple(x.contiguous() for x in self._kept(everything))
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator(DEVICE).manual_seed(0)
-
-    def _kept(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        kept = kept_runs_reference(keep, self.k_sizes)
-        return kept.runs, kept.counts
-
-    def keep(self, density: float) -> None:
-        """Keep random key clusters that hold about this share of the keys."""
-        keep = random_blocks(self._generator(), density, self.k_sizes, self.clusters[1].shape[2])
-        for mine, kept in zip(self.selection, self._kept(keep)):
-            mine.copy_(kept)
-
-    def __enter__(self) -> Forced:
-        Forced.entered = self
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del Forced.entered
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
-from denoising_step import MODELS, Forced, Steps, Way, build, compiled, make_inputs, summary
+from denoising_step import MODELS, Steps, Way, build, compiled, make_inputs, summary
+from forced_stages import Forced
 
 import svg2_compile
 from svg2_compile.environment import describe_environment
