@@ -39,6 +39,11 @@ def poisoned(allocate):
     return allocate_and_poison
 
 
+# ``with torch.device(...)`` remembers these functions when it first sees one: it must remember the unpatched ones
+with torch.device("meta"):
+    torch.empty(0)
+
+
 @pytest.fixture(autouse=True)
 def _new_memory_is_poisoned():
     with pytest.MonkeyPatch.context() as patch:
