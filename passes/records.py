@@ -70,6 +70,8 @@ class StateSpec:
     """What it starts as: one number, or one for each place of the last axis."""
     counts_clusterings: bool = False
     """Above 0 means that the centroids beside it hold something."""
+    adds_up: bool = False
+    """A statistic: its values may be added to those of another branch or generation."""
 
     def create(self, device: torch.device | str) -> torch.Tensor:
         """Return the tensor as it starts."""

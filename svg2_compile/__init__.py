@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from svg2_compile.announce import denoise_step
     from svg2_compile.backend import svg2_backend
-    from svg2_compile.clock import denoise_step
     from svg2_compile.explaining.tracing import explain
     from svg2_compile.options import configure
     from svg2_compile.passes.config import SparseConfig
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "svg2_backend": "backend",
-    "denoise_step": "clock",
+    "denoise_step": "announce",
     "configure": "options",
     "SparseConfig": "passes.config",
     "KernelConfig": "passes.kernel_config",

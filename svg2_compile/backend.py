@@ -6,7 +6,6 @@ Dynamo's graph is copied, its long self-attention made sparse, and both graphs g
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from svg2_compile import clock
+from svg2_compile import announce
 from svg2_compile.cache_identity import named_after_ops
 from svg2_compile.dynamo import fake_mode_of_trace, load_compile_fx
-from svg2_compile.frames import Compiled, is_dynamic, owner_position, timestep_in, timestep_position, what_is_compiled
+from svg2_compile.frames import Compiled, is_dynamic, owner_position, what_is_compiled
 from svg2_compile.kernels.self_check import kinds_of
 from svg2_compile.obstacles import certain_obstacles
 from svg2_compile.options import Options, split_options
@@ -27,16 +26,13 @@ from svg2_compile.passes.clone import clone
 from svg2_compile.passes.op_calls import op_calls
 from svg2_compile.passes.plan import StagesOf, stages_of
 from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
-from svg2_compile.region import DenseGraph, LayerOrder, Lower, Owner, Region, Runner, Variant, reset, ticking
+from svg2_compile.region import DenseGraph, Lower, Owner, Region, Runner, Variant, reset
 
 log = logging.getLogger(__name__)
 
 compile_fx = load_compile_fx()
 
-_ticking_roots: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-_hooked_parents: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-
-clock.observe_cache_context()
+announce.observe_cache_context()
 
 
 def svg2_backend(
@@ -73,15 +69,12 @@ def svg2_backend(
     plan = sparsify(gm, own_layers, ours.kernel, stages=stages)
     _announce(plan)
     lower = _lowering(ours, inductor_options)
-    # a layer's argument of that name is an embedding; only a model's own is the noise level
-    timestep = None if compiled.is_repeated else timestep_position(gm)
     owner = _owner_of(gm, example_inputs, compiled)
     if not plan.sites:
-        return _without_sites(plan, lower(gm, example_inputs), owner, compiled, timestep)
-    if timestep is not None and compiled.root is not None:
-        _ticking_roots.add(compiled.root)
-    elif compiled.parent is not None:
-        _tick_with(compiled.parent, compiled.parent_locals)
+        runner = lower(gm, example_inputs)
+        if not plan.rejections and not compiled.begins_forward:
+            return runner
+        return DenseGraph(runner, plan.rejections, owner, begins_forward=compiled.begins_forward)
     # graphs with symbolic sizes are compiled while Dynamo listens, so that their guards reach it
     eager = is_dynamic(gm)
     return Region(
@@ -90,9 +83,7 @@ def svg2_backend(
         dense=Variant("dense", clone(gm), lower, list(example_inputs) if eager else None),
         sparse=Variant("sparse", plan.gm, lower, [*example_inputs, *_fake_state(plan)] if eager else None),
         owner=owner,
-        layers=LayerOrder.of(compiled.parent) if compiled.parent is not None and compiled.is_repeated else None,
-        timestep=timestep,
-        ticks=timestep is not None or compiled.parent is None,
+        begins_forward=compiled.begins_forward,
         kinds=kinds_of(op_calls(plan.gm.graph)) if ours.kernel.self_check else (),
     )
 
@@ -128,38 +119,9 @@ def _tensorrt(options: Options, inductor: Lower) -> Lower:
 
 
 def _owner_of(gm: GraphModule, example_inputs: list[Any], compiled: Compiled) -> Owner:
-    position, name = owner_position(gm, example_inputs) or (None, "")
-    return Owner(position, name, None if compiled.root is None else weakref.ref(compiled.root))
-
-
-def _without_sites(
-    plan: Sparsified, runner: Runner, owner: Owner, compiled: Compiled, timestep: int | None
-) -> Callable[..., Any]:
-    if plan.rejections:
-        runner = DenseGraph(runner, plan.rejections, owner)
-    if timestep is None or compiled.root is None:
-        return runner
-    _ticking_roots.add(compiled.root)
-    return ticking(runner, id(compiled.root), timestep)
-
-
-def _tick_with(parent: torch.nn.Module, parent_locals: dict[str, Any]) -> None:
-    """Let a model that runs eagerly tick the clock before each forward, and once for the forward under way.
-
-    A pre-hook: a hook after the forward would tick when its layers have already asked for the step.
-    """
-    if parent in _ticking_roots or parent in _hooked_parents:
-        return
-    signature = inspect.signature(parent.forward)
-
-    def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        clock.tick(id(module), timestep_in(signature.bind_partial(*args, **kwargs).arguments))
-
-    # where the parent is compiled too, in pieces, Dynamo would trace the clock
-    untraced = torch.compiler.disable(before_forward)  # type: ignore[no-untyped-call]
-    parent.register_forward_pre_hook(untraced, with_kwargs=True)
-    _hooked_parents.add(parent)
-    clock.tick(id(parent), timestep_in(parent_locals))
+    position, name = owner_position(gm, example_inputs, compiled) or (None, "")
+    root = None if compiled.root is None else weakref.ref(compiled.root)
+    return Owner(position, name, root, compiled.is_repeated, compiled.code)
 
 
 def _fake_state(plan: Sparsified) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 __all__ = [
-    "RESUMED_FORWARD",
+    "COMPILED_CALL",
+    "MODULE_CALLS",
+    "RESUMED",
+    "code_of_compiled",
     "fake_mode_of_fixed_sizes",
     "fake_mode_of_trace",
     "has_inductor_option",
+    "has_pre_hook",
     "is_compiled",
     "is_kept_from_dynamo",
     "load_compile_fx",
@@ -31,12 +36,21 @@ __all__ = [
     "mark_static_address",
     "options_of_mode",
     "over_all_tensors",
+    "traced_code",
     "tracing_with",
     "uncompiled",
+    "version_of",
 ]
 
-RESUMED_FORWARD = "torch_dynamo_resume_in_forward"
-"""How the code begins to be called that goes on after a graph break in a forward. Read in torch 2.13.0."""
+RESUMED = "torch_dynamo_resume_in_"
+"""How the code begins to be called that goes on after a graph break. Read in torch 2.13.0."""
+
+COMPILED_CALL = "compile_wrapper"
+"""The function that calls what ``torch.compile`` made of another one, with its ``args`` and ``kwargs``. Read in torch
+2.13.0."""
+
+MODULE_CALLS = ("_call_impl", "_wrapped_call_impl")
+"""The functions that call a module's forward, with its ``args`` and ``kwargs``. Read in torch 2.13.0."""
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -62,6 +76,15 @@ def locals_of_traced_code() -> dict[str, Any] | None:
     """Return the variables of the function that Dynamo is tracing (torch 2.13.0); None where it traces nothing."""
     try:
         found: dict[str, Any] = InstructionTranslator.current_tx().f_locals
+    except AttributeError:  # no translator is current
+        return None
+    return found
+
+
+def traced_code() -> CodeType | None:
+    """Return the code of the function that Dynamo is tracing (torch 2.13.0); None where it traces nothing."""
+    try:
+        found: CodeType = InstructionTranslator.current_tx().f_code
     except AttributeError:  # no translator is current
         return None
     return found
@@ -97,6 +120,22 @@ def is_kept_from_dynamo(function: object) -> bool:
 def is_compiled(function: object) -> bool:
     """Say whether a function is what ``torch.compile`` made of another one (torch 2.13.0)."""
     return hasattr(function, "_torchdynamo_orig_callable")
+
+
+def code_of_compiled(function: object) -> CodeType | None:
+    """Return the code of the function of which ``torch.compile`` made this one (torch 2.13.0); None of other things."""
+    original = getattr(function, "_torchdynamo_orig_callable", None)
+    return getattr(original, "__code__", None)
+
+
+def has_pre_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> bool:
+    """Say whether a module has a forward pre-hook, as a copy has those of its original (torch 2.13.0)."""
+    return hook in module._forward_pre_hooks.values()
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return a number that changes when a tensor is written to (torch 2.13.0); 0 where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def over_all_tensors(model: Module, change: Callable[[Tensor], Tensor]) -> Module:

@@ -7,20 +7,19 @@ eagerly, when blocks are compiled one by one, from the Python frames that lead h
 from __future__ import annotations
 
 import re
-import sys
+from collections import Counter
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.nn import ModuleDict, ModuleList, Sequential
 
-from svg2_compile.dynamo import RESUMED_FORWARD, locals_of_traced_code
+from svg2_compile import call_stack
+from svg2_compile.dynamo import RESUMED, locals_of_traced_code, traced_code
 from svg2_compile.passes.dynamo_graphs import source_name
 from svg2_compile.passes.nodes import value_of
-
-TIMESTEP = re.compile(r"(^|[^a-z])(timesteps?|t|sigmas?)('|\"|\])*$")
-TIMESTEP_NAMES = ("timestep", "timesteps", "t", "sigma")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,44 +32,49 @@ class Compiled:
     parent: torch.nn.Module | None
     """The outermost module that is calling ``root`` right now; ``None`` when ``root`` is the whole model."""
 
-    parent_locals: dict[str, Any]
+    code: CodeType | None
 
     @property
     def is_repeated(self) -> bool:
-        """True when ``root`` is one of several equal layers of ``parent``, and one graph serves them all."""
-        if self.parent is None:
+        """True when ``root`` is one of several equal layers of ``parent``, and one graph serves them all.
+
+        Two equal models side by side, as experts are, are no layers: they have layers of their own.
+        """
+        if self.parent is None or self.root is None:
             return False
-        return sum(type(module) is type(self.root) for module in self.parent.modules()) > 1
+        equals = [each for each in self.parent.modules() if type(each) is type(self.root)]
+        lists = (each for each in self.parent.modules() if isinstance(each, ModuleList | Sequential | ModuleDict))
+        is_in_list = any(each is self.root for several in lists for each in several.children())
+        return len(equals) > 1 and (is_in_list or not _has_layers(self.root))
+
+    @property
+    def begins_forward(self) -> bool:
+        """True when the code is the first of every forward of the model, not a layer, nor what a graph break left."""
+        return not self.is_repeated and (self.code is None or not self.code.co_name.startswith(RESUMED))
 
 
 def what_is_compiled(inputs: list[Any]) -> Compiled:
     """Return the module under compilation and its caller; to be called by the backend itself, with its inputs."""
-    traced = locals_of_traced_code()
+    traced, code = locals_of_traced_code(), traced_code()
     if traced is None:
-        return Compiled(None, None, {})
-    callers = _callers()
+        return Compiled(None, None, None)
+    called = [module for module, _ in call_stack.called_modules()]
     modules = (each for each in (traced.get("self"), *traced.values()) if isinstance(each, torch.nn.Module))
     # a hook that goes on after a graph break may hold no module: then it runs for the one whose parameters it uses
-    root = next(modules, _smallest_part(callers[0][0], inputs) if callers else None)
+    root = next(modules, _smallest_part(called[0], inputs) if called else None)
     if root is None:
-        return Compiled(None, None, {})
-    parents = [(module, frame) for module, frame in callers if module is not root and _contains(module, root)]
-    if not parents:
-        return Compiled(root, None, {})
-    parent, frame = parents[-1]
-    return Compiled(root, parent, dict(frame.f_locals))
+        return Compiled(None, None, code)
+    around = [each for each in called if each is not root and call_stack.holds(each, root)]
+    return Compiled(root, around[-1] if around else call_stack.holder_in_locals(root), code)
 
 
-def _callers() -> list[tuple[torch.nn.Module, FrameType]]:
-    """Return the modules whose forwards lead here, the innermost first."""
-    found: list[tuple[torch.nn.Module, FrameType]] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_locals.get("self") if _is_forward(frame) else None
-        if isinstance(module, torch.nn.Module):
-            found.append((module, frame))
-        frame = frame.f_back
-    return found
+def _has_layers(module: torch.nn.Module) -> bool:
+    for each in module.modules():
+        if isinstance(each, ModuleList | Sequential):
+            kinds = [type(layer) for layer in each if any(layer.children())]
+            if len(kinds) > len(set(kinds)):
+                return True
+    return False
 
 
 def _smallest_part(module: torch.nn.Module, inputs: list[Any]) -> torch.nn.Module:
@@ -80,41 +84,27 @@ def _smallest_part(module: torch.nn.Module, inputs: list[Any]) -> torch.nn.Modul
     return holders[-1] if used and holders else module
 
 
-def _contains(module: torch.nn.Module, part: torch.nn.Module) -> bool:
-    return any(each is part for each in module.modules())
-
-
-def _is_forward(frame: FrameType) -> bool:
-    name = frame.f_code.co_name
-    return name == "forward" or name.startswith(RESUMED_FORWARD)
-
-
-def timestep_in(values: dict[str, Any]) -> Any:
-    """Return the value of the first variable that is called like a timestep."""
-    return next((values[name] for name in TIMESTEP_NAMES if values.get(name) is not None), None)
-
-
-def timestep_position(gm: GraphModule) -> int | None:
-    """Return the position of the graph input that holds the timestep of the model's own forward."""
-    for position, node in enumerate(placeholders(gm)):
-        is_tensor = isinstance(node.meta.get("example_value"), torch.Tensor)
-        if is_tensor and not is_weight(node) and TIMESTEP.search(source_name(node)):
-            return position
-    return None
-
-
-def owner_position(gm: GraphModule, inputs: list[Any]) -> tuple[int, str] | None:
+def owner_position(gm: GraphModule, inputs: list[Any], compiled: Compiled) -> tuple[int, str] | None:
     """Return the position of the first parameter among the graph's inputs, and its name inside the root module.
 
-    At run time the argument at this position tells which model, or which of its equal layers, is calling.
+    At run time the argument at this position tells which model, or which of its equal layers, is calling; a parameter
+    that several layers share does not.
     """
+    shared = _shared_parameters(compiled.parent)
     for position, (node, value) in enumerate(zip(placeholders(gm), inputs)):
-        if isinstance(value, torch.nn.Parameter):
+        if isinstance(value, torch.nn.Parameter) and id(value) not in shared:
             source = source_name(node).replace("_modules", "").replace("_parameters", "").replace(".__dict__", "")
             # the scope and the variable that holds the root module come first
             parts = [part for part in re.split(r"[.\[\]']+", source) if part]
             return position, ".".join(parts[2:])
     return None
+
+
+def _shared_parameters(model: torch.nn.Module | None) -> set[int]:
+    if model is None:
+        return set()
+    counts = Counter(id(each) for _, each in model.named_parameters(remove_duplicate=False))
+    return {each for each, count in counts.items() if count > 1}
 
 
 def is_weight(node: Node) -> bool:

@@ -9,24 +9,24 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule
-from torch.utils.weak import WeakIdKeyDictionary
 
-from svg2_compile.clock import Tick, current_clock, forget, tick
+from svg2_compile import schedule
 from svg2_compile.dynamo import fake_mode_of_fixed_sizes, tracing_with
+from svg2_compile.forwards import Caller, Forward, caller_of, forget, forward_of, mark, ordinal
 from svg2_compile.kernels.known_state import known_as_clustered
 from svg2_compile.kernels.launch import is_capturing
 from svg2_compile.kernels.self_check import Kind, check_kernels
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.records import Rejection
 from svg2_compile.passes.sparsify import Sparsified
-from svg2_compile.schedule import is_dense
-from svg2_compile.state import store
+from svg2_compile.state import SiteState, store
 
 _numbers = itertools.count()
 
@@ -45,13 +45,18 @@ class Owner:
     """That parameter's name inside the compiled module."""
 
     root: weakref.ref[torch.nn.Module] | None
-    """The compiled module, which stands in for a parameter where there is none."""
+    """The module it was compiled for; another one of its class may run it."""
 
-    def of(self, args: tuple[Any, ...]) -> Any:
-        """Return the parameter that names the caller, or what stands in for it; None where nothing does."""
-        if self.position is not None:
-            return args[self.position]
-        return self.root() if self.root is not None else None
+    is_repeated: bool = False
+    """The graph is that of a layer, whose model is around it."""
+    code: CodeType | None = None
+    """The code that was compiled."""
+
+    def caller(self, args: tuple[Any, ...], graph: Any) -> Caller:
+        """Return who calls ``graph``, with these arguments."""
+        parameter = None if self.position is None else args[self.position]
+        root = None if self.root is None else self.root()
+        return caller_of(parameter, graph, root, is_repeated=self.is_repeated)
 
 
 class Variant:
@@ -103,35 +108,36 @@ class Region:
         dense: Variant,
         sparse: Variant,
         owner: Owner,
-        layers: LayerOrder | None,
-        timestep: int | None,
-        ticks: bool,
+        begins_forward: bool,
         kinds: tuple[tuple[str, Kind], ...] = (),
     ) -> None:
         """Set up both variants.
 
-        Args: ``layers`` where one graph serves many layers; ``ticks`` unless a caller of this graph does; ``kinds`` of
-        tensors, by the names of ops, for which the kernels are checked before the first sparse call.
+        Args: ``begins_forward`` where each of its calls is another forward of the model; ``kinds`` of tensors, by the
+        names of ops, for which the kernels are checked before the first sparse call.
         """
         self.config, self.plan, self.dense, self.sparse, self.owner = config, plan, dense, sparse, owner
-        self.layers, self.timestep, self.ticks = layers, timestep, ticks
+        self.begins_forward = begins_forward
+        self.is_dynamic = any(not isinstance(site.tokens, int) for site in plan.sites)
         self._kinds = kinds
         self.number = next(_numbers)
+        self._lock = threading.Lock()
         self.clear()
         Region.instances.add(self)
 
     def __call__(self, *args: Any) -> Any:
         """Run the dense or the sparse graph, as the schedule says for this call."""
-        owner = self.owner_of(args)
-        now = self._tick(args, owner)
-        layer = None if self.layers is None else self.layers.ordinal(owner)
-        if is_dense(self.config, now, layer):
-            self.dense_calls[owner] = self.dense_calls.get(owner, 0) + 1
+        caller = self.owner.caller(args, self)
+        forward = forward_of(caller, self.number, begins=self.begins_forward)
+        # one graph with all layers leaves the first ones out
+        layer = ordinal(forward, caller) if self.owner.is_repeated else None
+        why_dense = schedule.why_dense(self.config, forward.tick, layer)
+        self._count(caller, why_dense)
+        if why_dense:
             return self.dense(*args)
         check_kernels(self._kinds)
         self._kinds = ()
-        self.sparse_calls[owner] = self.sparse_calls.get(owner, 0) + 1
-        states = store.states_for(owner, current_clock(), now.run, now.stream, self.plan.sites)
+        states = self._states(caller, forward, args)
         clustered = (counter for state in states if state.is_clustered for counter in state.clustering_counters())
         with known_as_clustered(frozenset(clustered)):
             outputs = self.sparse(*args, *(tensor for state in states for tensor in state.tensors.values()))
@@ -141,56 +147,30 @@ class Region:
                 state.is_clustered = True
         return outputs
 
-    def owner_of(self, args: tuple[Any, ...]) -> Any:
-        """Return who calls, or this region where nothing tells."""
-        owner = self.owner.of(args)
-        return self if owner is None else owner
+    def _states(self, caller: Caller, forward: Forward, args: tuple[Any, ...]) -> list[SiteState]:
+        shapes = tuple(each.shape for each in args if isinstance(each, torch.Tensor)) if self.is_dynamic else ()
+        now = forward.tick
+        return store.states_for(caller, forward.clock, now.run, now.stream, self.plan.sites, shapes)
 
-    def _tick(self, args: tuple[Any, ...], owner: Any) -> Tick:
-        clock = current_clock()
-        if not self.ticks and clock.now is not None:
-            return clock.now
-        tick(id(owner), args[self.timestep] if self.timestep is not None else None)
-        now = current_clock().now
-        assert now is not None
-        return now
-
-    def owners(self) -> list[Any]:
+    def owners(self) -> list[Caller]:
         """Return every model or layer that called."""
-        return list({id(each): each for each in [*self.dense_calls.keys(), *self.sparse_calls.keys()]}.values())
+        with self._lock:
+            return list(self._calls)
+
+    def dense_calls(self, caller: Caller) -> dict[str, int]:
+        """Return how often it was dense for a caller, by reason."""
+        with self._lock:
+            return {why: count for why, count in self._calls.get(caller, {}).items() if why}
+
+    def _count(self, caller: Caller, why_dense: str) -> None:
+        with self._lock:
+            counts = self._calls.setdefault(caller, {})
+            counts[why_dense] = counts.get(why_dense, 0) + 1
 
     def clear(self) -> None:
         """Forget the counts; what is compiled stays."""
-        self.dense_calls: Any = WeakIdKeyDictionary()
-        self.sparse_calls: Any = WeakIdKeyDictionary()
-
-
-class LayerOrder:
-    """Numbers the separately compiled layers of a model in the order in which they first run."""
-
-    _by_parent: ClassVar[weakref.WeakKeyDictionary[torch.nn.Module, LayerOrder]] = weakref.WeakKeyDictionary()
-
-    def __init__(self) -> None:
-        self._ordinals: dict[int, int] = {}
-
-    @classmethod
-    def of(cls, parent: torch.nn.Module) -> LayerOrder:
-        """Return the order of the layers of ``parent``."""
-        return cls._by_parent.setdefault(parent, cls())
-
-    def ordinal(self, owner: Any) -> int:
-        """Return the layer's place, counting from 0."""
-        return self._ordinals.setdefault(id(owner), len(self._ordinals))
-
-
-def ticking(runner: Runner, model: Hashable, timestep: int) -> Runner:
-    """Wrap a graph that has no sparse attention but sees the timestep of a model whose blocks are compiled apart."""
-
-    def run(*args: Any) -> Any:
-        tick(model, args[timestep])
-        return runner(*args)
-
-    return run
+        with self._lock:
+            self._calls: weakref.WeakKeyDictionary[Caller, dict[str, int]] = weakref.WeakKeyDictionary()
 
 
 class DenseGraph:
@@ -198,24 +178,30 @@ class DenseGraph:
 
     instances: ClassVar[weakref.WeakSet[DenseGraph]] = weakref.WeakSet()
 
-    def __init__(self, runner: Runner, rejections: tuple[Rejection, ...], owner: Owner) -> None:
-        """Args: ``rejections`` say why each attention stays dense."""
-        self.rejections, self.owner = rejections, owner
+    def __init__(
+        self, runner: Runner, rejections: tuple[Rejection, ...], owner: Owner, *, begins_forward: bool = False
+    ) -> None:
+        """Args: ``rejections`` say why each attention stays dense; ``begins_forward`` as of ``Region``."""
+        self.rejections, self.owner, self.begins_forward = rejections, owner, begins_forward
         self.number = next(_numbers)
-        self._runner = runner
-        self._owners: Any = WeakIdKeyDictionary()
+        self._runner, self._lock = runner, threading.Lock()
+        self._callers: weakref.WeakSet[Caller] = weakref.WeakSet()
         DenseGraph.instances.add(self)
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph."""
-        owner = self.owner.of(args)
-        if owner is not None and owner not in self._owners:
-            self._owners[owner] = True
+        caller = self.owner.caller(args, self)
+        if caller not in self._callers:
+            with self._lock:
+                self._callers.add(caller)
+        if self.begins_forward:
+            mark(caller)
         return self._runner(*args)
 
-    def owners(self) -> list[Any]:
+    def owners(self) -> list[Caller]:
         """Return every model or layer that called."""
-        return list(self._owners.keys())
+        with self._lock:
+            return list(self._callers)
 
 
 def reset() -> None:

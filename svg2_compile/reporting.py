@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 
 from svg2_compile.cut_graphs import SegmentReport, segments_of
-from svg2_compile.dynamo import uncompiled
+from svg2_compile.dynamo import code_of_compiled, uncompiled
 from svg2_compile.formatting import dotted, number, percent
+from svg2_compile.forwards import Caller, recognition_of
 from svg2_compile.kernels.why_not import wrong_kernels
 from svg2_compile.obstacles import obstacles
 from svg2_compile.passes.plan import SitePlan
@@ -57,6 +58,11 @@ class SiteReport:
     sparse: bool
     sparse_calls: int = 0
     dense_calls: int = 0
+    dense_because: Mapping[str, int] = field(default_factory=dict)
+    """The dense calls by reason: the first steps of a generation, or the first layers of the model."""
+
+    branches: tuple[str, ...] = ()
+    """CFG branches that have centroids of their own."""
 
     density: float | None = None
     """Share of query-key pairs computed in the sparse calls, 0 to 1; ``None`` before the first one."""
@@ -92,6 +98,26 @@ class SiteReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ScheduleReport:
+    """How the steps of one model were told, in its last forward."""
+
+    path: str
+    steps: str
+    """Where its step came from: announced, read from an input, or guessed."""
+    branches: str
+    total: str
+    guesses: Mapping[str, int] = field(default_factory=dict)
+    """What had to be guessed since the last reset, and how often."""
+
+    def __str__(self) -> str:
+        """Return lines for people."""
+        name = f" of {self.path}" if self.path else ""
+        lines = [f"schedule{name}: steps {self.steps}; branches {self.branches}; steps in all: {self.total}"]
+        lines += [f"guess{name}, {count} times: {guess}" for guess, count in self.guesses.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Every attention of a model, and the totals."""
 
@@ -105,6 +131,9 @@ class Report:
 
     segments: tuple[SegmentReport, ...] = ()
     """What ``lowering="tensorrt"`` cut the graphs into; empty with another lowering."""
+
+    schedules: tuple[ScheduleReport, ...] = ()
+    """How steps and branches were told, for each model that has run."""
 
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
@@ -176,6 +205,14 @@ class Report:
             for segment in self.segments
             if segment.why_not
         ]
+        because: dict[str, int] = {}
+        for site in self.sparse_sites:
+            for why, count in site.dense_because.items():
+                because[why] = because.get(why, 0) + count
+        if because:
+            told = ", ".join(f"{count} in the {why}" for why, count in because.items())
+            lines.append(f"dense calls of sparse attentions: {told}")
+        lines += [str(each) for each in self.schedules]
         hints = dict.fromkeys(f"{site.plan}: {site.hint}" for site in self.sites if site.hint)
         lines += [f"hint: {hint}" for hint in hints]
         if not self.sites:
@@ -186,29 +223,42 @@ class Report:
         return "\n".join(lines)
 
 
-def report(model: torch.nn.Module) -> Report:
+def report(model: torch.nn.Module | Callable[..., Any]) -> Report:
     """Return what the backend did to ``model``, so far; reads the statistics back from the device.
 
+    It may be asked at any time, from any thread.
+
     Args:
-        model: the model, or what ``torch.compile`` returned for it.
+        model: the model, or what ``torch.compile`` returned for it or for a function.
 
     Returns:
         One entry per attention, in program order, layers in the order of the model.
+
+    Raises:
+        TypeError: ``model`` is neither a module nor a compiled function.
     """
-    model = uncompiled(model)
+    if isinstance(model, torch.nn.Module):
+        model = uncompiled(model)
+    elif code_of_compiled(model) is None:
+        raise TypeError(
+            f"report takes a torch.nn.Module or what torch.compile returned, got {type(model).__name__}; "
+            "give the denoiser, such as pipeline.transformer"
+        )
     regions = _called_for(model, Region.instances)
+    paths = {id(each): path for path, each in model.named_modules()} if isinstance(model, torch.nn.Module) else {}
     rows: dict[tuple[str, str], _Row] = {}
-    for region, owner, prefix in regions:
-        dense_calls = region.dense_calls.get(owner, 0)
+    for region, caller, prefix in regions:
+        dense_calls = region.dense_calls(caller)
         for decision in region.plan.decisions:
             # a layer may be compiled several times, for other sizes or modes: its calls add up, the last plan is shown
-            row = rows.setdefault((dotted(prefix, decision.path), decision.node), _Row(decision, owner))
+            row = rows.setdefault((dotted(prefix, decision.path), decision.node), _Row(decision, caller))
             row.decision = decision
-            row.dense_calls += dense_calls
+            for why, count in dense_calls.items():
+                row.dense_calls[why] = row.dense_calls.get(why, 0) + count
     for graph, _, prefix in _called_for(model, DenseGraph.instances):
         for rejection in graph.rejections:
             rows.setdefault((dotted(prefix, rejection.path), rejection.node), _Row(rejection, None))
-    if all(isinstance(row.decision, Rejection) for row in rows.values()):
+    if isinstance(model, torch.nn.Module) and all(isinstance(row.decision, Rejection) for row in rows.values()):
         seen = [f"{path}." for path, _ in rows]
         for path, rejection in obstacles(model):
             if not any(each.startswith(f"{path}.") for each in seen):
@@ -220,7 +270,12 @@ def report(model: torch.nn.Module) -> Report:
     sites = [row.describe(path) for (path, _), row in rows.items()]
     wrong = [f"{name} on {device}, {dtype}: {reason}" for (name, device, dtype), reason in wrong_kernels.items()]
     return Report(
-        tuple(sites), sum(row.state_bytes for row in rows.values()) / MIB, seconds, tuple(wrong), segments_of(model)
+        tuple(sites),
+        sum(row.state_bytes for row in rows.values()) / MIB,
+        seconds,
+        tuple(wrong),
+        segments_of(model) if isinstance(model, torch.nn.Module) else (),
+        tuple(_schedules((caller for _, caller, _ in regions), paths)),
     )
 
 
@@ -230,20 +285,36 @@ def report_before_running(graphs: Iterable[tuple[str, Sparsified]]) -> Report:
     return Report(tuple(_Row(each, None).describe(path) for path, each in rows), 0.0, {})
 
 
-def _called_for(model: torch.nn.Module, compiled: Iterable[Called]) -> list[tuple[Called, Any, str]]:
-    """Return (graph, owner, module path) for every owner that is part of the model, in the model's order."""
+def _schedules(callers: Iterable[Caller], paths: Mapping[int, str]) -> Iterator[ScheduleReport]:
+    models = {id(model): model for caller in callers if (model := caller.model()) is not None}
+    for model in models.values():
+        if (told := recognition_of(model)) is not None:
+            guesses = dict(told.guesses)
+            yield ScheduleReport(paths.get(id(model), ""), told.steps, told.branches, told.total, guesses)
+
+
+def _called_for(
+    model: torch.nn.Module | Callable[..., Any], compiled: Iterable[Called]
+) -> list[tuple[Called, Caller, str]]:
+    """Return (graph, caller, module path) for every caller that is part of the model, in the model's order."""
+    if not isinstance(model, torch.nn.Module):
+        code = code_of_compiled(model)
+        graphs = [graph for graph in list(compiled) if graph.owner.code is code]
+        return [(each, caller, "") for each in sorted(graphs, key=lambda each: each.number) for caller in each.owners()]
     names: list[tuple[int, str]] = []
     for path, module in model.named_modules():
         names += [(id(module), path)]
         names += [(id(parameter), dotted(path, name)) for name, parameter in module.named_parameters(recurse=False)]
-    position = {owner: place for place, (owner, _) in enumerate(names)}
+    position = {part: place for place, (part, _) in enumerate(names)}
     found = []
     for graph in list(compiled):
-        for owner in graph.owners():
-            place = position.get(id(owner))
-            if place is not None:
-                prefix = _without_common_end(names[place][1], graph.owner.name)
-                found.append(((place, graph.number), (graph, owner, prefix)))
+        for caller in graph.owners():
+            layer = caller.layer()
+            place = position.get(id(layer))
+            if layer is not None and place is not None:
+                path = dotted(names[place][1], caller.name) if caller.name else names[place][1]
+                prefix = _without_common_end(path, graph.owner.name)
+                found.append(((place, graph.number), (graph, caller, prefix)))
     return [each for _, each in sorted(found, key=lambda ranked: ranked[0])]
 
 
@@ -264,14 +335,14 @@ class _Row:
     """What is known about one attention, while a report is put together."""
 
     decision: SitePlan | Rejection
-    owner: Any
-    dense_calls: int = 0
+    caller: Caller | None
+    dense_calls: dict[str, int] = field(default_factory=dict)
 
     @property
     def states_by_stream(self) -> dict[str, list[SiteState]]:
-        if self.owner is None or isinstance(self.decision, Rejection):
+        if self.caller is None or isinstance(self.decision, Rejection):
             return {}
-        return store.states_of(self.owner, self.decision)
+        return store.states_of(self.caller, self.decision)
 
     @property
     def states(self) -> list[SiteState]:
@@ -310,7 +381,9 @@ class _Row:
             hint="",
             sparse=True,
             sparse_calls=sum(state.calls for state in states),
-            dense_calls=self.dense_calls,
+            dense_calls=sum(self.dense_calls.values()),
+            dense_because=self.dense_calls,
+            branches=tuple(sorted(stream for stream in self.states_by_stream if stream)),
             dense_flops=int(sum(stage.work(site).pair_flops for stage in site.stages)),
             more={name: value for name, value in shown.items() if name not in own},
             **{name: value for name, value in shown.items() if name in own},

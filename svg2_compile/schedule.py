@@ -12,14 +12,19 @@ ROUNDING = 1e-9
 
 
 def dense_step_count(config: SparseConfig, total: int | None) -> int:
-    """Return how many first steps of a generation of ``total`` steps stay dense; 50 steps are assumed if unknown."""
+    """Return how many first steps of a generation of ``total`` steps stay dense; 50 steps are assumed if unknown.
+
+    A share is rounded down, but one above zero leaves a step dense wherever there are two or more.
+    """
     if isinstance(config.dense_steps, int):
         return config.dense_steps
-    return math.floor(config.dense_steps * (total or ASSUMED_STEPS) + ROUNDING)
+    steps = ASSUMED_STEPS if total is None else total
+    count = math.floor(config.dense_steps * steps + ROUNDING)
+    return max(1, count) if config.dense_steps > 0 and steps >= 2 else count
 
 
-def is_dense(config: SparseConfig, now: Tick, layer: int | None) -> bool:
-    """Say whether a layer runs dense at this tick.
+def why_dense(config: SparseConfig, now: Tick, layer: int | None) -> str:
+    """Return why a layer runs dense at this tick; empty where it is sparse.
 
     Args:
         config: the schedule.
@@ -28,5 +33,5 @@ def is_dense(config: SparseConfig, now: Tick, layer: int | None) -> bool:
             them all and the first ones were left out of it.
     """
     if layer is not None and layer < config.dense_layers:
-        return True
-    return now.step < dense_step_count(config, now.total)
+        return "first layers"
+    return "first steps" if now.step < dense_step_count(config, now.total) else ""

@@ -1,35 +1,41 @@
 """Centroids, counters and statistics of every attention, kept from one denoising step to the next.
 
-A set of tensors belongs to an owner (the parameter that names the model or layer at run time, because Dynamo runs one
-graph for all instances of a class), a clock (a thread and a pipeline), a CFG branch and a site. It survives a
-recompilation, and goes when its model, pipeline or thread goes; ``reset`` drops everything.
+A set of tensors belongs to a caller (a layer of a model), a clock (a loop), a CFG branch, a site, and a size; each size
+keeps its own. It survives a recompilation. What a generation left is used again by the next one; what two generations
+in a row have not used is let go, and so is what an idle loop that is over holds, as soon as another one needs room.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
+from svg2_compile.branches import MOST_BRANCHES
 from svg2_compile.clock import DenoiseClock
 from svg2_compile.dynamo import mark_static_address
+from svg2_compile.forwards import Caller
 from svg2_compile.passes.plan import SitePlan
 from svg2_compile.passes.records import StateSpec
 
-Key = tuple[int, str, str]
-"""Site index, site path, CFG branch."""
+Key = tuple[int, str, str, torch.device, tuple[Any, ...]]
+"""Site index, site path, CFG branch, device, and the sizes."""
 
 
 @dataclass(slots=True)
 class SiteState:
-    """The tensors of one site for one owner, clock and CFG branch."""
+    """The tensors of one site for one caller, clock, CFG branch and size."""
 
     specs: tuple[StateSpec, ...]
     tensors: dict[str, torch.Tensor]
     run: int
+    generation: int = 0
+    """The clock's count of generations when it was used last."""
+    is_last_step: bool = False
+    """The step that used it last was the last one of its generation."""
     calls: int = 0
     """Sparse forwards so far."""
     is_clustered: bool = False
@@ -48,52 +54,100 @@ class SiteState:
         return [self.tensors[spec.name].data_ptr() for spec in self.specs if spec.counts_clusterings]
 
 
+States = dict[Key, SiteState]
+
+
 class StateStore:
     """All state of the process."""
 
     def __init__(self) -> None:
-        self._owners: Any = WeakIdKeyDictionary()
+        self._lock = threading.RLock()
+        self._callers: weakref.WeakKeyDictionary[Caller, weakref.WeakKeyDictionary[DenoiseClock, States]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._sums: weakref.WeakKeyDictionary[Caller, dict[Any, SiteState]] = weakref.WeakKeyDictionary()
+        """Statistics of what has been let go."""
 
     def states_for(
-        self, owner: Any, clock: DenoiseClock, run: int, stream: str, sites: tuple[SitePlan, ...]
+        self,
+        caller: Caller,
+        clock: DenoiseClock,
+        run: int,
+        stream: str,
+        sites: tuple[SitePlan, ...],
+        shapes: tuple[Any, ...] = (),
     ) -> list[SiteState]:
-        """Return the state of a sparse graph, site by site; as it starts where this generation has not clustered."""
-        states = self._states(owner, clock)
-        found: list[SiteState] = []
-        for site in sites:
-            key = (site.index, site.path, stream)
-            specs = site.state_specs
-            state = states.get(key)
-            if state is None or state.specs != specs:
-                state = states[key] = SiteState(specs, _allocate(specs, site.device), run)
-            elif state.run != run:
-                state.begin_generation(run)
-            state.calls += 1
-            found.append(state)
-        return found
+        """Return the state of a sparse graph, site by site; as it starts where this generation has not clustered.
 
-    def states_of(self, owner: Any, site: SitePlan) -> dict[str, list[SiteState]]:
-        """Return what one site of ``owner`` has, by CFG branch."""
+        ``shapes`` are those of the graph's inputs where they tell its sizes and the sites do not.
+        """
+        with self._lock:
+            states = self._callers.setdefault(caller, weakref.WeakKeyDictionary()).setdefault(clock, {})
+            found: list[SiteState] = []
+            for site in sites:
+                size = shapes if shapes else (site.batch, int(site.tokens))
+                key = (site.index, site.path, stream, site.device, size)
+                state = states.pop(key, None)
+                if state is None or state.specs != site.state_specs:
+                    self._make_room(caller, clock)
+                    state = SiteState(site.state_specs, _allocate(site.state_specs, site.device), run)
+                elif state.run != run:
+                    state.begin_generation(run)
+                states[key] = state  # the last one used is the last one in order
+                state.calls += 1
+                state.generation = clock.generations
+                state.is_last_step = clock.is_finished
+                found.append(state)
+            return found
+
+    def states_of(self, caller: Caller, site: SitePlan) -> dict[str, list[SiteState]]:
+        """Return what one site of a caller has, by CFG branch; the statistics of what was let go are without one."""
         found: dict[str, list[SiteState]] = {}
-        for states in list(self._owners.get(owner, {}).values()):
-            for (index, path, stream), state in states.items():
+        with self._lock:
+            for states in self._callers.get(caller, {}).values():
+                for (index, path, stream, _, _), state in states.items():
+                    if (index, path) == (site.index, site.path):
+                        found.setdefault(stream, []).append(state)
+            for (index, path, _, _), state in self._sums.get(caller, {}).items():
                 if (index, path) == (site.index, site.path):
-                    found.setdefault(stream, []).append(state)
+                    found.setdefault("", []).append(state)
         return found
 
-    def owners(self) -> list[Any]:
-        """Return the parameters or modules that have state."""
-        return list(self._owners.keys())
+    def owners(self) -> list[Caller]:
+        """Return the layers and models that have state."""
+        with self._lock:
+            return list(self._callers.keys())
 
     def clear(self) -> None:
         """Drop everything."""
-        self._owners = WeakIdKeyDictionary()
+        with self._lock:
+            self._callers.clear()
+            self._sums.clear()
 
-    def _states(self, owner: Any, clock: DenoiseClock) -> dict[Key, SiteState]:
-        if owner not in self._owners:
-            self._owners[owner] = weakref.WeakKeyDictionary()
-        states: dict[Key, SiteState] = self._owners[owner].setdefault(clock, {})
-        return states
+    def _make_room(self, caller: Caller, clock: DenoiseClock) -> None:
+        """Let go what no loop will ask for again."""
+        for owner, states in self._callers[caller].items():
+            for key, state in list(states.items()):
+                if owner is clock:
+                    is_over = state.is_last_step or state.generation < clock.generations - 1
+                else:
+                    is_over = state.is_last_step and owner.is_idle
+                if is_over:
+                    self._let_go(caller, key, states.pop(key))
+            while len(states) >= MOST_BRANCHES:
+                oldest = next(iter(states))
+                self._let_go(caller, oldest, states.pop(oldest))
+
+    def _let_go(self, caller: Caller, key: Key, state: SiteState) -> None:
+        index, path, _, device, _ = key
+        sums = {spec.name: state.tensors[spec.name] for spec in state.specs if spec.adds_up}
+        gathered = self._sums.setdefault(caller, {})
+        if (kept := gathered.get((index, path, device, state.specs))) is None:
+            gathered[index, path, device, state.specs] = SiteState(state.specs, sums, state.run, calls=state.calls)
+            return
+        kept.calls += state.calls
+        for name, tensor in sums.items():
+            kept.tensors[name].add_(tensor)
 
 
 def _allocate(specs: tuple[StateSpec, ...], device: torch.device) -> dict[str, torch.Tensor]:

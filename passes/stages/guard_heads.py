@@ -55,7 +55,7 @@ class GuardHeads(Stage):
             "dense_heads": [
                 (place, batch, head, int(since_call), recall)
                 for place, tensors in enumerate(states)
-                for batch, heads in enumerate(tensors["dense_heads"].tolist())
+                for batch, heads in enumerate(tensors["dense_heads"].tolist() if "dense_heads" in tensors else ())
                 for head, (since_call, recall) in enumerate(heads)
                 if since_call
             ]

@@ -32,7 +32,7 @@ class KeepTopP(Stage):
     def state(self, site: SitePlan) -> tuple[StateSpec, ...]:
         """Return the statistics."""
         shape = (site.batch, site.q_heads, site.q_clusters, len(STATISTICS))
-        return (StateSpec(site.index, "statistics", shape, torch.float32),)
+        return (StateSpec(site.index, "statistics", shape, torch.float32, adds_up=True),)
 
     def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
         """Write the selection."""
@@ -56,14 +56,13 @@ class KeepTopP(Stage):
 
     def shows(self, site: SitePlan, states: States) -> Mapping[str, Any]:
         """Return density, kept mass and padding, each a mean over the sparse calls."""
-        statistics = summed(states, "statistics")
-        if statistics is None or not bool(statistics[..., 0].sum() > 0):
+        # every query cluster has been called as often; how many there are differs between sizes
+        sums = summed(states, "statistics", lambda each: torch.cat([each[:, 0, :1], each.sum(1)[:, 1:]], -1))
+        least = summed(states, "statistics", lambda each: each[..., STATISTICS.index("own_kept_mass_sum")].amin(-1))
+        if sums is None or least is None or not bool(sums[:, 0].sum() > 0):
             names = ("density", "kept_mass", "lowest_kept_mass", "k_padding")
             return {**dict.fromkeys(names), "density_per_head": ()}
-        # [H, C_q]; every query cluster has been called as often
-        least = statistics[..., STATISTICS.index("own_kept_mass_sum")].amin(-1)
-        calls = statistics[..., 0][:, 0]
-        _, densities, masses, _, issued = statistics.sum(1).unbind(-1)
+        calls, densities, masses, _, issued = sums.unbind(-1)
         return {
             "density": float(densities.sum() / calls.sum()),
             "kept_mass": float(masses.sum() / calls.sum()),

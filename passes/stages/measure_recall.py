@@ -30,7 +30,7 @@ class MeasureRecall(Stage):
 
     def state(self, site: SitePlan) -> tuple[StateSpec, ...]:
         """Return the sums."""
-        return (StateSpec(site.index, "recall", (site.batch, site.q_heads, len(RECALL)), torch.float32),)
+        return (StateSpec(site.index, "recall", (site.batch, site.q_heads, len(RECALL)), torch.float32, adds_up=True),)
 
     def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
         """Write the measurement."""

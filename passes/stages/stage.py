@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,10 @@ class Stage:
         return {}
 
 
-def summed(states: States, name: str) -> Tensor | None:
-    """Return one tensor of the state, less its batch axis, in fp64 and summed over everything; None without any."""
-    found = [tensors[name].double().sum(dim=0).cpu() for tensors in states if name in tensors]
+def summed(states: States, name: str, over: Callable[[Tensor], Tensor] = lambda each: each) -> Tensor | None:
+    """Return one tensor of the state, less its batch axis, in fp64 and summed over everything; None without any.
+
+    ``over`` is taken of each before they are added: what makes those of different sizes alike.
+    """
+    found = [over(tensors[name].double().sum(dim=0).cpu()) for tensors in states if name in tensors]
     return sum(found[1:], start=found[0]) if found else None

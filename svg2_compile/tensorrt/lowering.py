@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile.cut_graphs import SegmentReport, hand_in
+from svg2_compile.dynamo import version_of
 from svg2_compile.frames import is_dynamic, is_weight, placeholders
 from svg2_compile.passes.canonicalize import canonicalize
 from svg2_compile.passes.clone import clone
@@ -39,7 +40,6 @@ from svg2_compile.tensorrt.private_names import (
     ParamAOTInput,
     PlainAOTInput,
     aot_module_simplified,
-    version_of,
     without_modes,
 )
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch._functorch._aot_autograd.descriptors import BufferAOTInput, ParamAOTInput, PlainAOTInput
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch.fx import GraphModule, Node
@@ -29,7 +28,6 @@ __all__ = [
     "package_of",
     "refit_engine",
     "rename",
-    "version_of",
     "without_modes",
 ]
 
@@ -39,11 +37,6 @@ def folder_of_caches() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir())
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written in place (torch 2.13.0); one of inference mode does not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def rename(node: Node, name: str) -> None:

@@ -230,7 +230,7 @@ def examine(case: ModelCase) -> Verdict:
             compiled = torch.compile(model, backend=backend)
             full = output_of(compiled, case.inputs())
         full_report = svg2_compile.report(model)
-        ran = sorted((region for region in Region.instances if region.sparse_calls), key=lambda region: region.number)
+        ran = sorted((region for region in Region.instances if region.owners()), key=lambda region: region.number)
         sites = [site for region in ran for site in region.plan.sites]
         svg2_compile.reset()
         chosen = "sparse"

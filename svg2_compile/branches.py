@@ -1,0 +1,78 @@
+"""Which CFG branch a call belongs to: told by the tensors that are its own, as prompts are, or else by their order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FIRST_BRANCHES = 3
+"""Branches told apart by their order before a step has ended; what is more shares one place without a memory."""
+MOST_BRANCHES = 64
+REMEMBERED = 64
+"""Steps for which a tensor is remembered that was seen in one step only."""
+
+Identity = tuple[int, int]
+"""A tensor: the number it was given when first seen, never given again, and its version."""
+
+
+@dataclass(slots=True)
+class _Sighting:
+    """Where a tensor was seen among the inputs of one model, within a generation."""
+
+    streams: set[str]
+    first_step: int
+    last_step: int
+
+
+class Branches:
+    """The CFG branches of one model in one generation: told by their own tensors (the prompts), else by order."""
+
+    def __init__(self, expected: int = 0) -> None:
+        self.expected = expected
+        """Calls in a step, as far as known."""
+        self.is_uneven = False
+        """A step had another number of calls than the ones before, and its branches were told by their order."""
+        self._step = 0
+        self._by_order = False
+        self._ran: list[str] = []
+        self._seen: dict[tuple[str, Identity], _Sighting] = {}
+
+    def stream_of(self, step: int, objects: Mapping[str, Identity]) -> tuple[str, str]:
+        """Return the branch of this call, and how it was told."""
+        if step != self._step:
+            self.is_uneven |= self._by_order and 0 < len(self._ran) != self.expected > 0
+            self.expected = min(MOST_BRANCHES, max(self.expected, len(self._ran)))
+            stale = [key for key, each in self._seen.items() if each.first_step == each.last_step < step - REMEMBERED]
+            for key in stale:
+                del self._seen[key]
+            self._step, self._ran, self._by_order = step, [], False
+        sightings = [found for item in objects.items() if (found := self._seen.get(item)) is not None]
+        votes = Counter(
+            stream for each in sightings if len(each.streams) == 1 for stream in each.streams - {*self._ran}
+        )
+        if votes:
+            stream, how = votes.most_common(1)[0][0], "told by their own tensors"
+        else:
+            self._by_order = True
+            place = len(self._ran)
+            stream, how = str(place), "told by their order"
+            while stream in self._ran:
+                place += 1
+                stream = str(place)
+            if place >= max(FIRST_BRANCHES, self.expected):
+                stream = f"{max(FIRST_BRANCHES, self.expected)}+"
+        self._ran.append(stream)
+        for item in objects.items():
+            sighting = self._seen.setdefault(item, _Sighting(set(), step, step))
+            sighting.streams.add(stream)
+            sighting.last_step = step
+        return stream, how
+
+    def goes_on(self, objects: Mapping[str, Identity]) -> bool | None:
+        """Say whether these inputs are of the generation seen so far; None where nothing stays the same within it."""
+        stays = {key for key, each in self._seen.items() if each.last_step > each.first_step}
+        names = {name for name, _ in stays}
+        if not names & objects.keys():
+            return None
+        return all((name, objects[name]) in self._seen for name in names & objects.keys())

@@ -1,0 +1,272 @@
+"""One tick of a clock per forward of a model, however it is compiled and whoever calls it.
+
+A forward begins when the whole model's graph does, when a model that runs eagerly around its compiled layers is
+called, or, where neither is in sight, when a layer that has run already runs again. All bookkeeping belongs to the
+model and the layer that call, as live objects: Dynamo may run one graph for all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils.weak import WeakIdKeyDictionary
+
+from svg2_compile import call_stack
+from svg2_compile.announce import is_announced
+from svg2_compile.clock import DenoiseClock, Loop, Observation, Recognition, Tick, current_clock, set_current
+from svg2_compile.dynamo import has_pre_hook
+from svg2_compile.noise_level import candidates, read
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Caller:
+    """Who runs a compiled graph: a layer of a model, or a whole model. One object as long as that lives."""
+
+    layer: weakref.ref[Any]
+    """The module whose code the graph is; where none is known, a parameter of it, or the graph itself."""
+    model: weakref.ref[Any]
+    """The module whose forward counts as one; where none is known, the graph itself."""
+    name: str
+    """Which of the layer's parameters told, by its name in the layer; a graph that loops serves several."""
+
+
+@dataclass(slots=True)
+class Forward:
+    """One forward of a model, in one thread."""
+
+    tick: Tick
+    clock: DenoiseClock
+    is_called: bool = False
+    """The model was called as a module, so its end will be seen."""
+    is_entered: bool = False
+    """The model's first graph has run, as it does in each forward."""
+    has_ended: bool = False
+    ran: set[tuple[int, int]] = field(default_factory=set)
+    """Graphs and layers that have run in it."""
+    layers: list[int] = field(default_factory=list)
+    begins_later: bool = False
+    """The next graph of the model begins another one."""
+
+
+class _Thread(threading.local):
+    """What one thread is running."""
+
+    def __init__(self) -> None:
+        self.forwards: weakref.WeakKeyDictionary[Any, Forward] = weakref.WeakKeyDictionary()
+        self.by_pipeline: weakref.WeakKeyDictionary[Any, DenoiseClock] = weakref.WeakKeyDictionary()
+        self.by_model: weakref.WeakKeyDictionary[Any, DenoiseClock] = weakref.WeakKeyDictionary()
+
+
+ROOT = "."
+"""Stands for a module before the names in it."""
+
+_thread = _Thread()
+_lock = threading.RLock()
+_callers: Any = WeakIdKeyDictionary()
+"""By parameter."""
+_of_layer: weakref.WeakKeyDictionary[Any, dict[tuple[str, bool], Caller]] = weakref.WeakKeyDictionary()
+"""By layer, or graph where there is none, name of the parameter, and whether a model is around it."""
+_ordinals: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_layers: weakref.WeakKeyDictionary[Module, list[weakref.ref[Caller]]] = weakref.WeakKeyDictionary()
+"""Who runs compiled code, by each module that was being called around it and is watched."""
+_told: weakref.WeakKeyDictionary[Any, Recognition] = weakref.WeakKeyDictionary()
+
+
+def forget() -> None:
+    """Make the next forward of this thread the first step of a new generation."""
+    _thread.__init__()  # type: ignore[misc]  # threading.local: makes this thread's clocks anew
+    set_current(DenoiseClock())
+    _ordinals.clear()
+    _told.clear()
+
+
+def recognition_of(model: Any) -> Recognition | None:
+    """Return how the steps of a model were told in its last forward."""
+    return _told.get(model)
+
+
+def caller_of(parameter: Tensor | None, graph: Any, root: Module | None, *, is_repeated: bool) -> Caller:
+    """Return who runs ``graph`` now.
+
+    Args:
+        parameter: a parameter of the caller, given to the graph.
+        graph: what stands for the caller where it has none.
+        root: the module for which the graph was compiled; another one of its class may run it.
+        is_repeated: the graph is that of a layer; its model is around it.
+    """
+    if parameter is not None:
+        known: Caller | None = _callers.get(parameter)
+        if known is not None and known.layer() is not None and known.model() is not None:
+            return known
+    with _lock:
+        caller = _find_caller(parameter, graph, root, is_repeated)
+        if parameter is not None:
+            _callers[parameter] = caller
+    return caller
+
+
+def _find_caller(parameter: Tensor | None, graph: Any, root: Module | None, is_repeated: bool) -> Caller:
+    called = call_stack.called_modules()
+    layers = [each for each, _ in called] + ([] if root is None else [root])
+    layer, name = next(((each, found) for each in layers if (found := _name_in(each, parameter, root))), (None, ""))
+    if layer is None:
+        if parameter is not None:
+            return Caller(weakref.ref(parameter), weakref.ref(graph), "")
+        alone = Caller(weakref.ref(graph), weakref.ref(graph), "")
+        return _of_layer.setdefault(graph, {}).setdefault(("", False), alone)
+    callers = _of_layer.setdefault(layer, {})
+    key = (name, is_repeated)
+    if key in callers and callers[key].model() is not None:
+        return callers[key]
+    around = [(each, compiled) for each, compiled in called if each is not layer and call_stack.holds(each, layer)]
+    model = layer
+    if is_repeated:
+        model = around[-1][0] if around else call_stack.holder_in_locals(layer) or layer
+    caller = callers[key] = Caller(weakref.ref(layer), weakref.ref(model), name.removeprefix(ROOT))
+    for each, is_compiled in around if is_repeated else ():
+        if not is_compiled:
+            _watch(each, caller)
+    return caller
+
+
+def _name_in(module: Module, parameter: Tensor | None, root: Module | None) -> str:
+    """Return the parameter's name in a module, after ``ROOT``; empty where it is not in it."""
+    if parameter is None:
+        return ROOT if root is not None and type(module) is type(root) else ""
+    return next((ROOT + name for name, each in module.named_parameters() if each is parameter), "")
+
+
+def mark(caller: Caller) -> None:
+    """Let the next compiled graph of a model begin a forward of it: its first graph, without attention, runs."""
+    forward = _thread.forwards.get(caller.model())
+    if forward is not None:
+        forward.begins_later = True
+
+
+def forward_of(caller: Caller, graph: int, *, begins: bool) -> Forward:
+    """Return the forward that a graph runs in now, begun by it or before.
+
+    Args:
+        caller: who runs it.
+        graph: its number.
+        begins: it is the first graph of every forward of the model.
+    """
+    model, layer = caller.model(), caller.layer()
+    forward = _thread.forwards.get(model)
+    place = (graph, id(layer))
+    is_first = begins or (forward is not None and forward.begins_later)
+    if forward is None or is_first or forward.has_ended:
+        forward = _begin(model)
+        forward.is_entered = is_first
+    elif not forward.is_called and not forward.is_entered and place in forward.ran:
+        forward = _begin(model)
+    forward.ran.add(place)
+    return forward
+
+
+def ordinal(forward: Forward, caller: Caller) -> int:
+    """Return the layer's place in its model, from 0, in the order in which layers first run."""
+    layer = caller.layer()
+    if id(layer) not in forward.layers:
+        forward.layers.append(id(layer))
+    if isinstance(layer, Module):
+        return _ordinals.setdefault(layer, forward.layers.index(id(layer)))
+    return forward.layers.index(id(layer))
+
+
+def _begin(model: Any, inputs: list[tuple[str, Any]] | None = None) -> Forward:
+    """Tick the clock of the loop that calls ``model``."""
+    loop = call_stack.loop_on_stack()
+    if inputs is None:
+        inputs = call_stack.inputs_of_forward(model)
+    known = _known_clock(model, loop)
+    observation = _observe(inputs, loop, None if known is None else known.input_of(model))
+    latents = call_stack.largest(inputs)
+    clock = known or _new_clock(model, loop, observation)
+    tick = clock.tick(model, observation)
+    clock.last_input = None if latents is None else weakref.ref(latents)
+    set_current(clock)
+    _told[model] = clock.told
+    forward = _thread.forwards[model] = Forward(tick, clock)
+    return forward
+
+
+def _observe(inputs: list[tuple[str, Any]], loop: call_stack.StackedLoop | None, level: str | None) -> Observation:
+    objects = call_stack.identities(inputs)
+    latents = call_stack.largest(inputs)
+    same = tuple(objects[name] for name, value in inputs if value is latents)
+    size = () if latents is None else tuple(map(int, latents.shape))
+    if is_announced():
+        return Observation(objects=objects, latents=same, size=size, loop=None if loop is None else loop.told([]))
+    found = candidates(inputs)
+    if level in found:
+        found = {level: found[level]}
+    readings, levels = read(found, None if loop is None else loop.unread)
+    told: Loop | None = None if loop is None else loop.told(levels)
+    return Observation(readings, objects, same, size, told)
+
+
+def _known_clock(model: Any, loop: call_stack.StackedLoop | None) -> DenoiseClock | None:
+    if loop is not None and loop.pipeline is not None:
+        return _thread.by_pipeline.setdefault(loop.pipeline, DenoiseClock())
+    return _thread.by_model.get(model)
+
+
+def _new_clock(model: Any, loop: call_stack.StackedLoop | None, seen: Observation) -> DenoiseClock:
+    """Return the clock of a model without one: that which ticked last, where its generation may go on in this model."""
+    last = current_clock()
+    shares = last.now is not None and last in _thread.by_model.values() and last.would_follow(seen)
+    clock = last if shares or last.now is None else DenoiseClock()
+    _thread.by_model[model] = clock
+    return clock
+
+
+# Models that run eagerly around compiled layers.
+
+
+def _watch(module: Module, caller: Caller) -> None:
+    """Let a module tell when its calls begin and end, which layers alone do not show."""
+    if module not in _layers:
+        _layers[module] = []
+        # a copy of a watched module has the hooks of the original
+        if not has_pre_hook(module, begins_forward):
+            module.register_forward_pre_hook(begins_forward, with_kwargs=True)
+            module.register_forward_hook(ends_forward, always_call=True)
+    _layers[module].append(weakref.ref(caller))
+
+
+def begins_forward(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Begin a forward of a model whose layers are compiled: a hook of the model."""
+    if torch.compiler.is_compiling() or module not in _layers:
+        return
+    callers = [caller for each in _layers[module] if (caller := each()) is not None]
+    models = {id(model): model for each in callers if (model := each.model()) is not None}
+    if id(module) in models:
+        inputs = call_stack.leaves(call_stack.bound(module.forward, args, kwargs))
+        _begin(module, inputs).is_called = True
+        return
+    for model in models.values():
+        forward = _thread.forwards.get(model)
+        mine = [each for each in callers if each.model() is model]
+        ran = {layer for _, layer in forward.ran} if forward is not None and not forward.has_ended else set()
+        if any(id(each.layer()) in ran for each in mine):
+            # this module is called more than once in a call of the one around it, which holds a loop or both branches
+            for each in mine:
+                each.model = weakref.ref(module)
+            inputs = call_stack.leaves(call_stack.bound(module.forward, args, kwargs))
+            _begin(module, inputs).is_called = True
+
+
+def ends_forward(module: Module, args: tuple[Any, ...], output: Any) -> None:
+    """End a forward of a model whose layers are compiled: a hook of the model."""
+    if torch.compiler.is_compiling():
+        return
+    forward = _thread.forwards.get(module)
+    if forward is not None:
+        forward.has_ended = True
