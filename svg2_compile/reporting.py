@@ -14,8 +14,9 @@ from svg2_compile.formatting import dotted, number, percent
 from svg2_compile.kernels.why_not import wrong_kernels
 from svg2_compile.obstacles import obstacles
 from svg2_compile.passes.plan import SitePlan
-from svg2_compile.passes.records import Rejection
+from svg2_compile.passes.records import Rejection, told
 from svg2_compile.passes.sparsify import Sparsified
+from svg2_compile.recompilation import exhausted
 from svg2_compile.region import DenseGraph, Region
 from svg2_compile.state import SiteState, store
 
@@ -106,6 +107,9 @@ class Report:
     segments: tuple[SegmentReport, ...] = ()
     """What ``lowering="tensorrt"`` cut the graphs into; empty with another lowering."""
 
+    exhausted: tuple[str, ...] = ()
+    """Code that Dynamo does not compile again for further sizes and settings, which run dense; and what to set."""
+
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
         """The attentions that are sparse."""
@@ -167,6 +171,7 @@ class Report:
             f"{percent(self.kept_mass, unknown='-')}, recall {percent(self.recall, unknown='-')}; "
             f"key padding {number(self.k_padding, unknown='-')}; state {self.state_mib:.1f} MiB"
         )
+        lines += [f"NOT RECOMPILED: {each}" for each in self.exhausted]
         lines += [f"WRONG KERNEL, not used: {each}" for each in self.wrong_kernels]
         if self.segments:
             engines = sum(segment.compiler == "tensorrt" for segment in self.segments)
@@ -219,9 +224,8 @@ def report(model: torch.nn.Module) -> Report:
             seconds[variant.name] = seconds.get(variant.name, 0.0) + variant.compile_seconds
     sites = [row.describe(path) for (path, _), row in rows.items()]
     wrong = [f"{name} on {device}, {dtype}: {reason}" for (name, device, dtype), reason in wrong_kernels.items()]
-    return Report(
-        tuple(sites), sum(row.state_bytes for row in rows.values()) / MIB, seconds, tuple(wrong), segments_of(model)
-    )
+    mib = sum(row.state_bytes for row in rows.values()) / MIB
+    return Report(tuple(sites), mib, seconds, tuple(wrong), segments_of(model), tuple(exhausted(model)))
 
 
 def report_before_running(graphs: Iterable[tuple[str, Sparsified]]) -> Report:
@@ -300,13 +304,13 @@ class _Row:
             reason, hint = self.decision.reason, self.decision.hint
             return SiteReport(path, "", reason, hint, sparse=False)
         site, states = self.decision, self.states
-        context = f" + {site.context_tokens} context" if len(site.segments) > 1 else ""
+        context = f" + {told(site.context_tokens)} context" if len(site.segments) > 1 else ""
         shown = self.shown(site)
         own = {each.name for each in fields(SiteReport)}
         return SiteReport(
             path=path,
-            shape=f"{site.batch}×{site.q_heads}×{site.tokens}×{site.head_dim}{context}",
-            plan=f"{site.q_clusters} query and {site.k_clusters} key clusters",
+            shape=f"{site.batch}×{site.q_heads}×{told(site.tokens)}×{site.head_dim}{context}",
+            plan=site.clusters_told,
             hint="",
             sparse=True,
             sparse_calls=sum(state.calls for state in states),
