@@ -177,6 +177,17 @@ class CompiledCode:
             return own
         return total if _get_total_cache_entry_count(code) + more > total.value else None
 
+    @property
+    def compilation(self) -> str:
+        """Which compilation of the code this is."""
+        return str(self._compiling[1])
+
+    def compilations(self) -> set[str]:
+        """Return the compilations whose graphs Dynamo keeps."""
+        code = self.code
+        entries = [] if code is None else _get_cache_entries_for_region(code, self._region)
+        return {str(entry.compile_id) for entry in entries}
+
     def forget(self) -> None:
         """Drop every graph of the code; it is compiled anew."""
         if (code := self.code) is not None:

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from svg2_compile import options as defaults
 from svg2_compile.dynamo import CompiledCode, Limit, call_before_compiling, code_under_compilation, guard_attribute
 from svg2_compile.passes.errors import UnsupportedError
+from svg2_compile.region import DenseGraph, Region
 
 Backend = Callable[..., Any]
 
@@ -32,14 +33,21 @@ class _Watched:
     code: CompiledCode
     root: type[torch.nn.Module] | None
     """Whose code it is: one piece of code serves every module of a class."""
-    graphs: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """How many were compiled, by the attribute of ``in_force`` and what it said."""
+    settings: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """For each compilation, the attribute of ``in_force`` that it depends on, and what that said."""
+    dropped: list[Region | DenseGraph] = field(default_factory=list)
+    """What ran before its graphs were dropped: a report still tells of it, until the code is compiled again."""
 
     def serves(self, module: type[torch.nn.Module]) -> bool:
         """Say whether modules of a class run this code."""
         if self.root is None or not issubclass(module, self.root):
             return False
         return getattr(module, self.code.name, None) is getattr(self.root, self.code.name, None)
+
+    def made(self, graph: Region | DenseGraph) -> bool:
+        """Say whether a graph may be one of this code."""
+        root = None if graph.owner.root is None else graph.owner.root()
+        return root is not None and self.serves(type(root))
 
     def out_of_places(self, limit: Limit) -> str:
         """Say what follows from the limit, and what helps."""
@@ -71,8 +79,8 @@ def watch(options: dict[str, Any] | None, root: torch.nn.Module | None, backend:
     name = defaults.name_in_force(options)
     guard_attribute(defaults.__name__, "in_force", name)
     before = _watched.get(code.code)
-    each = _Watched(code, None if root is None else type(root), before.graphs if before else Counter())
-    each.graphs[name, getattr(defaults.in_force, name)] += 1
+    each = _Watched(code, None if root is None else type(root), before.settings if before else {})
+    each.settings[code.compilation] = name, getattr(defaults.in_force, name)
     _watched[code.code] = each
     if code.called(backend) is None:
         _wrappers[code.backend] = _asks_to_be_told(options)
@@ -94,11 +102,12 @@ def exhausted(model: torch.nn.Module) -> Iterator[str]:
 def _make_room(changed: set[str]) -> None:
     """Drop the graphs of code that has fewer places left than a setting has taken so far."""
     for each in list(_watched.values()):
-        names = {name for name, _ in each.graphs} & changed
-        missing = [max(each.graphs.values()) - each.graphs[name, getattr(defaults.in_force, name)] for name in names]
+        graphs = Counter(each.settings[kept] for kept in each.code.compilations() & each.settings.keys())
+        names = {name for name, _ in graphs} & changed
+        missing = [max(graphs.values()) - graphs[name, getattr(defaults.in_force, name)] for name in names]
         if missing and max(missing) > 0 and each.code.limit_reached(max(missing)):
+            each.dropped.extend(graph for graph in (*Region.instances, *DenseGraph.instances) if each.made(graph))
             each.code.forget()
-            each.graphs.clear()
 
 
 defaults.call_when_changed(_make_room)

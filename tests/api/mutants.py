@@ -175,8 +175,8 @@ MUTANTS = (
     Mutant(
         "a place is made whoever's defaults change",
         "svg2_compile/recompilation.py",
-        "for name, _ in each.graphs} & changed",
-        "for name, _ in each.graphs}",
+        "for name, _ in graphs} & changed",
+        "for name, _ in graphs}",
         RECOMPILATION,
     ),
     Mutant(

@@ -179,6 +179,28 @@ def test_a_setting_finds_places_for_as_many_sizes_as_the_one_before(limit):
                 assert run(model, tokens).density
 
 
+def test_what_ran_is_told_after_its_graphs_were_dropped(limit):
+    model = whole(made(), dynamic=False)
+    for top_p in (0.2, 0.3, 0.4, 0.5):
+        with configure(**BASE, top_p=top_p):
+            density = run(model).density
+        assert density and svg2_compile.report(model).density == density
+
+
+def test_what_was_compiled_before_dynamo_was_reset_takes_no_place(limit, graphs):
+    model = whole(made(), dynamic=False)
+    for _ in range(limit + 1):
+        torch._dynamo.reset()
+        with configure(**BASE, top_p=0.2):
+            run(model)
+    with configure(**BASE, top_p=0.3):
+        run(model)
+    graphs()
+    with configure(**BASE, top_p=0.2):
+        run(model)
+    assert not graphs()
+
+
 def test_a_change_that_concerns_nobody_drops_nothing(limit, graphs):
     model = whole(made(), options=BASE | {"top_p": 0.4}, dynamic=False)
     for tokens in sizes(limit):
