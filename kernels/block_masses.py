@@ -84,7 +84,7 @@ def block_masses_reference(
             means = k_centroids[b, h // repeats].to(q.dtype).to(dtype)
             last, first = ends[b, h, :, None], (ends - q_sizes)[b, h, :, None]
             for start in range(0, tokens, rows):
-                position = torch.arange(start, min(start + rows, tokens), device=q.device)
+                position = torch.arange(start, min(start + rows, tokens), device=q.device, dtype=torch.int64)
                 queries = q[b, h, q_order[b, h, position].long()].to(dtype)
                 scores = queries @ means.T * scale + sizes.to(dtype).log()
                 probability = scores.masked_fill_(sizes == 0, float("-inf")).softmax(-1)

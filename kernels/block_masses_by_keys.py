@@ -92,7 +92,9 @@ def block_masses_by_keys_reference(q_centroids: Tensor, k: Tensor, k_sizes: Tens
         for h in range(heads):
             last, first = ends[b, h // repeats], (ends - k_sizes)[b, h // repeats]
             starts = range(0, keys, columns)
-            parts = [torch.arange(start, min(start + columns, keys), device=device) for start in starts]
+            parts = [
+                torch.arange(start, min(start + columns, keys), device=device, dtype=torch.int64) for start in starts
+            ]
             total = torch.full((q_clusters,), -math.inf, dtype=dtype, device=device)
             for position in parts:
                 total = torch.logaddexp(total, scores_of(b, h, position).logsumexp(-1))
@@ -105,13 +107,13 @@ def block_masses_by_keys_reference(q_centroids: Tensor, k: Tensor, k_sizes: Tens
 
 def check_block_masses_by_keys(call: Callable[..., Any], kind: Kind) -> str | None:
     """Return how masses are wrong: of giants, small and empty clusters, with hidden keys that are NaN."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     q_means, k = (
-        torch.randn(1, 2, count, kind.dim, generator=generator, dtype=torch.float32)
+        torch.randn(1, 2, count, kind.dim, generator=generator, dtype=torch.float32, device="cpu")
         for count in (kind.q_clusters, kind.tokens)
     )
     k[:, :, -HIDDEN_KEYS:] = math.nan
-    labels = torch.randint(kind.k_clusters, (1, 2, kind.tokens), generator=generator, dtype=torch.int32)
+    labels = torch.randint(kind.k_clusters, (1, 2, kind.tokens), generator=generator, dtype=torch.int32, device="cpu")
     labels[:, :, :MORE_THAN_A_TILE], labels[:, :, -HIDDEN_KEYS:] = 0, kind.k_clusters
     k_sizes = sort_labels_reference(labels, kind.k_clusters + 1)[1][:, :, :-1].contiguous()
     arguments, scale = (q_means, k.to(kind.dtype), k_sizes), 2 * kind.dim**-0.5

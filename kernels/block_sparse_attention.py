@@ -155,8 +155,8 @@ def block_sparse_attention_reference(
         out, lse = block_sparse_attention_reference(*clustered)
         return _in_token_order(out, lse, q_order)
     batch, heads, tokens, _ = q.shape
-    b = torch.arange(batch, device=q.device)[:, None, None]
-    h = torch.arange(heads, device=q.device)[:, None]
+    b = torch.arange(batch, device=q.device, dtype=torch.int64)[:, None, None]
+    h = torch.arange(heads, device=q.device, dtype=torch.int64)[:, None]
     mask = kept_keys(runs, counts, k.shape[2])[b, h, _cluster_of_tokens(q_sizes, tokens)]  # [B, H, N, N_k]
     if context_k is not None and context_v is not None:
         k, v = torch.cat((k, context_k), dim=2), torch.cat((v, context_v), dim=2)
@@ -167,7 +167,7 @@ def block_sparse_attention_reference(
 
 def _cluster_of_tokens(sizes: Tensor, tokens: int) -> Tensor:
     """Return the cluster of every token, int64 [B, H, tokens], from the cluster sizes."""
-    token = torch.arange(tokens, device=sizes.device).expand(*sizes.shape[:2], tokens).contiguous()
+    token = torch.arange(tokens, device=sizes.device, dtype=torch.int64).expand(*sizes.shape[:2], tokens).contiguous()
     return torch.searchsorted(sizes.long().cumsum(-1), token, right=True)
 
 
@@ -195,8 +195,8 @@ def block_sparse_attention_cpu(
     _check_sizes(q_sizes, q.shape[2])
     # The flash attention reads rows of unit stride, whatever it is given.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=accumulation_dtype(q))
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=accumulation_dtype(q), device=q.device)
     if q_order is not None:
         q = permute_tokens_cpu(q, q_order)
     repeats = q.shape[1] // k.shape[1]
@@ -207,7 +207,7 @@ def block_sparse_attention_cpu(
             visible = slice(None) if context_mask is None else context_mask[b % context_mask.shape[0], 0, 0]
             keys = torch.cat((keys, context_k[b][:, visible]), dim=1)
             values = torch.cat((values, context_v[b][:, visible]), dim=1)
-        context = torch.arange(k.shape[2], keys.shape[1])
+        context = torch.arange(k.shape[2], keys.shape[1], dtype=torch.int64, device=k.device)
         # One buffer for every gather: it stays in the cache, fresh memory would cost a page fault every few rows.
         gathered_keys, gathered_values = keys.new_empty((2, *keys.shape[1:]))
         for h in range(q.shape[1]):
@@ -231,14 +231,15 @@ def _in_token_order(out: Tensor, lse: Tensor, q_order: Tensor) -> tuple[Tensor, 
 
 def _selections(q_sizes: Tensor, runs: Tensor, num_runs: Tensor) -> list[tuple[slice, Tensor]]:
     """Return, for one head, the stretches of query rows that share a selection, each with the keys it keeps."""
-    is_run = torch.arange(runs.shape[1]) < num_runs.unsqueeze(-1)
+    is_run = torch.arange(runs.shape[1], dtype=torch.int64, device=runs.device) < num_runs.unsqueeze(-1)
     ranges = (runs * is_run.unsqueeze(-1))[q_sizes > 0].long()
     ranges, stretch = torch.unique_consecutive(ranges, dim=0, return_inverse=True)
     row_counts = q_sizes.new_zeros(len(ranges)).index_add_(0, stretch, q_sizes[q_sizes > 0]).tolist()
     starts, stops = ranges.unbind(-1)
     lengths = (stops - starts).flatten()
     before = lengths.cumsum(0) - lengths
-    keys = torch.arange(int(lengths.sum())) + (starts.flatten() - before).repeat_interleave(lengths)
+    keys = (starts.flatten() - before).repeat_interleave(lengths)
+    keys = keys + torch.arange(len(keys), dtype=torch.int64, device=runs.device)
     kept = keys.split((stops - starts).sum(-1).tolist())
     edges = [0, *itertools.accumulate(row_counts)]
     return [(slice(*edge), keys) for edge, keys in zip(itertools.pairwise(edges), kept, strict=True)]

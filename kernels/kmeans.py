@@ -118,8 +118,8 @@ def initial_tokens(heads: int, tokens: int, clusters: int, seed: int, device: to
 
     The draw is a hash of (seed, head, cluster), so any device computes the same one without a generator.
     """
-    head = torch.arange(heads, device=device)[:, None]
-    cluster = torch.arange(clusters, device=device)
+    head = torch.arange(heads, device=device, dtype=torch.int64)[:, None]
+    cluster = torch.arange(clusters, device=device, dtype=torch.int64)
     start = cluster * tokens // clusters
     length = (cluster + 1) * tokens // clusters - start
     draw = _mix32(_mix32(seed * 0x9E3779B9 % 2**32 + head) + cluster)
@@ -149,7 +149,7 @@ def nearest_neighbour_chain(centroids: Tensor) -> Tensor:
         is_left[order[-1]] = False
         distances = (centroids - centroids[order[-1]]).square().sum(-1).nan_to_num(nan=largest, posinf=largest)
         order.append(int(distances.masked_fill(~is_left, float("inf")).argmin()))
-    return torch.tensor(order, device=centroids.device)
+    return torch.tensor(order, device=centroids.device, dtype=torch.int64)
 
 
 def _mix32(x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def _mix32(x: Tensor) -> Tensor:
 def _lloyd_iteration(tokens: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
     """Write the nearest of ``centroids`` for every token to ``labels`` and return the means of that assignment."""
     clusters = centroids.shape[0]
-    cluster = torch.arange(clusters, device=tokens.device)[:, None]
+    cluster = torch.arange(clusters, device=tokens.device, dtype=torch.int64)[:, None]
     half_norms = centroids.square().sum(-1) / 2
     sums = torch.zeros_like(centroids)
     sizes = centroids.new_zeros(clusters, 1)

@@ -223,7 +223,7 @@ def key_masses_reference(
     The arguments are those of ``measure_recall_triton.key_masses_triton``; this one measures at every call.
     """
     dtype, tokens = accumulation_dtype(q), k.shape[2]
-    keys, hidden = k.flatten(0, 1), torch.arange(tokens, device=k.device) >= visible[:, None, None]
+    keys, hidden = k.flatten(0, 1), torch.arange(tokens, device=k.device, dtype=torch.int64) >= visible[:, None, None]
     masses = []
     for part in _parts(len(q), tokens * (4 * q.shape[2] + 24 * q.shape[1])):
         kept = kept_keys(runs[part].unsqueeze(1), counts[part].unsqueeze(1), tokens)[:, 0]
@@ -246,7 +246,7 @@ def _context_mass(q: Tensor, context_k: Tensor, context_mask: Tensor | None, sca
 def _sampled_positions(tokens: int, rows: int, calls: Tensor, seed: int) -> Tensor:
     """Return ``rows`` different positions in 0 ... tokens - 1, int64 [rows], equally far apart."""
     phase = (calls.long() + seed) * GOLDEN_STEP % 2**32
-    return (torch.arange(rows, device=calls.device) * tokens + (phase * tokens >> 32)) // rows
+    return (torch.arange(rows, device=calls.device, dtype=torch.int64) * tokens + (phase * tokens >> 32)) // rows
 
 
 def _parts(count: int, bytes_each: int) -> list[slice]:

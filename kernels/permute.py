@@ -17,8 +17,8 @@ def _check(x: Tensor, order: Tensor) -> None:
 
 def _rows(order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the index (batch, head, token) that ``order`` stands for."""
-    batch = torch.arange(order.shape[0], device=order.device)[:, None, None]
-    head = torch.arange(order.shape[1], device=order.device)[None, :, None]
+    batch = torch.arange(order.shape[0], device=order.device, dtype=torch.int64)[:, None, None]
+    head = torch.arange(order.shape[1], device=order.device, dtype=torch.int64)[None, :, None]
     return batch, head, order.long()
 
 

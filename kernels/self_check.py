@@ -180,8 +180,8 @@ def why_wrong(op: str, kind: Kind, call: Callable[..., Any] | None = None) -> st
 
 
 def _random(seed: int, tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, HEADS, tokens, dim, generator=generator, dtype=torch.float32).to(dtype)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(1, HEADS, tokens, dim, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
 
 def _grouped_tokens(kind: Kind, clusters: int) -> tuple[Tensor, Tensor]:
@@ -189,8 +189,8 @@ def _grouped_tokens(kind: Kind, clusters: int) -> tuple[Tensor, Tensor]:
 
     Groups are the stretches of the sequence that the first clustering draws one token from: it finds them exactly.
     """
-    ends = torch.arange(1, clusters + 1) * kind.tokens // clusters
-    group = torch.searchsorted(ends, torch.arange(kind.tokens), right=True)
+    ends = torch.arange(1, clusters + 1, dtype=torch.int64, device="cpu") * kind.tokens // clusters
+    group = torch.searchsorted(ends, torch.arange(kind.tokens, dtype=torch.int64, device="cpu"), right=True)
     centres = 4 * _random(0, clusters, kind.dim, torch.float32)
     noise = _random(1, kind.tokens, kind.dim, torch.float32)
     return (centres[:, :, group] + noise / 16).to(kind.dtype), group
@@ -201,8 +201,8 @@ def _zeros(kind: Kind, clusters: int, width: int) -> Tensor:
 
 
 def _random_labels(kind: Kind, clusters: int) -> Tensor:
-    generator = torch.Generator().manual_seed(clusters)
-    return torch.randint(clusters, (1, HEADS, kind.tokens), generator=generator, dtype=torch.int32)
+    generator = torch.Generator(device="cpu").manual_seed(clusters)
+    return torch.randint(clusters, (1, HEADS, kind.tokens), generator=generator, dtype=torch.int32, device="cpu")
 
 
 def _far(got: Tensor, wanted: Tensor, tolerance: float) -> str | None:
@@ -217,13 +217,15 @@ def _wrong_groups(labels: Tensor, centroids: Tensor, x: Tensor, group: Tensor) -
     clusters = centroids.shape[2]
     if not 0 <= int(labels.min()) <= int(labels.max()) < clusters:
         return f"labels run from {int(labels.min())} to {int(labels.max())}, there are {clusters} clusters"
-    first = torch.searchsorted(group, torch.arange(clusters))
+    first = torch.searchsorted(group, torch.arange(clusters, dtype=torch.int64, device="cpu"))
     label_of = labels[:, :, first].long()  # [1, H, C]
     if not torch.equal(label_of[:, :, group], labels.long()):
         return "tokens of one group are in several clusters"
-    if label_of.sort(-1).values.ne(torch.arange(clusters)).any():
+    if label_of.sort(-1).values.ne(torch.arange(clusters, dtype=torch.int64, device="cpu")).any():
         return "groups far from each other share a cluster"
-    means = torch.zeros(1, HEADS, clusters, x.shape[3], dtype=torch.float32).index_add_(2, group, x.float())
+    means = torch.zeros(1, HEADS, clusters, x.shape[3], dtype=torch.float32, device="cpu").index_add_(
+        2, group, x.float()
+    )
     means /= group.bincount(minlength=clusters)[:, None]
     got = centroids.gather(2, label_of.unsqueeze(-1).expand_as(centroids))
     reason = _far(got, means, MIN_TOLERANCE)
@@ -247,7 +249,7 @@ def check_cluster_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
     sides = [_grouped_tokens(kind, clusters) for clusters in (kind.q_clusters, kind.k_clusters)]
     (q, _), (k, _) = sides
     # a value says which token it belongs to, in numbers that every dtype holds
-    place = torch.arange(kind.tokens)
+    place = torch.arange(kind.tokens, dtype=torch.int64, device="cpu")
     v = torch.nn.functional.pad(torch.stack((place // 256, place % 256), -1), (0, kind.dim - 2)).to(kind.dtype)
     v = v.expand(1, HEADS, -1, -1).contiguous()
     counts = (kind.q_clusters, kind.k_clusters)
@@ -264,7 +266,12 @@ def check_cluster_tokens(call: Callable[..., Any], kind: Kind) -> str | None:
                 or (sizes.sum(-1) != len(place)).any()
             ):
                 return f"{name}: their order is no permutation, or their clusters do not add up"
-            in_order = torch.stack([torch.arange(sizes.shape[2]).repeat_interleave(each) for each in sizes[0]])
+            in_order = torch.stack(
+                [
+                    torch.arange(sizes.shape[2], dtype=torch.int64, device="cpu").repeat_interleave(each)
+                    for each in sizes[0]
+                ]
+            )
             labels = torch.empty_like(order).scatter_(2, order.long(), in_order.int()[None])
             if not torch.equal(sort_labels_reference(labels, sizes.shape[2])[0], order):
                 return f"{name}: tokens of a cluster do not keep their order"
@@ -351,7 +358,11 @@ def check_attention(call: Callable[..., Any], kind: Kind) -> str | None:
     context_k, context_v, mask = None, None, None
     if "context_k" in kind.given:
         context_k, context_v = (_random(seed, CONTEXT, kind.dim, kind.dtype) for seed in (4, 5))
-        mask = (torch.arange(CONTEXT) % 3 > 0).view(1, 1, 1, -1) if "context_mask" in kind.given else None
+        mask = (
+            (torch.arange(CONTEXT, dtype=torch.int64, device="cpu") % 3 > 0).view(1, 1, 1, -1)
+            if "context_mask" in kind.given
+            else None
+        )
     arguments = (q, k, v, q_sizes, kept.runs, kept.counts, context_k, context_v, mask, q_order)
     scale = 4 * kind.dim**-0.5  # a few keys weigh most, so that a wrong one shows
     got = call(*_on(kind.device, arguments), scale, *([kind.attention] if kind.attention != "auto" else []))
@@ -370,7 +381,7 @@ def check_measure_recall(call: Callable[..., Any], kind: Kind) -> str | None:
     )
     keep = _random(3, kind.q_clusters, kind.k_clusters, torch.float32) < 0
     kept = kept_runs_reference(keep, k_sizes)
-    calls = torch.ones(1, dtype=torch.int32)
+    calls = torch.ones(1, dtype=torch.int32, device="cpu")
     arguments = (q, k, q_order, q_sizes, k_sizes, kept.runs, kept.counts, None, None, calls)
     numbers = (4 * kind.dim**-0.5, ROWS, 1, 0)
     got = call(*_on(kind.device, arguments), *numbers)

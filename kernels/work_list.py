@@ -74,7 +74,7 @@ def kept_runs_reference(keep: Tensor, k_sizes: Tensor) -> KeptRuns:
 
 def kept_keys(runs: Tensor, counts: Tensor, k_tokens: int) -> Tensor:
     """Return who attends to which key, bool [B, H, C_q, N_k], from the tensors of a ``KeptRuns``."""
-    is_run = torch.arange(runs.shape[3], device=runs.device) < counts[..., :1]
+    is_run = torch.arange(runs.shape[3], device=runs.device, dtype=torch.int64) < counts[..., :1]
     starts, stops = (torch.where(is_run, edge, k_tokens).long() for edge in runs.unbind(-1))
     steps = torch.zeros((*runs.shape[:3], k_tokens + 1), dtype=torch.int32, device=runs.device)
     one = torch.ones_like(starts, dtype=torch.int32)

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from svg2_compile.passes.decide_by_size import decide
 from svg2_compile.passes.hand_written import HandWritten, Obstacle
 from svg2_compile.passes.nodes import module_path, shape_of
 from svg2_compile.passes.read_attention import read_attention
@@ -59,7 +60,8 @@ def canonicalize(gm: GraphModule, min_tokens: int = 0) -> CanonicalizeResult:
         The names of the new nodes, and a rejection for each attention that stays as it is written.
 
     Promises:
-        Twice is once; a graph without hand-written attention is not touched; no guard is added; values are true.
+        Twice is once; a graph without hand-written attention is not touched; no guard is added, except on whether what
+        is declined is short; values are true.
     """
     plans: list[HandWritten] = []
     declined: list[Rejection] = []
@@ -81,5 +83,5 @@ def canonicalize(gm: GraphModule, min_tokens: int = 0) -> CanonicalizeResult:
 
 def _is_short(softmax: Node, min_tokens: int) -> bool:
     """Say whether the softmax is over fewer than ``min_tokens`` keys, or has fewer queries."""
-    sizes = [size_hint(size) for size in (shape_of(softmax) or ())[-2:]]
-    return any(size is not None and size < min_tokens for size in sizes)
+    sizes = (shape_of(softmax) or ())[-2:]
+    return any(size_hint(size) is not None and decide(lambda n: n < min_tokens, size) for size in sizes)

@@ -18,10 +18,11 @@ import torch
 from torch.fx import Node
 
 from svg2_compile.passes.config import MAX_CLUSTERS, SparseConfig
+from svg2_compile.passes.decide_by_size import decide, fix, is_guarded
 from svg2_compile.passes.match import Candidate
 from svg2_compile.passes.nodes import first_argument, permutation_of, same_size, shape_of, target_name, tensor_of
 from svg2_compile.passes.read_mask import is_true
-from svg2_compile.passes.records import AttentionSite, Rejection, Segment, Size, size_hint
+from svg2_compile.passes.records import AttentionSite, Rejection, Segment, Size, size_hint, told
 from svg2_compile.passes.trace_axis import AxisOrigin, Piece, trace_axis
 
 TRUSTED_ORIGINS = ("placeholder", "split axis", "conv")
@@ -59,13 +60,12 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
     if not same_size(candidate.sequence, candidate.keys):
         segments = _asking_segments(candidate, queries, origin)
         if not segments:
-            lengths = f"{candidate.sequence} queries, {candidate.keys} keys"
+            lengths = f"{told(candidate.sequence)} queries, {told(candidate.keys)} keys"
             return decline(f"cross-attention: {lengths}", by_design=True)
         if _is_mostly_context(segments, config):
-            reason = (
-                f"more context than max_context_ratio={config.max_context_ratio}: {candidate.sequence} queries are "
-            )
-            return decline(f"{reason}among {candidate.keys} keys", "raise max_context_ratio to include it")
+            lengths = f"{told(candidate.sequence)} queries are among {told(candidate.keys)} keys"
+            reason = f"more context than max_context_ratio={config.max_context_ratio}: {lengths}"
+            return decline(reason, "raise max_context_ratio to include it")
     elif _different_streams(queries, origin) and _are_made_outside(candidate, origin):
         reason = "its queries and values are computed outside this graph, so what their rows are is unknown"
         return decline(reason, "compile projections and attention together: hooks on each layer come between them")
@@ -78,7 +78,7 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
     hint = size_hint(video.length)
     if hint is None:
         return decline("its length is known only at run time", "compile with fullgraph=True and static lengths")
-    if hint < config.min_tokens:
+    if decide(lambda n: n < config.min_tokens, video.length):
         return decline(f"short: {hint} video tokens", f"lower min_tokens={config.min_tokens} to include it", True)
     query = shape_of(candidate.query)
     if not fixes_batch and query is not None and not isinstance(query[0], int):
@@ -136,10 +136,11 @@ def _segments_around(queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, 
     asking, rows = queries.pieces[0], values.pieces[0]
     if queries.joined or (asking.node, asking.axis) != (rows.node, rows.axis):
         return ()
-    edges = (rows.start, asking.start, asking.start + asking.length, rows.start + rows.length)
-    if not all(isinstance(edge, int) for edge in edges) or list(edges) != sorted(edges):
+    # what is written needs numbers: no operand has these lengths
+    edges = fix(rows.start, asking.start, asking.start + asking.length, rows.start + rows.length)
+    if edges is None or edges != sorted(edges):
         return ()
-    lengths = [int(end - start) for start, end in pairwise(edges)]
+    lengths = [end - start for start, end in pairwise(edges)]
     cut = [Segment(length, position == 1, rows.node.name, rows.axis) for position, length in enumerate(lengths)]
     return tuple(segment for segment in cut if segment.length)
 
@@ -152,8 +153,10 @@ def _segments(candidate: Candidate, origin: AxisOrigin, config: SparseConfig) ->
     whole = (Segment(candidate.sequence, True, "", 0),)
     if not origin.joined:
         return whole
-    hints = [size_hint(piece.length) for piece in origin.pieces]
-    video = max(range(len(hints)), key=lambda position: hints[position] or 0)
+    video = 0
+    for position, piece in enumerate(origin.pieces):
+        if decide(lambda n, longest: n > longest, piece.length, origin.pieces[video].length):
+            video = position
     segments = _pieces_as_segments(origin, video)
     return whole if _is_mostly_context(segments, config) else segments
 
@@ -166,8 +169,11 @@ def _pieces_as_segments(origin: AxisOrigin, video: int) -> tuple[Segment, ...]:
 
 
 def _is_mostly_context(segments: tuple[Segment, ...], config: SparseConfig) -> bool:
-    context = sum(size_hint(each.length) or 0 for each in segments if not each.is_video)
-    return context > config.max_context_ratio * sum(size_hint(each.length) or 0 for each in segments)
+    def is_mostly_context(*lengths: Size) -> bool | torch.SymBool:
+        context = sum(length for length, segment in zip(lengths, segments) if not segment.is_video)
+        return context > config.max_context_ratio * sum(lengths)
+
+    return decide(is_mostly_context, *(segment.length for segment in segments))
 
 
 def _site(
@@ -178,7 +184,11 @@ def _site(
     if may_hide_video:
         # hidden keys are sorted as one cluster more
         k_clusters = min(k_clusters, MAX_CLUSTERS - 1)
-    if max(q_clusters, k_clusters) > tokens:
+    # another graph where the counts would be others
+    shortest, longest = config.lengths_like(tokens)
+    decide(lambda n: n >= shortest, video.length)
+    decide(lambda n: longest is None or n <= longest, video.length)
+    if decide(lambda n: n < max(q_clusters, k_clusters), video.length):
         reason = f"{max(q_clusters, k_clusters)} clusters for {tokens} video tokens"
         return Rejection(candidate.node.name, candidate.path, reason, 'use q_clusters="auto" and k_clusters="auto"')
     query, key = tensor_of(candidate.query), tensor_of(candidate.key)
@@ -202,6 +212,7 @@ def _site(
         has_mask=candidate.key_mask is not None,
         may_hide_video=may_hide_video,
         has_context_queries=same_size(candidate.sequence, candidate.keys),
+        is_for_one_length=(shortest, longest) != (0, None) and not is_guarded(video.length),
     )
 
 

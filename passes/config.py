@@ -1,5 +1,6 @@
 """The options that can change the picture."""
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -9,6 +10,8 @@ TOKENS_PER_Q_CLUSTER = 600
 TOKENS_PER_K_CLUSTER = 150
 MIN_AUTO_CLUSTERS = 16
 MAX_CLUSTERS = 1024
+MANY_TOKENS = TOKENS_PER_Q_CLUSTER * (MAX_CLUSTERS + 1)
+"""From here on the cluster counts stay the same."""
 GUARD_ROWS = 32
 """Rows that the guard looks at where ``recall_rows`` does not say."""
 
@@ -148,6 +151,13 @@ class SparseConfig:
             return min(tokens, MAX_CLUSTERS, max(MIN_AUTO_CLUSTERS, round(tokens / auto[name])))
 
         return count("q_clusters"), count("k_clusters")
+
+    def lengths_like(self, tokens: int) -> tuple[int, int | None]:
+        """Return the shortest and the longest sequence that has the cluster counts of ``tokens``; None for no end."""
+        counts = self.clusters_for(tokens)
+        shortest = bisect_left(range(MANY_TOKENS), counts, key=self.clusters_for)
+        beyond = bisect_right(range(MANY_TOKENS), counts, key=self.clusters_for)
+        return shortest, None if beyond == MANY_TOKENS else beyond - 1
 
 
 FIELD_NAMES = tuple(field.name for field in fields(SparseConfig))

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
+from torch._guards import TracingContext
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import RelaxedUnspecConstraint, StrictMinMaxConstraint
 from torch.fx.graph import CodeGen
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "carry_over",
     "codegen_of",
     "copy_source",
+    "heeds_guards",
     "mark_sourceless",
     "mark_static_input",
     "memory_of",
@@ -114,3 +117,25 @@ def bases_of(functionalized: Node) -> Sequence[Node]:
 def place_among_bases(functionalized: Node, argument: str) -> Any:
     """Return which of the bases is that argument of the op; None where it is none (torch 2.13.0)."""
     return functionalized.kwargs.get(f"_{argument}_base_index")
+
+
+def heeds_guards(size: SymInt, *, fixing: bool = False) -> bool:
+    """Say whether a guard on a size would reach Dynamo, and break no promise about it (torch 2.13.0).
+
+    Dynamo listens while its backend runs. Who marked a dimension as dynamic wants no guard that fixes it (``fixing``),
+    and who gave bounds none within them.
+    """
+    context = TracingContext.try_get()
+    shape_env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
+    if shape_env is None or size.node.shape_env is not shape_env:
+        return False
+    promises = (StrictMinMaxConstraint, RelaxedUnspecConstraint) if fixing else StrictMinMaxConstraint
+    promised = {
+        symbol
+        for each in shape_env.tracked_fakes or ()
+        if isinstance(each.fake, Tensor) and each.symbolic_context is not None
+        for length, constraint in zip(tuple[int | SymInt, ...](each.fake.shape), each.symbolic_context.constraint_sizes)
+        if isinstance(constraint, promises) and not constraint.warn_only and isinstance(length, SymInt)
+        for symbol in length.node.expr.free_symbols
+    }
+    return not promised & size.node.expr.free_symbols

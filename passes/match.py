@@ -18,6 +18,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from svg2_compile.passes.config import SparseConfig
+from svg2_compile.passes.decide_by_size import decide
 from svg2_compile.passes.dynamo_graphs import OpOverload, OpOverloadPacket, name_of_op, name_of_packet
 from svg2_compile.passes.nodes import (
     SdpaArguments,
@@ -32,7 +33,7 @@ from svg2_compile.passes.nodes import (
     tensor_of,
 )
 from svg2_compile.passes.read_mask import is_true, key_mask_of
-from svg2_compile.passes.records import Rejection, Size, size_hint
+from svg2_compile.passes.records import Rejection, Size, size_hint, told
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FOREIGN_ATTENTION = re.compile(
@@ -104,8 +105,10 @@ def _read_foreign(node: Node, min_tokens: int) -> Rejection:
     queries, keys = (shape_of(argument(node, position, word)) for position, word in enumerate(("query", "key")))
     tokens = size_hint(queries[0]) if queries else None
     if queries and keys and not same_size(queries[0], keys[0]):
-        return Rejection(node.name, path, f"cross-attention: {queries[0]} queries, {keys[0]} keys", "", True)
-    if tokens is not None and tokens < min_tokens:
+        return Rejection(
+            node.name, path, f"cross-attention: {told(queries[0])} queries, {told(keys[0])} keys", "", True
+        )
+    if tokens is not None and queries and decide(lambda n: n < min_tokens, queries[0]):
         return Rejection(node.name, path, f"short: {tokens} tokens", "", True)
     return Rejection(
         node.name, path, f"runs {name}, not SDPA", hint + "call it in place of torch.nn.MultiheadAttention"
@@ -116,7 +119,9 @@ def _read_decomposed(softmax: Node, min_tokens: int) -> list[Rejection]:
     """Decline what ``run_decompositions`` leaves of a long self-attention; of any other softmax, say nothing."""
     shape = shape_of(first_argument(softmax)) or ()
     tokens = size_hint(shape[-1]) if shape else None
-    if len(shape) < 2 or not same_size(shape[-2], shape[-1]) or (tokens is not None and tokens < min_tokens):
+    if len(shape) < 2 or not same_size(shape[-2], shape[-1]):
+        return []
+    if tokens is not None and decide(lambda n: n < min_tokens, shape[-1]):
         return []
     hint = f"{BEFORE_DECOMPOSITION}: give torch.export.export(...).module()"
     return [Rejection(softmax.name, module_path(softmax), "decomposed already, into aten::_softmax", hint)]
@@ -141,9 +146,12 @@ def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
         if tokens is None and keys is None:
             reason = f"its lengths are known only at run time: {query.shape[2]} queries, {key.shape[2]} keys"
             return decline(reason, "compile without fullgraph=True, or block by block, so that lengths are numbers")
-        if tokens is None or keys is None or not min_tokens <= tokens < keys:
-            return decline(f"cross-attention: {query.shape[2]} queries, {key.shape[2]} keys", by_design=True)
-    if tokens is not None and tokens < min_tokens:
+        lengths = query.shape[2], key.shape[2]
+        if tokens is None or keys is None or not decide(lambda n, k: min_tokens <= n < k, *lengths):
+            return decline(
+                f"cross-attention: {told(query.shape[2])} queries, {told(key.shape[2])} keys", by_design=True
+            )
+    if tokens is not None and decide(lambda n: n < min_tokens, query.shape[2]):
         return decline(f"short: {tokens} tokens", f"lower min_tokens={min_tokens} to include it", by_design=True)
     output = tensor_of(node)
     # under autocast the operands may differ from each other, and from the dtype that attention is computed in

@@ -16,6 +16,12 @@ def size_hint(size: Size) -> int | None:
     return int(node.hint) if node.has_hint() else None
 
 
+def told(size: Size) -> str:
+    """Return a size for people: the one that the compiler saw, its symbol where it is known only at run time."""
+    hint = size_hint(size)
+    return str(size if hint is None else hint)
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """Why one attention stays dense, and what its owner could do about it."""
@@ -121,6 +127,14 @@ class AttentionSite:
     """The mask is not known to show every video key."""
     has_context_queries: bool = True
     """False where only the video rows ask, and context rows are keys alone."""
+    is_for_one_length: bool = False
+    """Other lengths run with the cluster counts chosen for ``token_hint``: an exported graph cannot be made anew."""
+
+    @property
+    def clusters_told(self) -> str:
+        """The cluster counts in words."""
+        told = f"{self.q_clusters} query and {self.k_clusters} key clusters"
+        return f"{told}, chosen for {self.token_hint} tokens" if self.is_for_one_length else told
 
     @property
     def context_tokens(self) -> Size:

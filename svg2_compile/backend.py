@@ -26,6 +26,7 @@ from svg2_compile.passes.clone import clone
 from svg2_compile.passes.op_calls import op_calls
 from svg2_compile.passes.plan import StagesOf, stages_of
 from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
+from svg2_compile.recompilation import watch
 from svg2_compile.region import DenseGraph, Lower, Owner, Region, Runner, Variant, reset
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def svg2_backend(
     ours, inductor_options = split_options(options, mode)
     config = ours.sparse
     compiled = what_is_compiled(example_inputs)
+    watch(options, compiled.root, svg2_backend)
     # one graph with all layers leaves the first ones out; layers that share a graph are told apart when they run
     if config.on_unsupported == "error" and compiled.root is not None:
         model = compiled.root if compiled.parent is None else compiled.parent

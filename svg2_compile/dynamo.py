@@ -5,16 +5,30 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import CodeType
+from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch._inductor.config
 from torch import Tensor
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import mark_static_address
+from torch._dynamo.cache_size import exceeds_recompile_limit
+from torch._dynamo.convert_frame import ConvertFrameAssert
+from torch._dynamo.eval_frame import (
+    _get_cache_entries_for_region,
+    _get_total_cache_entry_count,
+    innermost_backend,
+)
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import get_hook_for_recompile_user_context, register_hook_for_recompile_user_context
 from torch._guards import TracingContext
 from torch._inductor import list_mode_options
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,9 +38,14 @@ __all__ = [
     "COMPILED_CALL",
     "MODULE_CALLS",
     "RESUMED",
+    "CompiledCode",
+    "Limit",
+    "call_before_compiling",
     "code_of_compiled",
+    "code_under_compilation",
     "fake_mode_of_fixed_sizes",
     "fake_mode_of_trace",
+    "guard_attribute",
     "has_inductor_option",
     "has_pre_hook",
     "is_compiled",
@@ -142,3 +161,108 @@ def over_all_tensors(model: Module, change: Callable[[Tensor], Tensor]) -> Modul
     """Replace every parameter and buffer of a model, as ``to`` does, and return the model (torch 2.13.0)."""
     changed: Module = model._apply(change)  # type: ignore[no-untyped-call]
     return changed
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many graphs of a piece of code Dynamo keeps."""
+
+    setting: str
+    """What to set to raise it."""
+    value: int
+
+
+class CompiledCode:
+    """A piece of code, as Dynamo keeps its compiled graphs (torch 2.13.0)."""
+
+    def __init__(self, convert_frame: FrameType) -> None:
+        """Args: ``convert_frame`` is the call in which Dynamo compiles the code."""
+        variables = convert_frame.f_locals
+        self._code: weakref.ref[CodeType] = weakref.ref(variables["code"])
+        self._own_limit: int | None = variables["self"]._recompile_limit
+        self._region: int = variables["isolate_recompiles_id"]
+        self._compiling = variables["cache_size"], variables["compile_id"]
+        self.name = str(variables["code"].co_name)
+        self.root: type[torch.nn.Module] | None = None
+        """The class of the module whose method it is."""
+        if isinstance(module := variables["frame"].f_locals.get("self"), torch.nn.Module):
+            self.root = type(module)
+        self.backend: Any = innermost_backend(variables["self"])
+        """What ``torch.compile`` made of the backend that it was given."""
+
+    @property
+    def code(self) -> CodeType | None:
+        """The code itself, which lives as long as its function."""
+        return self._code()
+
+    def called(self, backend: Callable[..., Any]) -> dict[str, Any] | None:
+        """Return with which keywords ``torch.compile`` calls a backend; None where it calls another one."""
+        is_called = getattr(self.backend, "compiler_fn", None) is backend
+        return dict(self.backend.kwargs) if is_called else None
+
+    def limit_exceeded(self) -> Limit | None:
+        """Return the limit for which Dynamo is about to give this compilation up."""
+        is_exceeded, name = exceeds_recompile_limit(*self._compiling)
+        return self._limit(name) if is_exceeded else None
+
+    def limit_reached(self, more: int = 1) -> Limit | None:
+        """Return the limit that leaves no place for so many more graphs."""
+        code = self.code
+        if code is None:
+            return None
+        own, total = self._limit("recompile_limit"), self._limit("accumulated_recompile_limit")
+        if len(_get_cache_entries_for_region(code, self._region)) + more > own.value:
+            return own
+        return total if _get_total_cache_entry_count(code) + more > total.value else None
+
+    @property
+    def compilation(self) -> str:
+        """Which compilation of the code this is."""
+        return str(self._compiling[1])
+
+    def compilations(self) -> set[str]:
+        """Return the compilations whose graphs Dynamo keeps."""
+        code = self.code
+        entries = [] if code is None else _get_cache_entries_for_region(code, self._region)
+        return {str(entry.compile_id) for entry in entries}
+
+    def forget(self) -> None:
+        """Drop every graph of the code; it is compiled anew."""
+        if (code := self.code) is not None:
+            reset_code(code)
+
+    def _limit(self, name: str) -> Limit:
+        if name == "recompile_limit" and self._own_limit is not None:
+            return Limit("torch.compile(recompile_limit=...)", self._own_limit)
+        return Limit(f"torch._dynamo.config.{name}", getattr(torch._dynamo.config, name))
+
+
+def code_under_compilation() -> CompiledCode | None:
+    """Return the code for which Dynamo called, however deep in its calls (torch 2.13.0); None where it did not."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is ConvertFrameAssert.__call__.__code__:
+            return CompiledCode(frame)
+        frame = frame.f_back
+    return None
+
+
+def guard_attribute(module: str, *names: str) -> None:
+    """Let what Dynamo is compiling hold for the present value of an attribute of a module only (torch 2.13.0).
+
+    The value is a constant, such as text; the attribute may be one of an attribute.
+    """
+    source: Any = InstructionTranslator.current_tx().import_source(module)
+    for name in names:
+        source = AttrSource(source, name)
+    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+def call_before_compiling(hook: Callable[[], str]) -> None:
+    """Let Dynamo call ``hook`` whenever it is about to compile code, before it asks for its limits (torch 2.13.0).
+
+    What the hook raises, the call that wanted to be compiled raises.
+    """
+    hooks = get_hook_for_recompile_user_context() or []
+    if hook not in hooks:
+        register_hook_for_recompile_user_context(hook)

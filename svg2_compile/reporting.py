@@ -15,8 +15,9 @@ from svg2_compile.forwards import Caller, recognition_of
 from svg2_compile.kernels.why_not import wrong_kernels
 from svg2_compile.obstacles import obstacles
 from svg2_compile.passes.plan import SitePlan
-from svg2_compile.passes.records import Rejection
+from svg2_compile.passes.records import Rejection, told
 from svg2_compile.passes.sparsify import Sparsified
+from svg2_compile.recompilation import exhausted
 from svg2_compile.region import DenseGraph, Region
 from svg2_compile.state import SiteState, store
 
@@ -135,6 +136,9 @@ class Report:
     schedules: tuple[ScheduleReport, ...] = ()
     """How steps and branches were told, for each model that has run."""
 
+    exhausted: tuple[str, ...] = ()
+    """Code that Dynamo does not compile again for further sizes and settings, which run dense; and what to set."""
+
     @property
     def sparse_sites(self) -> tuple[SiteReport, ...]:
         """The attentions that are sparse."""
@@ -196,6 +200,7 @@ class Report:
             f"{percent(self.kept_mass, unknown='-')}, recall {percent(self.recall, unknown='-')}; "
             f"key padding {number(self.k_padding, unknown='-')}; state {self.state_mib:.1f} MiB"
         )
+        lines += [f"NOT RECOMPILED: {each}" for each in self.exhausted]
         lines += [f"WRONG KERNEL, not used: {each}" for each in self.wrong_kernels]
         if self.segments:
             engines = sum(segment.compiler == "tensorrt" for segment in self.segments)
@@ -269,13 +274,15 @@ def report(model: torch.nn.Module | Callable[..., Any]) -> Report:
             seconds[variant.name] = seconds.get(variant.name, 0.0) + variant.compile_seconds
     sites = [row.describe(path) for (path, _), row in rows.items()]
     wrong = [f"{name} on {device}, {dtype}: {reason}" for (name, device, dtype), reason in wrong_kernels.items()]
+    module = model if isinstance(model, torch.nn.Module) else None
     return Report(
         tuple(sites),
         sum(row.state_bytes for row in rows.values()) / MIB,
         seconds,
         tuple(wrong),
-        segments_of(model) if isinstance(model, torch.nn.Module) else (),
+        () if module is None else segments_of(module),
         tuple(_schedules((caller for _, caller, _ in regions), paths)),
+        () if module is None else tuple(exhausted(module)),
     )
 
 
@@ -371,13 +378,13 @@ class _Row:
             reason, hint = self.decision.reason, self.decision.hint
             return SiteReport(path, "", reason, hint, sparse=False)
         site, states = self.decision, self.states
-        context = f" + {site.context_tokens} context" if len(site.segments) > 1 else ""
+        context = f" + {told(site.context_tokens)} context" if len(site.segments) > 1 else ""
         shown = self.shown(site)
         own = {each.name for each in fields(SiteReport)}
         return SiteReport(
             path=path,
-            shape=f"{site.batch}×{site.q_heads}×{site.tokens}×{site.head_dim}{context}",
-            plan=f"{site.q_clusters} query and {site.k_clusters} key clusters",
+            shape=f"{site.batch}×{site.q_heads}×{told(site.tokens)}×{site.head_dim}{context}",
+            plan=site.clusters_told,
             hint="",
             sparse=True,
             sparse_calls=sum(state.calls for state in states),

@@ -21,7 +21,7 @@ ARROWS = {
     "video": ("core", "tiny_wan"),
     "explaining": ("core", "tiny_wan"),
     "evaluation": ("core", "tiny_wan", "video"),
-    "tensorrt": ("cut_graphs", "frames", "region"),
+    "tensorrt": ("cut_graphs", "dynamo", "frames", "region"),
 }
 """The rooms of the API room, and what each may import; the core is the flat files, and single files are of the core."""
 LAZILY = {"backend": ("tensorrt",), "cli": ("explaining", "evaluation", "tiny_wan", "video")}

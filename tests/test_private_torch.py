@@ -6,6 +6,7 @@ After an upgrade of torch, the tests that fail are the list of what to mend.
 import ast
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.fx import Graph, GraphModule, symbolic_trace
 
 from svg2_compile import dynamo
 from svg2_compile.kernels import private_torch
-from svg2_compile.passes import dynamo_graphs
+from svg2_compile.passes import dynamo_graphs, nodes
 from svg2_compile.tensorrt import private_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,10 +35,22 @@ OF_OTHERS = {"_getframe", "_hf_hook", "_diffusers_hook", "_attention_backend", "
 
 NAMES = {
     "torch": ("_check_value", "_check_type"),
+    "torch._C._dynamo.eval_frame": ("reset_code",),
     "torch._C._nn": ("scaled_dot_product_attention",),
     "torch._dynamo": ("mark_static_address",),
-    "torch._dynamo.eval_frame": ("OptimizedModule",),
+    "torch._dynamo.cache_size": ("exceeds_recompile_limit",),
+    "torch._dynamo.config": ("recompile_limit", "accumulated_recompile_limit"),
+    "torch._dynamo.convert_frame": ("ConvertFrameAssert",),
+    "torch._dynamo.eval_frame": (
+        "OptimizedModule",
+        "_get_cache_entries_for_region",
+        "_get_total_cache_entry_count",
+        "innermost_backend",
+    ),
+    "torch._dynamo.guards": ("GuardBuilder", "install_guard"),
+    "torch._dynamo.source": ("AttrSource",),
     "torch._dynamo.symbolic_convert": ("InstructionTranslator",),
+    "torch._dynamo.utils": ("get_hook_for_recompile_user_context", "register_hook_for_recompile_user_context"),
     "torch._functorch._aot_autograd.descriptors": ("BufferAOTInput", "ParamAOTInput", "PlainAOTInput"),
     "torch._functorch.aot_autograd": ("aot_module_simplified",),
     "torch._guards": ("TracingContext", "tracing"),
@@ -48,7 +61,7 @@ NAMES = {
     "torch._ops": ("OpOverload", "OpOverloadPacket"),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode"),
     "torch.compiler.config": ("cache_key_tag", "patch"),
-    "torch.fx.experimental.symbolic_shapes": ("ShapeEnv",),
+    "torch.fx.experimental.symbolic_shapes": ("RelaxedUnspecConstraint", "ShapeEnv", "StrictMinMaxConstraint"),
     "torch.ops.aten": ("_scaled_dot_product_flash_attention_for_cpu",),
     "torch.ops.higher_order": ("auto_functionalized_v2",),
     "torch.utils._python_dispatch": ("_disable_current_modes",),
@@ -103,6 +116,60 @@ def test_dynamos_translator_knows_the_variables_of_the_traced_code():
     )
     assert variables["self"] is model and isinstance(mode, dynamo_graphs.FakeTensorMode)
     assert dynamo.locals_of_traced_code() is None
+
+
+def test_dynamo_tells_which_code_it_compiles_and_how_many_graphs_it_keeps_of_it():
+    model = Attention()
+    _, found = traced(model, torch.ones(()), look=lambda gm: dynamo.code_under_compilation())
+    assert found.code is Attention.forward.__code__ and found.root is Attention and found.name == "forward"
+    assert callable(found.backend.compiler_fn) and found.called(found.backend.compiler_fn) == {}
+    assert found.called(traced) is None and found.limit_exceeded() is None and found.limit_reached() is None
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert found.limit_reached() == dynamo.Limit("torch._dynamo.config.recompile_limit", 1)
+    found.forget()
+    assert found.limit_reached(8) is None and found.limit_reached(9) is not None
+    assert dynamo.code_under_compilation() is None
+
+
+guarded = SimpleNamespace(word="first")
+
+
+def test_a_guard_on_our_own_attribute_lets_dynamo_compile_again_and_a_hook_is_called_before():
+    called, hook = [], lambda: called.append(dynamo.code_under_compilation().name) or ""
+    dynamo.call_before_compiling(hook)
+    dynamo.call_before_compiling(hook)
+    compiled = []
+
+    def backend(gm, inputs):
+        dynamo.guard_attribute(__name__, "guarded", "word")
+        compiled.append(guarded.word)
+        return gm.forward
+
+    torch._dynamo.reset()
+    function = torch.compile(lambda x: x + 1, backend=backend)
+    try:
+        for word in ("first", "first", "second", "first"):
+            guarded.word = word
+            function(torch.ones(2))
+    finally:
+        torch._dynamo.utils.get_hook_for_recompile_user_context().remove(hook)
+    assert compiled == ["first", "second"] and called == ["<lambda>"] * 2
+
+
+@pytest.mark.parametrize(("bounds", "heeded"), [(None, True), ({}, True), ({"min": 2, "max": 9}, False)])
+def test_dynamo_heeds_guards_on_sizes_while_it_waits_and_promises_are_known(bounds, heeded):
+    x = torch.ones(4)
+    if bounds is not None:
+        torch._dynamo.mark_dynamic(x, 0, **bounds)
+
+    def size_of(gm):
+        size = next(value.shape[0] for node in gm.graph.nodes if (value := nodes.tensor_of(node)) is not None)
+        return size, dynamo_graphs.heeds_guards(size), dynamo_graphs.heeds_guards(size, fixing=True)
+
+    options = {"dynamic": True} if bounds is None else {}
+    _, (size, may_guard, may_fix) = traced(lambda x: x + 1, x, look=size_of, **options)
+    assert (may_guard, may_fix) == (heeded, bounds is None)
+    assert not dynamo_graphs.heeds_guards(size)
 
 
 def test_a_copy_carries_what_dynamo_hung_onto_its_module():

@@ -88,12 +88,12 @@ class PipelineRequest:
         return self._decoded(pipeline, 1, None)
 
     def _decoded(self, pipeline: Any, steps: int | None, on_step_end: Any) -> Tensor:
-        output = torch.as_tensor(self._call(pipeline, "np", steps, on_step_end)).float()
+        output = torch.as_tensor(self._call(pipeline, "np", steps, on_step_end), device="cpu").float()
         frames = output[0] if output.ndim == 5 else output  # videos are [B, F, H, W, 3], images [B, H, W, 3]
         return frames.permute(0, 3, 1, 2).clamp(0, 1).contiguous()
 
     def _call(self, pipeline: Any, output_type: str, steps: int | None, on_step_end: Any) -> Any:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
         output = pipeline(
             prompt=self.prompt, num_inference_steps=self.steps if steps is None else steps, generator=generator,
             output_type=output_type, callback_on_step_end=on_step_end, return_dict=False, **self.arguments,

@@ -129,13 +129,13 @@ def _prompt_arguments(transformer: Any, signature: inspect.Signature) -> dict[st
     made: dict[str, Any] = {}
     for name in signature.parameters:
         if name.endswith("prompt_attention_mask"):
-            made[name] = torch.ones(1, tokens, dtype=torch.bool)
+            made[name] = torch.ones(1, tokens, dtype=torch.bool, device="cpu")
         elif name.endswith("prompt_embeds"):
             widths = POOLED_WIDTHS if "pooled" in name else TEXT_WIDTHS
             width = next((w for key in widths if (w := getattr(transformer.config, key, None))), None)
             if width is not None:
                 made[name] = torch.zeros(
-                    *((1, width) if "pooled" in name else (1, tokens, width)), dtype=torch.bfloat16
+                    *((1, width) if "pooled" in name else (1, tokens, width)), dtype=torch.bfloat16, device="cpu"
                 )
     return made
 

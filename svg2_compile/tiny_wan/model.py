@@ -232,7 +232,14 @@ def initial_latents(prompt: str, *, frames: int, height: int, width: int, seed: 
     if scene is not None and height <= clips.HEIGHT and width <= clips.WIDTH:
         top, left = clips.window_corner(scene, height, width)
     place = coordinates(frames, height, width, top=top, left=left)
-    noise = torch.randn(1, CHANNELS, *place.shape[2:], generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(
+        1,
+        CHANNELS,
+        *place.shape[2:],
+        generator=torch.Generator(device="cpu").manual_seed(seed),
+        dtype=torch.float32,
+        device="cpu",
+    )
     return torch.cat([noise, place], dim=1)
 
 

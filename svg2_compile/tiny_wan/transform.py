@@ -160,9 +160,9 @@ def coordinates(
     """
     rows, columns = height // BLOCK_SIZE, width // BLOCK_SIZE
     axes = (
-        (torch.arange(frames).view(-1, 1, 1), PERIODS_FRAMES),
-        (top + BLOCK_SIZE * torch.arange(rows).view(1, -1, 1), PERIODS_PIXELS),
-        (left + BLOCK_SIZE * torch.arange(columns).view(1, 1, -1), PERIODS_PIXELS),
+        (torch.arange(frames, dtype=torch.int64, device="cpu").view(-1, 1, 1), PERIODS_FRAMES),
+        (top + BLOCK_SIZE * torch.arange(rows, dtype=torch.int64, device="cpu").view(1, -1, 1), PERIODS_PIXELS),
+        (left + BLOCK_SIZE * torch.arange(columns, dtype=torch.int64, device="cpu").view(1, 1, -1), PERIODS_PIXELS),
     )
     waves = [
         (math.sqrt(2) * wave(2 * math.pi * position.double() / period)).expand(frames, rows, columns)
@@ -180,7 +180,7 @@ def cosine_matrix() -> Tensor:
 
 def _cosine_basis(size: int) -> Tensor:
     """Return the orthonormal DCT-II of n points: row k is sqrt(2/n) cos(pi (2i + 1) k / 2n), row 0 over sqrt 2."""
-    index = torch.arange(size, dtype=torch.float64)
+    index = torch.arange(size, dtype=torch.float64, device="cpu")
     basis = torch.cos(math.pi * (2 * index + 1) * index[:, None] / (2 * size)) * math.sqrt(2 / size)
     basis[0] /= math.sqrt(2)
     return basis

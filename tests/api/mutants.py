@@ -7,6 +7,7 @@ KERNEL_CONFIG = ("tests/passes/test_kernel_config.py",)
 GUARD = ("tests/api/test_guard.py",)
 SELF_CHECK = ("tests/kernels/test_self_check.py",)
 VOUCHING = ("tests/api/test_backend.py",)
+RECOMPILATION = ("tests/api/test_recompilation.py",)
 API = ("tests/api/test_clock.py", "tests/api/test_backend.py")
 
 MUTANTS = (
@@ -142,5 +143,54 @@ MUTANTS = (
         "digest.update(content)",
         "pass",
         ("tests/api/test_cache_identity.py",),
+    ),
+    Mutant(
+        "no guard on the defaults",
+        "svg2_compile/recompilation.py",
+        '    guard_attribute(defaults.__name__, "in_force", name)\n',
+        "",
+        RECOMPILATION,
+    ),
+    Mutant(
+        "a guard on every default, given or not",
+        "svg2_compile/options.py",
+        "for name in FIELD_NAMES if name not in given",
+        "for name in FIELD_NAMES",
+        RECOMPILATION,
+    ),
+    Mutant(
+        "a block of settings is entered once only",
+        "svg2_compile/options.py",
+        "if _defaults is not self._chosen:",
+        "if False:",
+        RECOMPILATION,
+    ),
+    Mutant(
+        "no place is made for another setting",
+        "svg2_compile/recompilation.py",
+        "            each.code.forget()\n",
+        "",
+        RECOMPILATION,
+    ),
+    Mutant(
+        "a place is made whoever's defaults change",
+        "svg2_compile/recompilation.py",
+        "for name, _ in graphs} & changed",
+        "for name, _ in graphs}",
+        RECOMPILATION,
+    ),
+    Mutant(
+        "the limit that torch.compile was given is not seen",
+        "svg2_compile/dynamo.py",
+        'if name == "recompile_limit" and self._own_limit is not None:',
+        "if False:",
+        RECOMPILATION,
+    ),
+    Mutant(
+        "running uncompiled is no error",
+        "svg2_compile/recompilation.py",
+        "    call_before_compiling(_before_compiling)\n",
+        "",
+        RECOMPILATION,
     ),
 )

@@ -12,6 +12,7 @@ CLASSIFYING = "passes/classify.py"
 MATCH = ("tests/passes/test_match.py",)
 TRACE = ("tests/passes/test_trace_axis.py",)
 CLASSIFY = ("tests/passes/test_classify.py",)
+BY_SIZE = ("tests/passes/test_decide_by_size.py",)
 REWRITE = ("tests/passes/test_rewrite.py",)
 SPLIT = ("tests/passes/test_split_segments.py",)
 CANONICALIZE = ("tests/passes/test_canonicalize.py",)
@@ -160,7 +161,7 @@ MUTANTS = (
         "k_clusters",
         CLASSIFY,
     ),
-    Mutant("video is the shortest piece", CLASSIFYING, "video = max(range", "video = min(range", CLASSIFY),
+    Mutant("video is the shortest piece", CLASSIFYING, "n > longest, piece", "n < longest, piece", CLASSIFY),
     Mutant(
         "dense_layers off by one",
         CLASSIFYING,
@@ -178,8 +179,8 @@ MUTANTS = (
     Mutant(
         "share of context measured against the video",
         CLASSIFYING,
-        "for each in segments)\n\n\ndef _site",
-        "for each in segments if each.is_video)\n\n\ndef _site",
+        "max_context_ratio * sum(lengths)",
+        "max_context_ratio * (sum(lengths) - context)",
         CLASSIFY,
     ),
     Mutant(
@@ -220,7 +221,7 @@ MUTANTS = (
     Mutant(
         "rows asked outside a cut taken for context",
         CLASSIFYING,
-        " or list(edges) != sorted(edges)",
+        " or edges != sorted(edges)",
         "",
         CLASSIFY,
     ),
@@ -234,8 +235,8 @@ MUTANTS = (
     Mutant(
         "more clusters than tokens accepted",
         CLASSIFYING,
-        "if max(q_clusters, k_clusters) > tokens:",
-        "if q_clusters > tokens:",
+        "decide(lambda n: n < max(q_clusters, k_clusters)",
+        "decide(lambda n: n < q_clusters",
         CLASSIFY,
     ),
     Mutant(
@@ -498,5 +499,42 @@ MUTANTS = (
     ),
     Mutant(
         "warps that are no power of two", "passes/kernel_config.py", "and value & (value - 1) == 0", "", KERNEL_CONFIG
+    ),
+    Mutant("no longest sequence for the counts", CLASSIFYING, "longest is None or n <= longest", "True", BY_SIZE),
+    Mutant("no shortest sequence for the counts", CLASSIFYING, "n >= shortest", "n >= 0", BY_SIZE),
+    Mutant(
+        "the longest sequence with the counts is one too long",
+        "passes/config.py",
+        "else beyond - 1",
+        "else beyond",
+        BY_SIZE,
+    ),
+    Mutant(
+        "a longer video than at first is short still",
+        CLASSIFYING,
+        "if decide(lambda n: n < config.min_tokens, video.length):",
+        "if hint < config.min_tokens:",
+        BY_SIZE,
+    ),
+    Mutant(
+        "a short length at first is short for ever",
+        MATCHING,
+        "decide(lambda n: n < min_tokens, query.shape[2])",
+        "tokens < min_tokens",
+        BY_SIZE,
+    ),
+    Mutant(
+        "guards within promised bounds",
+        "passes/dynamo_graphs.py",
+        "return not promised &",
+        "return not set() &",
+        BY_SIZE,
+    ),
+    Mutant(
+        "an exported graph is said to choose anew",
+        CLASSIFYING,
+        "and not is_guarded(video.length)",
+        "and False",
+        BY_SIZE,
     ),
 )

@@ -48,17 +48,19 @@ def decide(
     dynamic: bool = False,
     fullgraph: bool = True,
 ) -> list[AttentionSite | Rejection]:
-    """Return what becomes of each attention of ``function``; deciding must add no guard."""
+    """Return what becomes of each attention of ``function``; deciding must fix no size, and guards come once."""
     decided: list[AttentionSite | Rejection] = []
 
     def backend(gm: GraphModule, _: list[Any]) -> Callable[..., Any]:
         shape_env = torch._guards.TracingContext.get().fake_mode.shape_env
-        before, guards = gm.print_readable(print_output=False), len(shape_env.guards)
+        before = gm.print_readable(print_output=False)
         found = match(gm, config)
         decided.extend(classify(found, config))
+        guards = len(shape_env.guards)
         assert classify(found, config) == decided
         assert gm.print_readable(print_output=False) == before
-        assert len(shape_env.guards) == guards
+        assert len(shape_env.guards) == guards and (dynamic or not guards)
+        assert not shape_env.replacements and not any(guard.expr.is_Equality for guard in shape_env.guards)
         return gm.forward
 
     if dynamic:
