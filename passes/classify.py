@@ -10,8 +10,7 @@ longest operand is the video, the rest is context. The graph is only read.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -22,11 +21,11 @@ from svg2_compile.passes.match import Candidate
 from svg2_compile.passes.nodes import first_argument, permutation_of, same_size, shape_of, target_name, tensor_of
 from svg2_compile.passes.read_mask import is_true
 from svg2_compile.passes.records import AttentionSite, Rejection, Segment, Size, size_hint
-from svg2_compile.passes.trace_axis import AxisOrigin, Piece, trace_axis
+from svg2_compile.passes.trace_axis import AxisOrigin, Piece, same_lengths, shares_rows, trace_axis
 
-TRUSTED_ORIGINS = ("placeholder", "split axis", "conv")
+MADE_OF_OTHER_AXES = ("split axis", "conv")
+TRUSTED_ORIGINS = ("placeholder", "cat", *MADE_OF_OTHER_AXES)
 REARRANGES = ("view", "reshape", "unflatten", "flatten", "contiguous", "squeeze", "unsqueeze")
-POSITIONS = re.compile(r"rot|rope|freq|pos|cos|sin", re.IGNORECASE)
 
 
 def classify(
@@ -66,10 +65,10 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
                 f"more context than max_context_ratio={config.max_context_ratio}: {candidate.sequence} queries are "
             )
             return decline(f"{reason}among {candidate.keys} keys", "raise max_context_ratio to include it")
-    elif _different_streams(queries, origin) and _are_made_outside(candidate, origin):
-        reason = "its queries and values are computed outside this graph, so what their rows are is unknown"
-        return decline(reason, "compile projections and attention together: hooks on each layer come between them")
-    elif _different_streams(queries, origin):
+    elif _different_streams(candidate, queries, origin):
+        if _are_made_outside(candidate, origin):
+            reason = "its queries and values are computed outside this graph, so what their rows are is unknown"
+            return decline(reason, "compile projections and attention together: hooks on each layer come between them")
         sources = f"{queries.pieces[0].node.name} and {origin.pieces[0].node.name}"
         return decline(f"cross-attention: queries and values come from {sources}", by_design=True)
     else:
@@ -86,14 +85,27 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
     return _site(candidate, segments, video, hint, config)
 
 
-def _different_streams(queries: AxisOrigin, values: AxisOrigin) -> bool:
-    """True when queries and values are rows of different inputs, although their lengths agree."""
-    if queries.joined or values.joined:
-        return queries.joined and values.joined and not _same_lengths(queries, values)
-    first, second = queries.pieces[0], values.pieces[0]
-    if first.node is second.node and first.axis == second.axis:
+def _different_streams(candidate: Candidate, queries: AxisOrigin, values: AxisOrigin) -> bool:
+    """True when queries and values are rows of different tensors, although their lengths agree."""
+    if queries.joined and values.joined and not same_lengths(queries, values):
+        return True
+    query, value = candidate.query, candidate.value
+    if shares_rows(query, 2, value, 2) or shares_rows(value, 2, query, 2):
         return False
-    return _is_trusted(first) and _is_trusted(second)
+    return _name_a_stream(queries) and _name_a_stream(values) and not _meet_upstream(queries, values)
+
+
+def _meet_upstream(queries: AxisOrigin, values: AxisOrigin) -> bool:
+    """True where what the axes were made of, by a convolution or by merging axes, comes from one tensor."""
+    firsts = [set(_upstream(piece)) for piece in (queries.pieces[0], values.pieces[0])]
+    return bool(firsts[0] & firsts[1])
+
+
+def _upstream(piece: Piece) -> Iterator[Node]:
+    node: Node | None = piece.node
+    while node is not None and piece.kind.startswith(MADE_OF_OTHER_AXES):
+        yield node
+        node = next((each for each in node.all_input_nodes if shape_of(each)), None)
 
 
 def _are_made_outside(candidate: Candidate, values: AxisOrigin) -> bool:
@@ -105,29 +117,22 @@ def _are_made_outside(candidate: Candidate, values: AxisOrigin) -> bool:
     return is_given and trace_axis(candidate.key, 2).pieces[0].node is not values.pieces[0].node
 
 
-def _is_trusted(piece: Piece) -> bool:
-    """True where ``piece`` names a stream; an input with heads already is an operand made before a graph break."""
-    is_operand = piece.kind == "placeholder" and len(shape_of(piece.node) or ()) == 4
-    return piece.kind.startswith(TRUSTED_ORIGINS) and not is_operand and not POSITIONS.search(piece.node.name)
-
-
-def _same_lengths(a: AxisOrigin, b: AxisOrigin) -> bool:
-    return len(a.pieces) == len(b.pieces) and all(same_size(x.length, y.length) for x, y in zip(a.pieces, b.pieces))
+def _name_a_stream(origin: AxisOrigin) -> bool:
+    """True where every piece names a stream; an input with heads already is an operand made before a graph break."""
+    return all(
+        piece.kind.startswith(TRUSTED_ORIGINS) and (piece.kind != "placeholder" or len(shape_of(piece.node) or ()) != 4)
+        for piece in origin.pieces
+    )
 
 
 def _asking_segments(candidate: Candidate, queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, ...]:
-    """Return the segments of the keys, the rows that ask being video; empty where they are no rows of the keys.
-
-    Positions that are multiplied into queries and keys can lead both walks astray, to one place: keys testify as well.
-    """
+    """Return the segments of the keys, the rows that ask being video; empty where they are no rows of the keys."""
     if not values.joined:
         return _segments_around(queries, values)
-    keys = trace_axis(candidate.key, 2)
     for position, piece in enumerate(values.pieces):
-        if same_size(piece.length, candidate.sequence):
-            witnesses = [piece, keys.pieces[position]] if _same_lengths(keys, values) else [piece]
-            if any(_same_rows(queries, trace_axis(each.node, each.axis)) for each in witnesses):
-                return _pieces_as_segments(values, position)
+        is_as_long = same_size(piece.length, candidate.sequence)
+        if is_as_long and shares_rows(candidate.query, 2, piece.node, piece.axis):
+            return _pieces_as_segments(values, position)
     return ()
 
 
@@ -142,10 +147,6 @@ def _segments_around(queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, 
     lengths = [int(end - start) for start, end in pairwise(edges)]
     cut = [Segment(length, position == 1, rows.node.name, rows.axis) for position, length in enumerate(lengths)]
     return tuple(segment for segment in cut if segment.length)
-
-
-def _same_rows(a: AxisOrigin, b: AxisOrigin) -> bool:
-    return [(each.node, each.axis) for each in a.pieces] == [(each.node, each.axis) for each in b.pieces]
 
 
 def _segments(candidate: Candidate, origin: AxisOrigin, config: SparseConfig) -> tuple[Segment, ...]:
