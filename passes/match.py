@@ -134,7 +134,9 @@ def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
         return decline("its operands have no known shape", "please report this model")
     query, key, value = (each for each in tensors if each is not None)
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        return decline(f"expected 4-D (batch, heads, tokens, head dim) operands, got {query.dim()}-D")
+        ranks = ", ".join(f"{each.dim()}-D" for each in (query, key, value))
+        hint = "give all three the same leading axes, as (batch, heads, tokens, head dim)"
+        return decline(f"expected 4-D (batch, heads, tokens, head dim) operands, got {ranks}", hint)
     tokens = size_hint(query.shape[2])
     if not same_size(query.shape[2], key.shape[2]):
         keys = size_hint(key.shape[2])

@@ -19,6 +19,7 @@ from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.dynamo_graphs import FakeTensor, FakeTensorMode
 from svg2_compile.passes.errors import InternalError, UnsupportedError
+from svg2_compile.passes.fold_axes import fold_axes
 from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.match import Candidate, match
 from svg2_compile.passes.nodes import tensor_of
@@ -85,6 +86,10 @@ def _canonicalize(course: _Course) -> None:
     course.declined = list(canonicalize(course.gm, course.config.min_tokens).declined)
 
 
+def _fold_axes(course: _Course) -> None:
+    fold_axes(course.gm)
+
+
 def _match(course: _Course) -> None:
     course.found = match(course.gm, course.config)
 
@@ -136,6 +141,7 @@ class Pass:
 
 PASSES = (
     Pass("canonicalize", _canonicalize, writes=True),
+    Pass("fold_axes", _fold_axes, writes=True),
     Pass("match", _match),
     Pass("classify", _classify),
     Pass("plan", _plan),

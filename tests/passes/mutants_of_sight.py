@@ -5,9 +5,27 @@ from mutant import Mutant
 CLASSIFYING = "passes/classify.py"
 TRACING = "passes/trace_axis.py"
 
+FOLDING = "passes/fold_axes.py"
+
 CLASSIFY = ("tests/passes/test_classify.py",)
+FOLD = ("tests/passes/test_fold_axes.py",)
 
 MUTANTS = (
+    Mutant(
+        "a mask's leading axes not expanded before they are folded",
+        FOLDING,
+        "mask = emit(graph, aten.expand.default, mask, [*leading, -1, -1, -1], like=like)",
+        "pass",
+        FOLD,
+    ),
+    Mutant("the first two of many leading axes folded alone", FOLDING, "x, 0, rank - 4, like", "x, 0, 1, like", FOLD),
+    Mutant(
+        "the options of a folded attention dropped",
+        FOLDING,
+        "*operands, like=node, **options)",
+        "*operands, like=node)",
+        FOLD,
+    ),
     Mutant(
         "positions taken for the rows of the queries",
         TRACING,

@@ -187,8 +187,8 @@ DECLINED: dict[str, tuple[Callable[[], GraphModule], str, str, bool]] = {
     "no shape": (lambda: graph_of(None), "its operands have no known shape", "please report this model", False),
     "three axes": (
         lambda: graph_of(THREE_AXES),
-        "expected 4-D (batch, heads, tokens, head dim) operands, got 3-D",
-        "",
+        "expected 4-D (batch, heads, tokens, head dim) operands, got 3-D, 3-D, 3-D",
+        "give all three the same leading axes, as (batch, heads, tokens, head dim)",
         False,
     ),
     "cross-attention": (
