@@ -201,14 +201,15 @@ def _site(
         q_clusters=q_clusters,
         k_clusters=k_clusters,
         has_mask=candidate.key_mask is not None,
+        is_mask_checked=candidate.is_mask_checked,
         may_hide_video=may_hide_video,
         has_context_queries=same_size(candidate.sequence, candidate.keys),
     )
 
 
 def _may_hide_video(candidate: Candidate, segments: tuple[Segment, ...]) -> bool:
-    if candidate.key_mask is None:
-        return False
+    if candidate.key_mask is None or candidate.is_mask_checked:
+        return candidate.is_mask_checked
     first: Size = 0
     for segment in segments:
         if segment.is_video:

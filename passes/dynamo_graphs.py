@@ -26,6 +26,7 @@ __all__ = [
     "carry_over",
     "codegen_of",
     "copy_source",
+    "example_of",
     "mark_sourceless",
     "mark_static_input",
     "memory_of",
@@ -66,6 +67,16 @@ def copy_source(placeholder: Node, to: Node) -> None:
     """Tell a copy of a graph input where Dynamo found its value, if it did (torch 2.13.0)."""
     if hasattr(placeholder, "_dynamo_source"):
         to._dynamo_source = placeholder._dynamo_source
+
+
+def example_of(placeholder: Node) -> Tensor | None:
+    """Return what a graph input was when it was compiled, while Dynamo compiles (torch 2.13.0); None where unknown."""
+    try:
+        example = placeholder.meta["grapharg"].example
+    except (KeyError, AssertionError):
+        return None
+    is_real = isinstance(example, Tensor) and not isinstance(example, FakeTensor) and example.device.type != "meta"
+    return example if is_real else None
 
 
 def mark_sourceless(placeholder: Node) -> None:

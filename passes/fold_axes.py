@@ -6,8 +6,8 @@
     scaled_dot_product_attention(q, k, v)                      q: (batch, frames, heads, tokens, dim)
     →  scaled_dot_product_attention(q.flatten(0, 1), ...).unflatten(0, (batch, frames))
 
-Attention does not mix its leading axes, so it does not matter which of them is called heads. What cannot be folded
-stays as it is, and ``match`` says so.
+Attention does not mix its leading axes, so it does not matter which of them is called heads. A mask of fewer axes gets
+four as well. What cannot be folded stays as it is, and ``match`` says so.
 """
 
 from __future__ import annotations
@@ -42,9 +42,11 @@ def fold_axes(gm: GraphModule) -> int:
 def _can_be_folded(node: Node) -> bool:
     call = sdpa_arguments(node)
     shapes = [shape_of(each) for each in (call.query, call.key, call.value)]
-    query, output = shapes[0], shape_of(node)
-    if query is None or output is None or len(query) in (1, 4) or len(output) != len(query):
+    query, output, mask = shapes[0], shape_of(node), shape_of(call.attn_mask)
+    if query is None or output is None or len(query) == 1 or len(output) != len(query):
         return False
+    if len(query) == 4:
+        return mask is not None and len(mask) < 4
     if any(each is None or len(each) != len(query) for each in shapes):
         return False
     leading = [each[:-3] for each in shapes if each is not None]
@@ -60,7 +62,7 @@ def _fold(graph: Graph, node: Node) -> Node:
         field.name: given[field.name] for field in fields(SdpaArguments)[3:] if given[field.name] != field.default
     }
     operands = (_with_four_axes(graph, each, node) for each in (call.query, call.key, call.value))
-    if "attn_mask" in options and len(shape) > 4:
+    if "attn_mask" in options:
         options["attn_mask"] = _mask_with_four_axes(graph, options["attn_mask"], shape[:-3], node)
     result = emit(graph, node.target, *operands, like=node, **options)  # type: ignore[arg-type]
     for _ in range(4 - len(shape)):
@@ -80,11 +82,8 @@ def _with_four_axes(graph: Graph, x: Node, like: Node) -> Node:
 def _mask_with_four_axes(graph: Graph, mask: Node, leading: tuple[int | torch.SymInt, ...], like: Node) -> Node:
     """Fold the leading axes that ``mask`` has; one that is the same along all of them needs no copy."""
     shape = shape_of(mask) or ()
-    if len(shape) < 4:
-        return mask
-    if not all(size == 1 for size in shape[:-3]):
-        missing = len(leading) + 3 - len(shape)
-        for _ in range(missing):
+    if len(leading) > 1 and any(size != 1 for size in shape[:-3]):
+        for _ in range(len(leading) + 3 - len(shape)):
             mask = emit(graph, aten.unsqueeze.default, mask, 0, like=like)
         mask = emit(graph, aten.expand.default, mask, [*leading, -1, -1, -1], like=like)
-    return emit(graph, aten.flatten.using_ints, mask, 0, len(shape_of(mask) or ()) - 4, like=like)
+    return _with_four_axes(graph, mask, like)

@@ -115,6 +115,8 @@ class AttentionSite:
     k_clusters: int
     has_mask: bool
     """A key-padding mask is given."""
+    is_mask_checked: bool = False
+    """Only the values of the mask tell whether it hides keys alike for all queries: they are read at run time."""
     may_hide_video: bool = False
     """The mask is not known to show every video key."""
     has_context_queries: bool = True

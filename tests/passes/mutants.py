@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant(
         "mask forgotten for the context rows",
         "passes/rewrite.py",
-        "key, value, mask, site.scale)",
-        "key, value, None, site.scale)",
+        "asking, key, value, mask, scale)",
+        "asking, key, value, None, scale)",
         REWRITE,
     ),
     Mutant(
@@ -128,8 +128,8 @@ MUTANTS = (
     Mutant(
         "mask of ones asked for although it was dropped",
         "passes/rewrite.py",
-        "key_mask_of(call.attn_mask) if site.has_mask else None",
-        "None if call.attn_mask is None else key_mask_of(call.attn_mask)",
+        "key_mask_of(call.attn_mask, call.key) if site.has_mask else None",
+        "None if call.attn_mask is None else key_mask_of(call.attn_mask, call.key)",
         REWRITE,
     ),
     Mutant(
@@ -262,8 +262,8 @@ MUTANTS = (
     Mutant(
         "overwritten ones taken for all true",
         READING,
-        "return not any(is_written(each, each, end) for each in trail)",
-        "return True",
+        " and not any(is_written(each, each, end) for each in trail)",
+        "",
         MATCH,
     ),
     Mutant(
@@ -279,9 +279,9 @@ MUTANTS = (
     Mutant("mask ignored", MATCHING, "if call.attn_mask is not None and", "if False and", MATCH),
     Mutant(
         "mask of another length taken for a key mask",
-        MATCHING,
-        "if key_mask is None or not _covers_keys(key_mask, key):",
-        "if key_mask is None:",
+        READING,
+        "return mask if _covers_keys(mask, key) else None",
+        "return mask",
         MATCH,
     ),
     Mutant(

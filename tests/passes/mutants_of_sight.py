@@ -6,11 +6,59 @@ CLASSIFYING = "passes/classify.py"
 TRACING = "passes/trace_axis.py"
 
 FOLDING = "passes/fold_axes.py"
+READING = "passes/read_mask.py"
+KEY_MASK = "kernels/key_mask.py"
 
 CLASSIFY = ("tests/passes/test_classify.py",)
 FOLD = ("tests/passes/test_fold_axes.py",)
+MASKS = ("tests/passes/test_masks.py",)
+KEY_MASKS = ("tests/kernels/test_key_mask.py",)
 
 MUTANTS = (
+    Mutant(
+        "a weight of keys taken for hiding them",
+        KEY_MASK,
+        "LARGEST_HIDING_BIAS = -9000.0",
+        "LARGEST_HIDING_BIAS = -1.0",
+        (*KEY_MASKS, *MASKS),
+    ),
+    Mutant("a mask to be added may hide every key", KEY_MASK, " & keys.any(-1).all()", "", KEY_MASKS),
+    Mutant(
+        "rows of a mask not compared",
+        KEY_MASK,
+        "(shown == keys).all(-1)",
+        "(shown <= keys).all(-1)",
+        (*KEY_MASKS, *MASKS),
+    ),
+    Mutant(
+        "every empty row taken for padding", KEY_MASK, "~shown.any(-1) & ~keys[:, :, 0]", "~shown.any(-1)", KEY_MASKS
+    ),
+    Mutant("what is written over a constant mask overlooked", READING, " or is_written(x, x, end)", "", MASKS),
+    Mutant("an infinite bias has no effect", READING, "bool(value.isfinite())", "True", MASKS),
+    Mutant(
+        "a mask read once though it is overwritten",
+        "passes/rewrite.py",
+        " or is_written(mask, masks[read][0], writer.node)",
+        "",
+        MASKS,
+    ),
+    Mutant(
+        "context rows attend as if the mask only hid keys",
+        "passes/rewrite.py",
+        "    if dense is None:\n        return writer.emit(torch",
+        "    if True:\n        return writer.emit(torch",
+        MASKS,
+    ),
+    Mutant(
+        "the rows of a mask not cut for the video rows",
+        "passes/rewrite.py",
+        "replace(dense, mask=_rows_of_mask(writer, dense.mask, video))",
+        "dense",
+        MASKS,
+    ),
+    Mutant(
+        "a mask that does more is not refused", "passes/plan.py", 'config.on_unsupported == "error"', "False", MASKS
+    ),
     Mutant(
         "a mask's leading axes not expanded before they are folded",
         FOLDING,
