@@ -13,8 +13,45 @@ CLASSIFY = ("tests/passes/test_classify.py",)
 FOLD = ("tests/passes/test_fold_axes.py",)
 MASKS = ("tests/passes/test_masks.py",)
 KEY_MASKS = ("tests/kernels/test_key_mask.py",)
+SPELLINGS = ("tests/passes/test_spellings_of_scores.py",)
+SCORES = "passes/read_attention.py"
 
 MUTANTS = (
+    Mutant(
+        "what changes along the keys taken for a shift",
+        SCORES,
+        " or same_size(sizes[axis], 1))",
+        " or True)",
+        SPELLINGS,
+    ),
+    Mutant(
+        "a factor made of the scores taken for given",
+        SCORES,
+        "if any(node in plan.aside for node, _ in reads):",
+        "if False:",
+        SPELLINGS,
+    ),
+    Mutant(
+        "a temperature after a bias forgets the bias",
+        SCORES,
+        "        if self.masks:\n            return Obstacle(",
+        "        if False:\n            return Obstacle(",
+        SPELLINGS,
+    ),
+    Mutant(
+        "a temperature always multiplies",
+        "passes/write_attention.py",
+        "aten.div.Tensor if factor.divides else aten.mul.Tensor",
+        "aten.mul.Tensor",
+        SPELLINGS,
+    ),
+    Mutant(
+        "a sum that lost its axis taken for one that kept it",
+        "passes/read_softmax.py",
+        "or not keeps",
+        "or False",
+        SPELLINGS,
+    ),
     Mutant(
         "a weight of keys taken for hiding them",
         KEY_MASK,
