@@ -15,8 +15,25 @@ MASKS = ("tests/passes/test_masks.py",)
 KEY_MASKS = ("tests/kernels/test_key_mask.py",)
 SPELLINGS = ("tests/passes/test_spellings_of_scores.py",)
 SCORES = "passes/read_attention.py"
+INLINING = "passes/inline_subgraphs.py"
+INLINE = ("tests/passes/test_inline_subgraphs.py",)
 
 MUTANTS = (
+    Mutant(
+        "a checkpoint inlined though gradients are computed",
+        INLINING,
+        "and _needs_gradients(node)",
+        "and False",
+        INLINE,
+    ),
+    Mutant(
+        "every call of a region called like the first",
+        INLINING,
+        "return old[: place + 1], new[: place + 1]",
+        "return old, old",
+        INLINE,
+    ),
+    Mutant("what stays in a branch not looked for", INLINING, "                    yield node, body\n", "", INLINE),
     Mutant(
         "what changes along the keys taken for a shift",
         SCORES,

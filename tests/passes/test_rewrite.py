@@ -577,7 +577,7 @@ def test_graphs_are_written_with_numbers_where_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("SVG2_DEBUG_DIR", str(tmp_path / "new"))
     sparsify(gm, SPARSE)
     written = sorted((tmp_path / "new").iterdir())
-    names = "before", "canonicalize", "fold_axes", "attach_state", "rewrite"
+    names = "before", "inline_subgraphs", "canonicalize", "fold_axes", "attach_state", "rewrite"
     assert all(re.fullmatch(rf"\d{{4}}_{name}\.py", path.name) for name, path in zip(names, written, strict=True))
     before, after = written[0], written[-1]
     assert "scaled_dot_product_attention" in before.read_text(encoding="utf-8")
@@ -691,6 +691,7 @@ def test_a_bug_of_ours_leaves_the_graph_it_failed_on(tmp_path, monkeypatch):
         sparsify(traced("text first")[0], SPARSE)
     assert [path.name[5:] for path in sorted(tmp_path.iterdir())] == [
         "before.py",
+        "inline_subgraphs.py",
         "canonicalize.py",
         "fold_axes.py",
         "attach_state.py",
