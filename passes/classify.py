@@ -19,9 +19,10 @@ from torch.fx import Node
 from svg2_compile.passes.config import MAX_CLUSTERS, SparseConfig
 from svg2_compile.passes.match import Candidate
 from svg2_compile.passes.nodes import first_argument, permutation_of, same_size, shape_of, target_name, tensor_of
+from svg2_compile.passes.read_cache import UNKNOWN_ROWS, trace_values
 from svg2_compile.passes.read_mask import is_true
 from svg2_compile.passes.records import AttentionSite, Rejection, Segment, Size, size_hint
-from svg2_compile.passes.trace_axis import AxisOrigin, Piece, same_lengths, shares_rows, trace_axis
+from svg2_compile.passes.trace_axis import AxisOrigin, Piece, asking_piece, same_lengths, shares_rows, trace_axis
 
 MADE_OF_OTHER_AXES = ("split axis", "conv")
 TRUSTED_ORIGINS = ("placeholder", "cat", *MADE_OF_OTHER_AXES)
@@ -53,8 +54,11 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
     def decline(reason: str, hint: str = "", by_design: bool = False) -> Rejection:
         return Rejection(candidate.node.name, candidate.path, reason, hint, by_design)
 
-    origin = trace_axis(candidate.value, 2)
+    origin = trace_values(candidate.value, 2, candidate.node)
     queries = trace_axis(candidate.query, 2)
+    if origin.pieces[0].kind == UNKNOWN_ROWS:
+        reason = "its keys are a cache written in place, and the graph does not tell which rows were written"
+        return decline(reason, "write the new rows by slices with numbers, or concatenate them to the cached ones")
     if not same_size(candidate.sequence, candidate.keys):
         segments = _asking_segments(candidate, queries, origin)
         if not segments:
@@ -89,8 +93,10 @@ def _different_streams(candidate: Candidate, queries: AxisOrigin, values: AxisOr
     """True when queries and values are rows of different tensors, although their lengths agree."""
     if queries.joined and values.joined and not same_lengths(queries, values):
         return True
-    query, value = candidate.query, candidate.value
+    query, value, first = candidate.query, candidate.value, values.pieces[0]
     if shares_rows(query, 2, value, 2) or shares_rows(value, 2, query, 2):
+        return False
+    if shares_rows(query, 2, first.node, first.axis):  # what was written into a cache is not on the way from the value
         return False
     return _name_a_stream(queries) and _name_a_stream(values) and not _meet_upstream(queries, values)
 
@@ -129,11 +135,8 @@ def _asking_segments(candidate: Candidate, queries: AxisOrigin, values: AxisOrig
     """Return the segments of the keys, the rows that ask being video; empty where they are no rows of the keys."""
     if not values.joined:
         return _segments_around(queries, values)
-    for position, piece in enumerate(values.pieces):
-        is_as_long = same_size(piece.length, candidate.sequence)
-        if is_as_long and shares_rows(candidate.query, 2, piece.node, piece.axis):
-            return _pieces_as_segments(values, position)
-    return ()
+    position = asking_piece(candidate.query, 2, values)
+    return () if position is None else _pieces_as_segments(values, position)
 
 
 def _segments_around(queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, ...]:

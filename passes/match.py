@@ -33,8 +33,10 @@ from svg2_compile.passes.nodes import (
     target_name,
     tensor_of,
 )
+from svg2_compile.passes.read_cache import UNKNOWN_ROWS, trace_values
 from svg2_compile.passes.read_mask import before_new_axes, has_no_effect, is_given, key_mask_of
 from svg2_compile.passes.records import Rejection, Size, size_hint
+from svg2_compile.passes.trace_axis import asking_piece
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FOREIGN_ATTENTION = re.compile(
@@ -148,6 +150,8 @@ def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
         if tokens is None and keys is None:
             reason = f"its lengths are known only at run time: {query.shape[2]} queries, {key.shape[2]} keys"
             return decline(reason, "compile without fullgraph=True, or block by block, so that lengths are numbers")
+        if tokens is not None and keys is not None and tokens < min(min_tokens, keys) and _asks_its_own(call, node):
+            return decline(f"short: {tokens} queries among {keys} keys", f"lower min_tokens={min_tokens}", True)
         if tokens is None or keys is None or not min_tokens <= tokens < keys:
             return decline(f"cross-attention: {query.shape[2]} queries, {key.shape[2]} keys", by_design=True)
     if tokens is not None and tokens < min_tokens:
@@ -176,6 +180,12 @@ def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
     if not all(same_size(*each) for each in alike):
         return decline("operands broadcast over batch or heads", "expand keys and values before the attention")
     return _with_mask(index, node, path, call)
+
+
+def _asks_its_own(call: SdpaArguments, node: Node) -> bool:
+    """Say whether the rows that ask are some of the keys: a chunk over a cache, the video over text and video."""
+    keys = trace_values(call.value, 2, node)
+    return keys.pieces[0].kind == UNKNOWN_ROWS or asking_piece(call.query, 2, keys) is not None
 
 
 def _with_mask(index: int, node: Node, path: str, call: SdpaArguments) -> Candidate | Rejection:

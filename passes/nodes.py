@@ -155,11 +155,11 @@ def permutation_of(node: Node) -> tuple[Node, tuple[int, ...]] | None:
 
 def is_written(node: Node, start: Node, end: Node, own: Sequence[Node] = ()) -> bool:
     """Say whether anything between ``start`` and ``end``, except ``own``, writes into the memory of ``node``."""
-    memory = _memory(node)
+    memory = memory_of_node(node)
     between = start.next if start < end else end
     while between is not end:
         is_writer = between not in own and is_inplace(between)
-        if is_writer and any(_memory(each) == memory for each in _written_by(between)):
+        if is_writer and any(memory_of_node(each) == memory for each in _written_by(between)):
             return True
         between = between.next
     return False
@@ -179,7 +179,8 @@ def _written_by(node: Node) -> list[Node]:
     return [each for each in written if isinstance(each, Node)]
 
 
-def _memory(node: Node) -> object:
+def memory_of_node(node: Node) -> object:
+    """Return what is equal for nodes whose tensors share their memory."""
     tensor = tensor_of(node)
     return node if tensor is None else memory_of(tensor)
 

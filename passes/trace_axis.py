@@ -127,6 +127,15 @@ def shares_rows(node: Node, axis: int, other: Node, other_axis: int) -> bool:
     return False
 
 
+def asking_piece(query: Node, axis: int, keys: AxisOrigin) -> int | None:
+    """Return which piece of a joined sequence the rows of ``query`` are, None where they are none."""
+    shape = shape_of(query)
+    for place, piece in enumerate(keys.pieces if keys.joined and shape else ()):
+        if same_size(piece.length, shape[axis]) and shares_rows(query, axis, piece.node, piece.axis):  # type: ignore[index]
+            return place
+    return None
+
+
 def same_lengths(a: AxisOrigin, b: AxisOrigin) -> bool:
     """Say whether two sequences were joined of pieces of the same lengths."""
     return len(a.pieces) == len(b.pieces) and all(same_size(x.length, y.length) for x, y in zip(a.pieces, b.pieces))

@@ -198,9 +198,9 @@ MUTANTS = (
     ),
     Mutant(
         "rows that ask another stream taken for its own",
-        CLASSIFYING,
-        "if is_as_long and shares_rows(candidate.query, 2, piece.node, piece.axis):",
-        "if is_as_long:",
+        TRACING,
+        " and shares_rows(query, axis, piece.node, piece.axis):",
+        ":",
         CLASSIFY,
     ),
     Mutant(

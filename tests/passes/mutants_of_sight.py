@@ -17,8 +17,19 @@ SPELLINGS = ("tests/passes/test_spellings_of_scores.py",)
 SCORES = "passes/read_attention.py"
 INLINING = "passes/inline_subgraphs.py"
 INLINE = ("tests/passes/test_inline_subgraphs.py",)
+CACHING = "passes/read_cache.py"
+CACHE = ("tests/passes/test_read_cache.py",)
 
 MUTANTS = (
+    Mutant("what is written after the attention taken for written before", CACHING, " and user < reader", "", CACHE),
+    Mutant("cached rows behind the new ones forgotten", CACHING, "    if at < rows:\n", "    if False:\n", CACHE),
+    Mutant(
+        "a part of the new rows taken for all",
+        CACHING,
+        "if (first, last) != (start, start + length):",
+        "if False:",
+        CACHE,
+    ),
     Mutant(
         "a checkpoint inlined though gradients are computed",
         INLINING,
