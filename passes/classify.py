@@ -11,6 +11,7 @@ longest operand is the video, the rest is context. The graph is only read.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -22,6 +23,7 @@ from svg2_compile.passes.nodes import first_argument, permutation_of, same_size,
 from svg2_compile.passes.read_cache import UNKNOWN_ROWS, trace_values
 from svg2_compile.passes.read_mask import is_true
 from svg2_compile.passes.records import AttentionSite, Rejection, Segment, Size, size_hint
+from svg2_compile.passes.split_exact_rows import split_exact_rows
 from svg2_compile.passes.trace_axis import AxisOrigin, Piece, asking_piece, same_lengths, shares_rows, trace_axis
 
 MADE_OF_OTHER_AXES = ("split axis", "conv")
@@ -64,6 +66,7 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
         if not segments:
             lengths = f"{candidate.sequence} queries, {candidate.keys} keys"
             return decline(f"cross-attention: {lengths}", by_design=True)
+        segments = tuple(replace(segment, asks=segment.is_video) for segment in segments)
         if _is_mostly_context(segments, config):
             reason = (
                 f"more context than max_context_ratio={config.max_context_ratio}: {candidate.sequence} queries are "
@@ -77,7 +80,14 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
         return decline(f"cross-attention: queries and values come from {sources}", by_design=True)
     else:
         segments = _segments(candidate, origin if origin.joined or not queries.joined else queries, config)
-    video = next(segment for segment in segments if segment.is_video)
+    if config.exact_rows:
+        if not all(isinstance(segment.length, int) for segment in segments):
+            reason = "its length is symbolic, and exact_rows counts rows"
+            return decline(reason, "compile with dynamic=False, or mark the length static")
+        segments = split_exact_rows(segments, config.exact_rows)
+        if not any(segment.is_video for segment in segments):
+            return decline("exact_rows names all of its video rows", "name fewer rows to include it", True)
+    video = _video_of(segments)
     hint = size_hint(video.length)
     if hint is None:
         return decline("its length is known only at run time", "compile with fullgraph=True and static lengths")
@@ -169,6 +179,12 @@ def _pieces_as_segments(origin: AxisOrigin, video: int) -> tuple[Segment, ...]:
     )
 
 
+def _video_of(segments: tuple[Segment, ...]) -> Segment:
+    """Return the video rows as one run; exact rows may lie between them."""
+    video = [segment for segment in segments if segment.is_video]
+    return replace(video[0], length=sum(int(each.length) for each in video)) if len(video) > 1 else video[0]
+
+
 def _is_mostly_context(segments: tuple[Segment, ...], config: SparseConfig) -> bool:
     context = sum(size_hint(each.length) or 0 for each in segments if not each.is_video)
     return context > config.max_context_ratio * sum(size_hint(each.length) or 0 for each in segments)
@@ -206,7 +222,6 @@ def _site(
         has_mask=candidate.key_mask is not None,
         is_mask_checked=candidate.is_mask_checked,
         may_hide_video=may_hide_video,
-        has_context_queries=same_size(candidate.sequence, candidate.keys),
     )
 
 
@@ -215,7 +230,7 @@ def _may_hide_video(candidate: Candidate, segments: tuple[Segment, ...]) -> bool
         return candidate.is_mask_checked
     first: Size = 0
     for segment in segments:
-        if segment.is_video:
-            return not is_true(candidate.key_mask, candidate.node, (first, segment.length))
+        if segment.is_video and not is_true(candidate.key_mask, candidate.node, (first, segment.length)):
+            return True
         first = first + segment.length
-    return True
+    return False

@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Node
 from svg2_compile.kernels import ops as _registers_the_ops  # noqa: F401
 from svg2_compile.passes.attach_state import StateNodes
 from svg2_compile.passes.errors import InternalError
-from svg2_compile.passes.nodes import dtype_of, is_sdpa, is_written, same_size, sdpa_arguments, sizes_of, tensor_of
+from svg2_compile.passes.nodes import dtype_of, is_sdpa, is_written, same_size, sdpa_arguments, sizes_of
 from svg2_compile.passes.plan import SitePlan
 from svg2_compile.passes.read_mask import before_new_axes, key_mask_of
 from svg2_compile.passes.stages.flow import Dense, Flow, SiteWriter
@@ -69,36 +69,57 @@ def _sparse_attention(writer: SiteWriter, by_name: dict[str, Node], masks: Masks
     if len(site.segments) == 1:
         return _run_stages(writer, Flow(query, key, value, key_mask=mask, dense=dense))
     rows = _row_ranges(writer, by_name)
+    asking = _asking_ranges(site, rows)
     is_video = [segment.is_video for segment in site.segments]
-    video = rows[is_video.index(True)]
-    context = [each for each, here in zip(rows, is_video) if not here]
+    video, context = ([each for each, here in zip(rows, is_video) if here is wanted] for wanted in (True, False))
+    asking_video = None if len(asking) == 1 else [each for place, each in asking.items() if is_video[place]]
     video_mask = context_mask = None
     if mask is not None:
         mask = writer.emit(aten.expand.default, mask, [site.batch, 1, 1, -1])
-        context_mask = writer.join([writer.cut(mask, 3, *each) for each in context], 3)
-        video_mask = writer.cut(mask, 3, *video) if site.may_hide_video else None
+        context_mask = writer.take(mask, 3, context)
+        video_mask = writer.take(mask, 3, video) if site.may_hide_video else None
     output = _run_stages(
         writer,
         Flow(
-            q=writer.cut(query, 2, *video) if site.has_context_queries else query,
-            k=writer.cut(key, 2, *video),
-            v=writer.cut(value, 2, *video),
+            q=query if asking_video is None else writer.take(query, 2, asking_video),
+            k=writer.take(key, 2, video),
+            v=writer.take(value, 2, video),
             key_mask=video_mask,
-            context_k=writer.join([writer.cut(key, 2, *each) for each in context], 2),
-            context_v=writer.join([writer.cut(value, 2, *each) for each in context], 2),
+            context_k=writer.take(key, 2, context),
+            context_v=writer.take(value, 2, context),
             context_mask=context_mask,
-            dense=None if dense is None else replace(dense, mask=_rows_of_mask(writer, dense.mask, video)),
+            dense=None if dense is None else replace(dense, mask=_rows_of_mask(writer, dense.mask, asking_video)),
         ),
     )
-    if not site.has_context_queries:
+    if asking_video is None:
         return output
-    pieces = [
-        output if here else _context_rows(writer, each, query, key, value, mask, dense)
-        for each, here in zip(rows, is_video)
-    ]
+    pieces: list[Node] = []
+    done: Any = 0
+    for place, (start, end) in asking.items():
+        if not is_video[place]:
+            pieces.append(_context_rows(writer, (start, end), query, key, value, mask, dense))
+        elif len(asking_video) == 1:
+            pieces.append(output)
+        else:
+            pieces.append(writer.cut(output, 2, done, done := done + end - start))
     # joined along the token axis of (batch, tokens, heads, head dim), the layout that the caller flattens for free
     token_major = [writer.emit(aten.transpose.int, piece, 1, 2) for piece in pieces]
     return writer.emit(aten.transpose.int, writer.join(token_major, 1), 1, 2)
+
+
+def _asking_ranges(site: SitePlan, rows: list[tuple[Any, Any]]) -> dict[int, tuple[Any, Any]]:
+    """Return the (start, end) of each segment that asks on the axis of the queries, by its place among the segments."""
+    if site.has_context_queries:
+        return dict(enumerate(rows))
+    found: dict[int, tuple[Any, Any]] = {}
+    start: Any = 0
+    for place, segment in enumerate(site.segments):
+        if segment.asks:
+            # where several ask, exact rows are among them, and all lengths are plain
+            end = start + segment.length
+            found[place] = start, end
+            start = end
+    return found
 
 
 def _checked(writer: SiteWriter, mask: Node, masks: MasksRead) -> tuple[Node, Node]:
@@ -123,7 +144,7 @@ def _context_rows(
     asking, scale = writer.cut(query, 2, *rows), writer.site.scale
     if dense is None:
         return writer.emit(torch.ops.svg2.context_attention.default, asking, key, value, mask, scale)
-    attend, given = torch.ops.svg2.dense_attention.default, _rows_of_mask(writer, dense.mask, rows)
+    attend, given = torch.ops.svg2.dense_attention.default, _rows_of_mask(writer, dense.mask, [rows])
     is_grouped = writer.site.q_heads != writer.site.k_heads
     return writer.emit(attend, asking, key, value, given, 0.0, False, scale, is_grouped)
 
@@ -132,11 +153,9 @@ def _is_boolean(mask: Node) -> bool:
     return dtype_of(mask) is torch.bool
 
 
-def _rows_of_mask(writer: SiteWriter, mask: Node, rows: tuple[Any, Any]) -> Node:
-    """Return the rows of a mask of four axes; one for all stands for each."""
-    tensor = tensor_of(mask)
-    is_for_all = tensor is None or tensor.dim() < 3 or same_size(tensor.shape[-2], 1)
-    return mask if is_for_all or not writer.site.has_context_queries else writer.cut(mask, 2, *rows)
+def _rows_of_mask(writer: SiteWriter, mask: Node, rows: list[tuple[Any, Any]] | None) -> Node:
+    """Return the rows of a mask of four axes, None being all; one row for all stands for each."""
+    return mask if rows is None or same_size(sizes_of(mask)[-2], 1) else writer.take(mask, 2, rows)
 
 
 def _run_stages(writer: SiteWriter, flow: Flow) -> Node:

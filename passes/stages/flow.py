@@ -104,6 +104,10 @@ class SiteWriter:
         """Return a range of rows."""
         return self.emit(aten.slice.Tensor, x, dim, start, end)
 
+    def take(self, x: Node, dim: int, ranges: list[tuple[Any, Any]]) -> Node:
+        """Return several ranges of rows, behind each other."""
+        return self.join([self.cut(x, dim, *each) for each in ranges], dim)
+
     def join(self, parts: list[Node], dim: int) -> Node:
         """Return rows behind each other."""
         return parts[0] if len(parts) == 1 else self.emit(aten.cat.default, parts, dim)

@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "context mask cut from the first rows",
         "passes/rewrite.py",
-        "writer.cut(mask, 3, *each) for each in context",
-        "writer.cut(mask, 3, 0, each[1] - each[0]) for each in context",
+        "context_mask = writer.take(mask, 3, context)",
+        "context_mask = writer.take(mask, 3, [(0, each[1] - each[0]) for each in context])",
         REWRITE,
     ),
     Mutant(
@@ -99,7 +99,7 @@ MUTANTS = (
     Mutant(
         "hidden video keys beside context rows attended to",
         "passes/rewrite.py",
-        "writer.cut(mask, 3, *video) if site.may_hide_video else None",
+        "writer.take(mask, 3, video) if site.may_hide_video else None",
         "None",
         REWRITE,
     ),
@@ -149,8 +149,8 @@ MUTANTS = (
     Mutant(
         "every mask thought to show the video",
         CLASSIFYING,
-        "return not is_true(candidate.key_mask, candidate.node, (first, segment.length))",
-        "return False",
+        "segment.is_video and not is_true(candidate.key_mask, candidate.node, (first, segment.length))",
+        "False",
         (*CLASSIFY, *REWRITE),
     ),
     Mutant(
@@ -213,8 +213,8 @@ MUTANTS = (
     Mutant(
         "context rows get queries that were not asked",
         CLASSIFYING,
-        "has_context_queries=same_size(candidate.sequence, candidate.keys),",
-        "has_context_queries=True,",
+        "replace(segment, asks=segment.is_video)",
+        "replace(segment, asks=True)",
         (*CLASSIFY, *REWRITE),
     ),
     Mutant(

@@ -19,8 +19,32 @@ INLINING = "passes/inline_subgraphs.py"
 INLINE = ("tests/passes/test_inline_subgraphs.py",)
 CACHING = "passes/read_cache.py"
 CACHE = ("tests/passes/test_read_cache.py",)
+EXACT = ("tests/passes/test_exact_rows.py",)
+EXACT_ROWS = "passes/split_exact_rows.py"
 
 MUTANTS = (
+    Mutant(
+        "rows beside the exact ones taken for exact",
+        EXACT_ROWS,
+        "low <= start and end <= high",
+        "low <= start or end <= high",
+        EXACT,
+    ),
+    Mutant("rows counted from the first video row", EXACT_ROWS, "        first = last\n", "", EXACT),
+    Mutant(
+        "exact rows put behind the video",
+        "passes/rewrite.py",
+        "output, 2, done, done := done + end - start",
+        "output, 2, 0, end - start",
+        EXACT,
+    ),
+    Mutant(
+        "symbolic lengths cut at today's",
+        CLASSIFYING,
+        "        if not all(isinstance(segment.length, int)",
+        "        if False and all(isinstance(segment.length, int)",
+        EXACT,
+    ),
     Mutant("what is written after the attention taken for written before", CACHING, " and user < reader", "", CACHE),
     Mutant("cached rows behind the new ones forgotten", CACHING, "    if at < rows:\n", "    if False:\n", CACHE),
     Mutant(
@@ -117,7 +141,7 @@ MUTANTS = (
     Mutant(
         "the rows of a mask not cut for the video rows",
         "passes/rewrite.py",
-        "replace(dense, mask=_rows_of_mask(writer, dense.mask, video))",
+        "replace(dense, mask=_rows_of_mask(writer, dense.mask, asking_video))",
         "dense",
         MASKS,
     ),
