@@ -32,7 +32,8 @@ def key_mask_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
         mask: bool, or floating and added to the scores, [B or 1, H or 1, N or 1, N_k].
 
     Returns:
-        keys: bool [B or 1, 1, 1, N_k], True where a query sees the key.
+        keys: bool [B or 1, 1, 1, N_k], True where a query sees the key; all True where that is not all: what is
+            computed under them counts for nothing, and must be finite.
         is_key_mask: bool [] on the CPU. False as well where a mask to add hides every key of a batch element: then the
             lowest scores decide.
 
@@ -52,7 +53,7 @@ def key_mask_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
     is_key_mask = is_as_keys.all()
     if mask.dtype is not torch.bool:
         is_key_mask &= (shown | (mask <= LARGEST_HIDING_BIAS)).all() & keys.any(-1).all()
-    return keys, is_key_mask.cpu()
+    return keys | ~is_key_mask, is_key_mask.cpu()
 
 
 define(

@@ -108,6 +108,7 @@ def test_whatever_the_mask_does_full_selection_equals_dense_attention(name, orde
         # nobody reads what padding attends to
         output, expected = (each * SOME[:, 0, 0, :, None] for each in (output, expected))
     assert_equal_within_rounding(output, expected, sites=2)
+    assert all(tensor.isfinite().all() for tensor in state)
     redone = state_named(plan, state, "redone_calls")
     if name == "of two axes":
         assert redone == [] and ops(plan.gm)["key_mask"] == 0
