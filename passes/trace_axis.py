@@ -23,6 +23,7 @@ from svg2_compile.passes.nodes import argument, is_sdpa, same_size, sdpa_argumen
 from svg2_compile.passes.records import Size
 
 LONGEST_WALK = 4000
+SHORT_WALK = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +115,16 @@ def shares_rows(node: Node, axis: int, other: Node, other_axis: int) -> bool:
 
     What is multiplied or added row by row, positions and tables, may lie on the way of either: all ways are searched.
     """
-    steps = list(_walk(_cursor_on(other, other_axis)))
+    # nearly always they part a few steps before the attention; only where they do not, the whole graph is searched
+    limits = SHORT_WALK, LONGEST_WALK
+    return any(_shares_rows(_cursor_on(node, axis), _cursor_on(other, other_axis), limit) for limit in limits)
+
+
+def _shares_rows(start: Cursor, other: Cursor, limit: int) -> bool:
+    steps = list(_walk(other, limit))
     passed = {each.place for each in steps if isinstance(each, Cursor)}
     end = steps[-1]
-    for way in _ways(_cursor_on(node, axis)):
+    for way in _ways(start, limit):
         for each in way:
             if isinstance(each, Cursor):
                 if each.place in passed:
@@ -157,10 +164,10 @@ def _cursor_on(node: Node, axis: int) -> Cursor:
     return Cursor(node, axis % len(shape_of(node) or ()))
 
 
-def _walk(start: Cursor) -> Iterator[Cursor | AxisOrigin]:
+def _walk(start: Cursor, limit: int = LONGEST_WALK) -> Iterator[Cursor | AxisOrigin]:
     """Yield the steps of the walk, where it ended last."""
     at: Cursor | AxisOrigin = start
-    for _ in range(LONGEST_WALK):
+    for _ in range(limit):
         yield at
         if isinstance(at, AxisOrigin):
             return
@@ -168,12 +175,12 @@ def _walk(start: Cursor) -> Iterator[Cursor | AxisOrigin]:
     yield at
 
 
-def _ways(start: Cursor) -> Iterator[list[Cursor | AxisOrigin]]:
+def _ways(start: Cursor, limit: int = LONGEST_WALK) -> Iterator[list[Cursor | AxisOrigin]]:
     """Yield the walk, then those that take other operands of what is elementwise; no step is walked twice."""
     waiting, seen = deque([start]), set[object]()
-    while waiting and len(seen) < LONGEST_WALK:
+    while waiting and len(seen) < limit:
         way: list[Cursor | AxisOrigin] = []
-        for each in _walk(waiting.popleft()):
+        for each in _walk(waiting.popleft(), limit):
             if isinstance(each, Cursor):
                 if each.place in seen:
                     break
