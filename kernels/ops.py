@@ -9,9 +9,11 @@ from svg2_compile.kernels import (  # noqa: F401
     dense_attention,
     judge_heads,
     keep_dense_heads,
+    key_mask,
     kmeans,
     measure_recall,
     permute,
+    redo_densely,
     select_blocks,
     sort_labels,
 )

@@ -16,10 +16,11 @@ After::
         q, k, v, attn_mask=logical_not, scale=0.125)
     output = torch.ops.aten.contiguous.default(scaled_dot_product_attention)
 
-A softmax is the anchor. Upwards, casts, scales and masks are read off until the product of queries and keys; downwards,
-casts, permutations and inactive dropout until the product with the values. Every product is read as an einsum, so all
-spellings are one case. The output keeps dtype and layout and equals the old one to rounding, except in rows whose keys
-are all masked: zeros where the hand-written form gave NaN.
+A softmax, whole or written out, is the anchor. Upwards, casts, scales, masks and what is the same for all keys are read
+off until the product of queries and keys; downwards, casts, permutations and inactive dropout until the product with
+the values. Every product is read as an einsum, so all spellings are one case. What was made of the scores and is read
+by nobody goes with them. The output keeps dtype and layout and equals the old one to rounding, except in rows whose
+keys are all masked: zeros where the hand-written form gave NaN.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ longest operand is the video, the rest is context. The graph is only read.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -21,13 +21,15 @@ from svg2_compile.passes.config import MAX_CLUSTERS, SparseConfig
 from svg2_compile.passes.decide_by_size import decide, fix, is_guarded
 from svg2_compile.passes.match import Candidate
 from svg2_compile.passes.nodes import first_argument, permutation_of, same_size, shape_of, target_name, tensor_of
+from svg2_compile.passes.read_cache import UNKNOWN_ROWS, trace_values
 from svg2_compile.passes.read_mask import is_true
 from svg2_compile.passes.records import AttentionSite, Rejection, Segment, Size, size_hint, told
-from svg2_compile.passes.trace_axis import AxisOrigin, Piece, trace_axis
+from svg2_compile.passes.split_exact_rows import split_exact_rows
+from svg2_compile.passes.trace_axis import AxisOrigin, Piece, asking_piece, same_lengths, shares_rows, trace_axis
 
-TRUSTED_ORIGINS = ("placeholder", "split axis", "conv")
+MADE_OF_OTHER_AXES = ("split axis", "conv")
+TRUSTED_ORIGINS = ("placeholder", "cat", *MADE_OF_OTHER_AXES)
 REARRANGES = ("view", "reshape", "unflatten", "flatten", "contiguous", "squeeze", "unsqueeze")
-POSITIONS = re.compile(r"rot|rope|freq|pos|cos|sin", re.IGNORECASE)
 
 
 def classify(
@@ -55,26 +57,37 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
     def decline(reason: str, hint: str = "", by_design: bool = False) -> Rejection:
         return Rejection(candidate.node.name, candidate.path, reason, hint, by_design)
 
-    origin = trace_axis(candidate.value, 2)
+    origin = trace_values(candidate.value, 2, candidate.node)
     queries = trace_axis(candidate.query, 2)
+    if origin.pieces[0].kind == UNKNOWN_ROWS:
+        reason = "its keys are a cache written in place, and the graph does not tell which rows were written"
+        return decline(reason, "write the new rows by slices with numbers, or concatenate them to the cached ones")
     if not same_size(candidate.sequence, candidate.keys):
         segments = _asking_segments(candidate, queries, origin)
         if not segments:
             lengths = f"{told(candidate.sequence)} queries, {told(candidate.keys)} keys"
             return decline(f"cross-attention: {lengths}", by_design=True)
+        segments = tuple(replace(segment, asks=segment.is_video) for segment in segments)
         if _is_mostly_context(segments, config):
             lengths = f"{told(candidate.sequence)} queries are among {told(candidate.keys)} keys"
             reason = f"more context than max_context_ratio={config.max_context_ratio}: {lengths}"
             return decline(reason, "raise max_context_ratio to include it")
-    elif _different_streams(queries, origin) and _are_made_outside(candidate, origin):
-        reason = "its queries and values are computed outside this graph, so what their rows are is unknown"
-        return decline(reason, "compile projections and attention together: hooks on each layer come between them")
-    elif _different_streams(queries, origin):
+    elif _different_streams(candidate, queries, origin):
+        if _are_made_outside(candidate, origin):
+            reason = "its queries and values are computed outside this graph, so what their rows are is unknown"
+            return decline(reason, "compile projections and attention together: hooks on each layer come between them")
         sources = f"{queries.pieces[0].node.name} and {origin.pieces[0].node.name}"
         return decline(f"cross-attention: queries and values come from {sources}", by_design=True)
     else:
         segments = _segments(candidate, origin if origin.joined or not queries.joined else queries, config)
-    video = next(segment for segment in segments if segment.is_video)
+    if config.exact_rows:
+        if not all(isinstance(segment.length, int) for segment in segments):
+            reason = "its length is symbolic, and exact_rows counts rows"
+            return decline(reason, "compile with dynamic=False, or mark the length static")
+        segments = split_exact_rows(segments, config.exact_rows)
+        if not any(segment.is_video for segment in segments):
+            return decline("exact_rows names all of its video rows", "name fewer rows to include it", True)
+    video = _video_of(segments)
     hint = size_hint(video.length)
     if hint is None:
         return decline("its length is known only at run time", "compile with fullgraph=True and static lengths")
@@ -86,14 +99,29 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
     return _site(candidate, segments, video, hint, config)
 
 
-def _different_streams(queries: AxisOrigin, values: AxisOrigin) -> bool:
-    """True when queries and values are rows of different inputs, although their lengths agree."""
-    if queries.joined or values.joined:
-        return queries.joined and values.joined and not _same_lengths(queries, values)
-    first, second = queries.pieces[0], values.pieces[0]
-    if first.node is second.node and first.axis == second.axis:
+def _different_streams(candidate: Candidate, queries: AxisOrigin, values: AxisOrigin) -> bool:
+    """True when queries and values are rows of different tensors, although their lengths agree."""
+    if queries.joined and values.joined and not same_lengths(queries, values):
+        return True
+    query, value, first = candidate.query, candidate.value, values.pieces[0]
+    if shares_rows(query, 2, value, 2) or shares_rows(value, 2, query, 2):
         return False
-    return _is_trusted(first) and _is_trusted(second)
+    if shares_rows(query, 2, first.node, first.axis):  # what was written into a cache is not on the way from the value
+        return False
+    return _name_a_stream(queries) and _name_a_stream(values) and not _meet_upstream(queries, values)
+
+
+def _meet_upstream(queries: AxisOrigin, values: AxisOrigin) -> bool:
+    """True where what the axes were made of, by a convolution or by merging axes, comes from one tensor."""
+    firsts = [set(_upstream(piece)) for piece in (queries.pieces[0], values.pieces[0])]
+    return bool(firsts[0] & firsts[1])
+
+
+def _upstream(piece: Piece) -> Iterator[Node]:
+    node: Node | None = piece.node
+    while node is not None and piece.kind.startswith(MADE_OF_OTHER_AXES):
+        yield node
+        node = next((each for each in node.all_input_nodes if shape_of(each)), None)
 
 
 def _are_made_outside(candidate: Candidate, values: AxisOrigin) -> bool:
@@ -105,30 +133,20 @@ def _are_made_outside(candidate: Candidate, values: AxisOrigin) -> bool:
     return is_given and trace_axis(candidate.key, 2).pieces[0].node is not values.pieces[0].node
 
 
-def _is_trusted(piece: Piece) -> bool:
-    """True where ``piece`` names a stream; an input with heads already is an operand made before a graph break."""
-    is_operand = piece.kind == "placeholder" and len(shape_of(piece.node) or ()) == 4
-    return piece.kind.startswith(TRUSTED_ORIGINS) and not is_operand and not POSITIONS.search(piece.node.name)
-
-
-def _same_lengths(a: AxisOrigin, b: AxisOrigin) -> bool:
-    return len(a.pieces) == len(b.pieces) and all(same_size(x.length, y.length) for x, y in zip(a.pieces, b.pieces))
+def _name_a_stream(origin: AxisOrigin) -> bool:
+    """True where every piece names a stream; an input with heads already is an operand made before a graph break."""
+    return all(
+        piece.kind.startswith(TRUSTED_ORIGINS) and (piece.kind != "placeholder" or len(shape_of(piece.node) or ()) != 4)
+        for piece in origin.pieces
+    )
 
 
 def _asking_segments(candidate: Candidate, queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, ...]:
-    """Return the segments of the keys, the rows that ask being video; empty where they are no rows of the keys.
-
-    Positions that are multiplied into queries and keys can lead both walks astray, to one place: keys testify as well.
-    """
+    """Return the segments of the keys, the rows that ask being video; empty where they are no rows of the keys."""
     if not values.joined:
         return _segments_around(queries, values)
-    keys = trace_axis(candidate.key, 2)
-    for position, piece in enumerate(values.pieces):
-        if same_size(piece.length, candidate.sequence):
-            witnesses = [piece, keys.pieces[position]] if _same_lengths(keys, values) else [piece]
-            if any(_same_rows(queries, trace_axis(each.node, each.axis)) for each in witnesses):
-                return _pieces_as_segments(values, position)
-    return ()
+    position = asking_piece(candidate.query, 2, values)
+    return () if position is None else _pieces_as_segments(values, position)
 
 
 def _segments_around(queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, ...]:
@@ -143,10 +161,6 @@ def _segments_around(queries: AxisOrigin, values: AxisOrigin) -> tuple[Segment, 
     lengths = [end - start for start, end in pairwise(edges)]
     cut = [Segment(length, position == 1, rows.node.name, rows.axis) for position, length in enumerate(lengths)]
     return tuple(segment for segment in cut if segment.length)
-
-
-def _same_rows(a: AxisOrigin, b: AxisOrigin) -> bool:
-    return [(each.node, each.axis) for each in a.pieces] == [(each.node, each.axis) for each in b.pieces]
 
 
 def _segments(candidate: Candidate, origin: AxisOrigin, config: SparseConfig) -> tuple[Segment, ...]:
@@ -166,6 +180,12 @@ def _pieces_as_segments(origin: AxisOrigin, video: int) -> tuple[Segment, ...]:
         Segment(piece.length, position == video, piece.node.name, piece.axis)
         for position, piece in enumerate(origin.pieces)
     )
+
+
+def _video_of(segments: tuple[Segment, ...]) -> Segment:
+    """Return the video rows as one run; exact rows may lie between them."""
+    video = [segment for segment in segments if segment.is_video]
+    return replace(video[0], length=sum(int(each.length) for each in video)) if len(video) > 1 else video[0]
 
 
 def _is_mostly_context(segments: tuple[Segment, ...], config: SparseConfig) -> bool:
@@ -210,18 +230,18 @@ def _site(
         q_clusters=q_clusters,
         k_clusters=k_clusters,
         has_mask=candidate.key_mask is not None,
+        is_mask_checked=candidate.is_mask_checked,
         may_hide_video=may_hide_video,
-        has_context_queries=same_size(candidate.sequence, candidate.keys),
         is_for_one_length=(shortest, longest) != (0, None) and not is_guarded(video.length),
     )
 
 
 def _may_hide_video(candidate: Candidate, segments: tuple[Segment, ...]) -> bool:
-    if candidate.key_mask is None:
-        return False
+    if candidate.key_mask is None or candidate.is_mask_checked:
+        return candidate.is_mask_checked
     first: Size = 0
     for segment in segments:
-        if segment.is_video:
-            return not is_true(candidate.key_mask, candidate.node, (first, segment.length))
+        if segment.is_video and not is_true(candidate.key_mask, candidate.node, (first, segment.length)):
+            return True
         first = first + segment.length
-    return True
+    return False

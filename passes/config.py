@@ -36,6 +36,43 @@ def check_integer(name: str, value: object, low: int, high: int | None, advice: 
         raise ConfigError(f"{name} must be {bounds}, got {value}; {advice}")
 
 
+RowRanges = tuple[tuple[int, int | None], ...]
+"""Ranges (start, end) of rows; negative numbers count from the end, and an end of None is the end."""
+
+
+def row_ranges(name: str, value: object) -> RowRanges:
+    """Return ranges of rows, given as pairs or as text such as ``0:333/-50:``, as pairs.
+
+    Raises:
+        ConfigError: it is neither, or a range holds no row whatever the length.
+    """
+    try:
+        given = [_pair(text) for text in value.split("/")] if isinstance(value, str) else [tuple(x) for x in value]  # type: ignore[attr-defined]
+        ranges = tuple((start, end) for start, end in given)
+    except (TypeError, ValueError):
+        ranges = ((None, None),)
+    if not all(_holds_rows(start, end) for start, end in ranges):
+        raise ConfigError(
+            f"{name} must be ranges of rows (start, end) with start before end, got {value!r}; "
+            "((0, 333), (-50, None)), or on the command line 0:333/-50:, is the first 333 rows and the last 50"
+        )
+    return ranges
+
+
+def _pair(text: str) -> tuple[int, int | None]:
+    start, end = text.split(":")
+    return int(start) if start else 0, int(end) if end else None
+
+
+def _holds_rows(start: object, end: object) -> bool:
+    if any(isinstance(each, bool) or not isinstance(each, int) for each in (start, 0 if end is None else end)):
+        return False
+    assert isinstance(start, int)
+    if end is None or not isinstance(end, int):
+        return True
+    return start < end if (start < 0) == (end < 0) else True
+
+
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ConfigError unless the option is one of the words."""
     if value not in allowed:
@@ -84,6 +121,11 @@ class SparseConfig:
     max_context_ratio: float = 0.5
     """Largest share of the sequence that context (text) rows may hold; above it all rows are clustered as one piece."""
 
+    exact_rows: RowRanges = ()
+    """Rows of every sequence, as ranges (start, end), that are always kept as keys and computed densely as queries:
+    text or sound that the graph does not tell from video. Negative numbers count from the end, None is the end. Also
+    as text: ``0:333/-50:``."""
+
     recall_rows: int = 0
     """Query rows per head, spread over its clusters, on which sparse calls measure the true attention mass kept; 0
     measures nothing. Measuring changes no picture."""
@@ -117,6 +159,7 @@ class SparseConfig:
         for name in ("q_clusters", "k_clusters"):
             if getattr(self, name) != "auto":
                 check_integer(name, getattr(self, name), 1, MAX_CLUSTERS, 'or "auto", which scales with the sequence')
+        object.__setattr__(self, "exact_rows", row_ranges("exact_rows", self.exact_rows))
         check_integer("kmeans_iters_init", self.kmeans_iters_init, 1, 1000, "10 is the default")
         check_integer("kmeans_iters_step", self.kmeans_iters_step, 1, 1000, "2 is the paper's setting")
         check_integer("dense_layers", self.dense_layers, 0, None, "1 is the default")

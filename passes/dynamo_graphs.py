@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 from torch._guards import TracingContext
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import RelaxedUnspecConstraint, StrictMinMaxConstraint
@@ -22,12 +22,14 @@ __all__ = [
     "SDPA",
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
     "bases_of",
     "carry_over",
     "codegen_of",
     "copy_source",
+    "example_of",
     "heeds_guards",
     "mark_sourceless",
     "mark_static_input",
@@ -69,6 +71,16 @@ def copy_source(placeholder: Node, to: Node) -> None:
     """Tell a copy of a graph input where Dynamo found its value, if it did (torch 2.13.0)."""
     if hasattr(placeholder, "_dynamo_source"):
         to._dynamo_source = placeholder._dynamo_source
+
+
+def example_of(placeholder: Node) -> Tensor | None:
+    """Return what a graph input was when it was compiled, while Dynamo compiles (torch 2.13.0); None where unknown."""
+    try:
+        example = placeholder.meta["grapharg"].example
+    except (KeyError, AssertionError):
+        return None
+    is_real = isinstance(example, Tensor) and not isinstance(example, FakeTensor) and example.device.type != "meta"
+    return example if is_real else None
 
 
 def mark_sourceless(placeholder: Node) -> None:

@@ -48,6 +48,15 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
+class Factor:
+    """A tensor that scores are multiplied with, or divided by, the same along all keys: a learned temperature."""
+
+    node: Node
+    divides: bool
+    reader: Node
+
+
+@dataclass(frozen=True, slots=True)
 class Operand:
     """A tensor with its axes in the order SDPA wants: ``node.permute(axes)``, then ``expand(sizes)``."""
 
@@ -63,11 +72,14 @@ class HandWritten:
 
     output: Node
     chain: tuple[Node, ...]
+    aside: tuple[Node, ...]
+    """What reads the chain and leads nowhere else: a maximum that is subtracted, a copy that nobody reads."""
     query: Operand
     key: Operand
     value: Operand
     masks: tuple[Mask, ...]
     mask_axes: tuple[int, ...]
     scale: Scale
+    factors: tuple[Factor, ...]
     output_axes: tuple[int, ...]
     dtype: torch.dtype

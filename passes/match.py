@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from svg2_compile.kernels.key_mask import key_mask_reference
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.decide_by_size import decide
-from svg2_compile.passes.dynamo_graphs import OpOverload, OpOverloadPacket, name_of_op, name_of_packet
+from svg2_compile.passes.dynamo_graphs import OpOverload, OpOverloadPacket, example_of, name_of_op, name_of_packet
 from svg2_compile.passes.nodes import (
     SdpaArguments,
     argument,
+    dtype_of,
     first_argument,
     is_sdpa,
     module_path,
@@ -32,13 +34,16 @@ from svg2_compile.passes.nodes import (
     target_name,
     tensor_of,
 )
-from svg2_compile.passes.read_mask import is_true, key_mask_of
+from svg2_compile.passes.read_cache import UNKNOWN_ROWS, trace_values
+from svg2_compile.passes.read_mask import before_new_axes, has_no_effect, is_given, key_mask_of
 from svg2_compile.passes.records import Rejection, Size, size_hint, told
+from svg2_compile.passes.trace_axis import asking_piece
 
 SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FOREIGN_ATTENTION = re.compile(
     r"flex_attention|flash_?attn|flash_attention|sage_?att|_attention_forward|efficient_attention|xformers|attn_varlen"
 )
+KEY_MASK_HINT = "drop the mask if it hides nothing, or give one of shape (batch, 1, 1, keys) that hides keys"
 BEFORE_DECOMPOSITION = "sparsify an exported program before run_decompositions()"
 
 
@@ -53,8 +58,10 @@ class Candidate:
     key: Node
     value: Node
     key_mask: Node | None
-    """Boolean, (B or 1, 1, 1, S), True where a key may be attended to."""
+    """Boolean, (B or 1, 1, 1, S), True where a key may be attended to; or one of any values, where it is checked."""
     scale: float
+    is_mask_checked: bool = False
+    """Only its values tell whether the mask hides keys alike for all queries."""
 
     @property
     def sequence(self) -> Size:
@@ -139,7 +146,9 @@ def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
         return decline("its operands have no known shape", "please report this model")
     query, key, value = (each for each in tensors if each is not None)
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        return decline(f"expected 4-D (batch, heads, tokens, head dim) operands, got {query.dim()}-D")
+        ranks = ", ".join(f"{each.dim()}-D" for each in (query, key, value))
+        hint = "give all three the same leading axes, as (batch, heads, tokens, head dim)"
+        return decline(f"expected 4-D (batch, heads, tokens, head dim) operands, got {ranks}", hint)
     tokens = size_hint(query.shape[2])
     if not same_size(query.shape[2], key.shape[2]):
         keys = size_hint(key.shape[2])
@@ -147,10 +156,13 @@ def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
             reason = f"its lengths are known only at run time: {query.shape[2]} queries, {key.shape[2]} keys"
             return decline(reason, "compile without fullgraph=True, or block by block, so that lengths are numbers")
         lengths = query.shape[2], key.shape[2]
-        if tokens is None or keys is None or not decide(lambda n, k: min_tokens <= n < k, *lengths):
-            return decline(
-                f"cross-attention: {told(query.shape[2])} queries, {told(key.shape[2])} keys", by_design=True
-            )
+        is_known = tokens is not None and keys is not None
+        if is_known and decide(lambda n, k: n < min_tokens and n < k, *lengths) and _asks_its_own(call, node):
+            reason = f"short: {told(query.shape[2])} queries among {told(key.shape[2])} keys"
+            return decline(reason, f"lower min_tokens={min_tokens}", True)
+        if not is_known or not decide(lambda n, k: min_tokens <= n < k, *lengths):
+            reason = f"cross-attention: {told(query.shape[2])} queries, {told(key.shape[2])} keys"
+            return decline(reason, by_design=True)
     if tokens is not None and decide(lambda n: n < min_tokens, query.shape[2]):
         return decline(f"short: {tokens} tokens", f"lower min_tokens={min_tokens} to include it", by_design=True)
     output = tensor_of(node)
@@ -179,24 +191,41 @@ def _read(index: int, node: Node, min_tokens: int) -> Candidate | Rejection:
     return _with_mask(index, node, path, call)
 
 
+def _asks_its_own(call: SdpaArguments, node: Node) -> bool:
+    """Say whether the rows that ask are some of the keys: a chunk over a cache, the video over text and video."""
+    keys = trace_values(call.value, 2, node)
+    return keys.pieces[0].kind == UNKNOWN_ROWS or asking_piece(call.query, 2, keys) is not None
+
+
 def _with_mask(index: int, node: Node, path: str, call: SdpaArguments) -> Candidate | Rejection:
     query, key, value = call.query, call.key, call.value
     assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
-    key_mask = None
-    mask = tensor_of(call.attn_mask)
-    is_all_true = mask is not None and mask.dtype is torch.bool and is_true(call.attn_mask, node)
-    if call.attn_mask is not None and not is_all_true:
-        key_mask = key_mask_of(call.attn_mask)
-        if key_mask is None or not _covers_keys(key_mask, key):
-            hint = "drop the mask if it is all true, or give a boolean key mask of shape (batch, 1, 1, keys)"
-            return Rejection(node.name, path, f"attn_mask is {_describe(call.attn_mask)}", hint)
+    key_mask, is_checked = None, False
+    if call.attn_mask is not None and not has_no_effect(call.attn_mask, node):
+        key_mask = key_mask_of(call.attn_mask, key)
+        if key_mask is not None:
+            is_checked = dtype_of(key_mask) is not torch.bool
+        elif _covers(call.attn_mask, query, key) and is_given(call.attn_mask, node):
+            key_mask, is_checked = call.attn_mask, True
+        if key_mask is None or (is_checked and _does_more(key_mask)):
+            return Rejection(node.name, path, f"attn_mask is {_describe(call.attn_mask)}", KEY_MASK_HINT)
     shape = shape_of(query)
     assert shape is not None
     scale = call.scale if call.scale is not None else 1.0 / math.sqrt(int(shape[3]))
     if isinstance(scale, Node):
         return Rejection(node.name, path, "scale is computed at run time", "pass scale as a number")
     assert isinstance(scale, int | float)
-    return Candidate(index, node, path, query, key, value, key_mask, float(scale))
+    return Candidate(index, node, path, query, key, value, key_mask, float(scale), is_checked)
+
+
+def _does_more(mask: Node) -> bool:
+    """Say whether ``mask`` is an input that did more than to hide keys when the graph was compiled."""
+    source, shape = before_new_axes(mask), shape_of(mask)
+    example = example_of(source) if source.op == "placeholder" else None
+    if example is None or shape is None or not all(isinstance(size, int) for size in shape):
+        return False
+    _, is_key_mask = key_mask_reference(example.reshape([int(size) for size in shape]))
+    return not bool(is_key_mask)
 
 
 def _describe(mask: object) -> str:
@@ -207,9 +236,12 @@ def _describe(mask: object) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {shape}, not a key mask"
 
 
-def _covers_keys(key_mask: Node, key: Node) -> bool:
-    """A mask that was repeated or broadcast along the keys, or along part of the batch, means something else."""
-    mask_shape, shape = shape_of(key_mask), shape_of(key)
-    assert mask_shape is not None and shape is not None
-    covers_batch = same_size(mask_shape[0], shape[0]) or same_size(mask_shape[0], 1)
-    return covers_batch and same_size(mask_shape[3], shape[2])
+def _covers(mask: Node, query: Node, key: Node) -> bool:
+    """True for a mask of four axes, of bool or to be added, that has a column for every key."""
+    tensor, shape, queries, keys = tensor_of(mask), shape_of(mask), shape_of(query), shape_of(key)
+    if tensor is None or shape is None or queries is None or keys is None or len(shape) != 4:
+        return False
+    if tensor.dtype is not torch.bool and not tensor.is_floating_point():
+        return False
+    rows = zip(shape[:3], queries[:3])
+    return same_size(shape[3], keys[2]) and all(same_size(mine, 1) or same_size(mine, own) for mine, own in rows)

@@ -42,6 +42,9 @@ INPLACE_FUNCTIONS = (
     operator.setitem,
 )
 
+NAMED_LIKE_KEYWORDS = (operator.and_, operator.or_, operator.not_, operator.is_)
+"""Their underscore does not say that they write."""
+
 
 def value_of(node: Node) -> Any:
     """Return what ``node`` produces while tracing (fake tensor, SymInt, number ...), None when unknown."""
@@ -114,7 +117,7 @@ def is_inplace(node: Node) -> bool:
     if isinstance(node.target, OpOverload):
         return bool(schema_of(node.target).is_mutable)
     name = target_name(node)
-    if name.endswith("_") and not name.endswith("__"):
+    if name.endswith("_") and not name.endswith("__") and node.target not in NAMED_LIKE_KEYWORDS:
         return True
     return node.target in INPLACE_FUNCTIONS or node.kwargs.get("out") is not None or bool(node.kwargs.get("inplace"))
 
@@ -152,19 +155,32 @@ def permutation_of(node: Node) -> tuple[Node, tuple[int, ...]] | None:
 
 def is_written(node: Node, start: Node, end: Node, own: Sequence[Node] = ()) -> bool:
     """Say whether anything between ``start`` and ``end``, except ``own``, writes into the memory of ``node``."""
-    memory = _memory(node)
+    memory = memory_of_node(node)
     between = start.next if start < end else end
     while between is not end:
-        if between not in own and is_inplace(between):
-            written = between.all_input_nodes if isinstance(between.target, OpOverload) else [first_argument(between)]
-            written += [out] if isinstance(out := between.kwargs.get("out"), Node) else []
-            if any(each is not None and _memory(each) == memory for each in written):
-                return True
+        is_writer = between not in own and is_inplace(between)
+        if is_writer and any(memory_of_node(each) == memory for each in _written_by(between)):
+            return True
         between = between.next
     return False
 
 
-def _memory(node: Node) -> object:
+def _written_by(node: Node) -> list[Node]:
+    """Return the arguments that an op which works in place may write into."""
+    if isinstance(node.target, OpOverload):
+        declared = schema_of(node.target).arguments
+        given = [
+            (each, node.args[place] if place < len(node.args) else node.kwargs.get(each.name))
+            for place, each in enumerate(declared)
+        ]
+        written = [argument for each, argument in given if each.is_write]
+    else:
+        written = [first_argument(node), node.kwargs.get("out")]
+    return [each for each in written if isinstance(each, Node)]
+
+
+def memory_of_node(node: Node) -> object:
+    """Return what is equal for nodes whose tensors share their memory."""
     tensor = tensor_of(node)
     return node if tensor is None else memory_of(tensor)
 

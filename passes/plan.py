@@ -20,6 +20,7 @@ from svg2_compile.passes.stages.estimate_by_queries import EstimateByQueries
 from svg2_compile.passes.stages.guard_heads import GuardHeads
 from svg2_compile.passes.stages.keep_top_p import KeepTopP
 from svg2_compile.passes.stages.measure_recall import MeasureRecall
+from svg2_compile.passes.stages.redo_densely import RedoDensely
 from svg2_compile.passes.stages.stage import Stage
 
 StagesOf = Callable[[SparseConfig, AttentionSite], tuple[Stage, ...]]
@@ -58,6 +59,8 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
     if is_guarded:
         stages.append(GuardHeads())
     stages.append(Attend())
+    if site.is_mask_checked:
+        stages.append(RedoDensely(refuses=config.on_unsupported == "error"))
     return tuple(stages)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from svg2_compile.passes.hand_written import HandWritten, Mask, Obstacle, Operand, Scale
+from svg2_compile.passes.hand_written import Factor, HandWritten, Mask, Obstacle, Operand, Scale
 from svg2_compile.passes.nodes import (
     argument,
     dtype_of,
@@ -28,6 +28,8 @@ from svg2_compile.passes.nodes import (
     tensor_of,
     value_of,
 )
+from svg2_compile.passes.read_product import Product, read_product
+from svg2_compile.passes.read_softmax import read_softmax
 
 CASTS = ("to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone")
 ARITHMETIC = {
@@ -43,29 +45,14 @@ LARGEST_FILL = -1e9
 
 
 @dataclass(frozen=True, slots=True)
-class _Product:
-    """A product of two tensors as an einsum: one label per axis, exactly one label contracted."""
-
-    node: Node
-    left: Node
-    right: Node
-    left_labels: tuple[str, ...]
-    right_labels: tuple[str, ...]
-    labels: tuple[str, ...]
-
-    @property
-    def contracted(self) -> str:
-        return next(label for label in self.left_labels if label not in self.labels)
-
-
-@dataclass(frozen=True, slots=True)
 class _Scores:
     """The way from the product of queries and keys to the softmax."""
 
-    product: _Product
+    product: Product
     scale: Scale
     masks: tuple[Mask, ...]
     chain: tuple[Node, ...]
+    factors: tuple[Factor, ...] = ()
 
     def then(self, *nodes: Node) -> _Scores:
         return replace(self, chain=(*self.chain, *nodes))
@@ -84,27 +71,34 @@ class _Scores:
     def masked(self, mask: Mask) -> _Scores:
         return replace(self, masks=(*self.masks, mask))
 
+    def times(self, factor: Factor) -> _Scores | Obstacle:
+        if self.masks:
+            return Obstacle(
+                "masked scores are scaled by a tensor after masking", "scale the scores before masking them"
+            )
+        return replace(self, factors=(*self.factors, factor))
+
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
     """The way from the softmax to the product with the values."""
 
-    product: _Product
+    product: Product
     labels: tuple[str, ...]
     chain: tuple[Node, ...]
 
 
 def read_attention(softmax: Node) -> HandWritten | Obstacle | None:
     """Return the attention around ``softmax``, why it cannot be rewritten, or None if there is none."""
-    tensor = tensor_of(softmax)
-    if target_name(softmax) != "softmax" or tensor is None:
+    tensor, written_out = tensor_of(softmax), read_softmax(softmax)
+    if tensor is None or written_out is None:
         return None
-    dim = argument(softmax, 1, "dim")
-    if not isinstance(dim, int):
-        return None
-    scores = _read_scores(argument(softmax, 0, "input"), softmax)
+    dim = written_out.dim
+    scores = _read_scores(written_out.source, written_out.reader, dim - tensor.dim())
     if scores is None:
         return None
+    if isinstance(scores, _Scores):
+        scores = scores.then(*written_out.nodes)
     product = scores.product if isinstance(scores, _Scores) else None
     weights = _read_weights(softmax, product.labels if product else tuple(map(str, range(tensor.dim()))))
     if weights is None:
@@ -158,12 +152,14 @@ def _arranged(softmax: Node, scores: _Scores, weights: _Weights, column: str) ->
     plan = HandWritten(
         output=second.node,
         chain=chain,
+        aside=tuple(_aside(chain, second.node)),
         query=operands[0],
         key=operands[1],
         value=operands[2],
         masks=scores.masks,
         mask_axes=tuple(first.labels.index(label) for label in (*batch, rows[0], column)),
         scale=scores.scale.times(query_scale).times(key_scale),
+        factors=scores.factors,
         output_axes=tuple((*batch, rows[0], "channel").index(label) for label in output_labels),
         dtype=_compute_dtype(operands, scores.masks, first.node, second.node),
     )
@@ -172,22 +168,53 @@ def _arranged(softmax: Node, scores: _Scores, weights: _Weights, column: str) ->
 
 def _obstacle_around(plan: HandWritten) -> Obstacle | None:
     """Return why the nodes of ``plan`` cannot go away: another reader, or an operand that is overwritten meanwhile."""
-    for node in plan.chain:
-        for user in node.users:
-            if user is not plan.output and user not in plan.chain:
-                return Obstacle(
-                    f"scores or attention weights are also used by {user.name}", "return the attention's output only"
-                )
+    gone = {plan.output, *plan.chain, *plan.aside}
     reads = [(operand.node, operand.reader) for operand in (plan.query, plan.key, plan.value)]
     reads += [(mask.node, mask.reader) for mask in plan.masks]
+    reads += [(factor.node, factor.reader) for factor in plan.factors]
+    if any(node in plan.aside for node, _ in reads):
+        return Obstacle("a mask or a scale is made of the scores", "make it of the inputs")
+    for node in plan.chain:
+        for user in node.users:
+            if user not in gone:
+                use = "returned" if user.op == "output" else f"also used by {user.name}"
+                return Obstacle(f"scores or attention weights are {use}", "return the attention's output only")
     for node, reader in reads:
         if is_written(node, reader, plan.output, plan.chain):
             return Obstacle(f"{node.name} is overwritten before the attention ends", "avoid in-place operations")
     return None
 
 
-def _read_scores(x: Argument, reader: Node, steps: int = MAX_STEPS) -> _Scores | Obstacle | None:
-    """Read upwards from ``x`` to a product, as ``reader`` sees it: after the last in-place operation before it."""
+def _aside(chain: Sequence[Node], output: Node) -> Iterator[Node]:
+    """Yield what reads ``chain`` and leads to it, to ``output``, or nowhere; everything else stays."""
+    found: set[Node] = set()
+    for node in chain:
+        for user in node.users:
+            branch = _branch(user, {output, *chain}, found)
+            yield from branch - found
+            found |= branch
+
+
+def _branch(node: Node, gone: set[Node], found: set[Node]) -> set[Node]:
+    """Return ``node`` and all that it leads to before ``gone``; nothing where it leads elsewhere, or writes."""
+    if node in gone or node in found:
+        return set()
+    branch, waiting = {node}, [node]
+    while waiting:
+        each = waiting.pop()
+        if each.op not in ("call_function", "call_method") or is_inplace(each) or each.is_impure():
+            return set()
+        ahead = [user for user in each.users if user not in gone and user not in branch]
+        branch.update(ahead)
+        waiting += ahead
+    return branch
+
+
+def _read_scores(x: Argument, reader: Node, axis: int, steps: int = MAX_STEPS) -> _Scores | Obstacle | None:
+    """Read upwards from ``x`` to a product, as ``reader`` sees it: after the last in-place operation before it.
+
+    ``axis`` is that of the softmax, counted from the end.
+    """
     if not isinstance(x, Node) or steps == 0:
         return None
     node = x
@@ -195,30 +222,35 @@ def _read_scores(x: Argument, reader: Node, steps: int = MAX_STEPS) -> _Scores |
         user for user in node.users if user < reader and is_inplace(user) and first_argument(user) is node
     ]:
         node = max(writers)
-    if (product := _product(node)) is not None:
+    if (product := read_product(node)) is not None:
         return _of_product(product)
     if (source := _cast_source(node)) is not None:
-        return _extend(_read_scores(source, node, steps - 1), node)
+        return _extend(_read_scores(source, node, axis, steps - 1), node)
     if (scaling := _scaling(node)) is not None:
-        inner = _extend(_read_scores(scaling[0], node, steps - 1), node)
+        inner = _extend(_read_scores(scaling[0], node, axis, steps - 1), node)
         return inner.scaled(scaling[1]) if isinstance(inner, _Scores) else inner
     obstacle: Obstacle | None = None
-    for masked, mask, constants in _maskings(node):
-        inner = _extend(_read_scores(masked, node, steps - 1), *constants, node)
+    for scaled, factor in _scalings_by_tensors(node, axis):
+        inner = _extend(_read_scores(scaled, node, axis, steps - 1), node)
+        if isinstance(inner, _Scores):
+            return inner.times(factor)
+        obstacle = obstacle or inner
+    for masked, mask, constants in _maskings(node, axis):
+        inner = _extend(_read_scores(masked, node, axis, steps - 1), *constants, node)
         if isinstance(inner, _Scores):
             if mask is not None and mask.kind != "bias" and mask.fill > LARGEST_FILL:
                 return Obstacle(f"masked scores are filled with {mask.fill:g}", "fill them with -inf")
             return inner if mask is None else inner.masked(mask)
         obstacle = obstacle or inner
-    return obstacle or _unreadable(node, steps)
+    return obstacle or _unreadable(node, axis, steps)
 
 
-def _unreadable(node: Node, steps: int) -> Obstacle | None:
+def _unreadable(node: Node, axis: int, steps: int) -> Obstacle | None:
     """Return an obstacle if scores flow into ``node``, an operation that SDPA cannot express."""
     for source in node.all_input_nodes if steps > 2 and node.op != "placeholder" else ():
-        if isinstance(_read_scores(source, node, min(steps - 1, 2)), _Scores):
+        if isinstance(_read_scores(source, node, axis, min(steps - 1, 2)), _Scores):
             if ARITHMETIC.get(target_name(node)) in ("mul", "div"):
-                return Obstacle("scores are scaled by a tensor", "scale them by a number, or scale the query")
+                return Obstacle("scores are scaled by a tensor, keys apart", "scale the keys instead")
             return Obstacle(f"{target_name(node)} between the scores and their softmax")
     return None
 
@@ -227,7 +259,7 @@ def _extend(scores: _Scores | Obstacle | None, *nodes: Node) -> _Scores | Obstac
     return scores.then(*nodes) if isinstance(scores, _Scores) else scores
 
 
-def _of_product(product: _Product) -> _Scores | Obstacle | None:
+def _of_product(product: Product) -> _Scores | Obstacle | None:
     """Return the scores that ``product`` is by itself; baddbmm also scales and adds."""
     node = product.node
     scores = _Scores(product, Scale(), (), (node,))
@@ -244,7 +276,27 @@ def _of_product(product: _Product) -> _Scores | Obstacle | None:
     return scores.masked(Mask(added, "bias", node, weight=beta))
 
 
-def _maskings(node: Node) -> Iterator[tuple[Argument, Mask | None, tuple[Node, ...]]]:
+def _scalings_by_tensors(node: Node, axis: int) -> Iterator[tuple[Node, Factor]]:
+    """Yield the ways to read ``node`` as scores times, or divided by, a tensor that is the same along ``axis``."""
+    kind = ARITHMETIC.get(target_name(node))
+    if kind not in ("mul", "div") or len(node.args) != 2 or node.kwargs:
+        return
+    first, second = node.args
+    for scores, factor in (
+        ((first, second), (second, first)) if kind == "mul" and not is_inplace(node) else ((first, second),)
+    ):
+        if isinstance(scores, Node) and isinstance(factor, Node) and _is_same_along(axis, factor, scores):
+            yield scores, Factor(factor, kind == "div", node)
+
+
+def _is_same_along(axis: int, tensor: Node, scores: Node) -> bool:
+    """True where ``tensor`` does not change along ``axis``, counted from the end, of ``scores``, to which it fits."""
+    sizes = sizes_of(tensor)
+    is_real = (value := tensor_of(tensor)) is not None and value.is_floating_point()
+    return is_real and len(sizes) <= len(sizes_of(scores)) and (len(sizes) < -axis or same_size(sizes[axis], 1))
+
+
+def _maskings(node: Node, axis: int) -> Iterator[tuple[Argument, Mask | None, tuple[Node, ...]]]:
     """Yield the ways to read ``node`` as masked scores: the scores, the mask (None: no effect), constants used."""
     name = target_name(node)
     kind = ARITHMETIC.get(name)
@@ -258,6 +310,9 @@ def _maskings(node: Node) -> Iterator[tuple[Argument, Mask | None, tuple[Node, .
             if isinstance(_number(added), float):
                 # The same number on every score does not change a softmax.
                 yield scores, None, _constants(added)
+            elif isinstance(scores, Node) and isinstance(added, Node) and _is_same_along(axis, added, scores):
+                # Nor does one that is the same along all keys, such as the maximum.
+                yield scores, None, ()
             elif isinstance(added, Node) and tensor_of(added) is not None and weight is not None:
                 sign = Scale(-1.0 if kind == "sub" else 1.0)
                 yield scores, Mask(added, "bias", node, weight=weight.times(sign)), ()
@@ -281,7 +336,7 @@ def _read_weights(softmax: Node, labels: tuple[str, ...]) -> _Weights | Obstacle
     obstacle: Obstacle | None = None
     while True:
         for user in node.users:
-            if (product := _product(user)) is not None and (product.left is node) != (product.right is node):
+            if (product := read_product(user)) is not None and (product.left is node) != (product.right is node):
                 return obstacle or _Weights(product, labels, tuple(chain))
         for user in node.users:
             if _cast_source(user) is node:
@@ -295,57 +350,11 @@ def _read_weights(softmax: Node, labels: tuple[str, ...]) -> _Weights | Obstacle
                 break
         else:
             for user in node.users:
-                if any(_product(reader) is not None for reader in user.users):
+                if any(read_product(reader) is not None for reader in user.users):
                     return Obstacle(f"{target_name(user)} between the softmax and the values")
             return None
         node = user
         chain.append(node)
-
-
-def _product(node: Node) -> _Product | None:
-    """Read ``node`` as a product of two tensors, in any spelling."""
-    name = target_name(node)
-    if name == "einsum":
-        return _einsum(node)
-    if name not in ("matmul", "bmm", "mm", "baddbmm"):
-        return None
-    first = 1 if name == "baddbmm" else 0
-    left, right = argument(node, first, "input", "batch1"), argument(node, first + 1, "other", "mat2", "batch2")
-    rank = len(sizes_of(left))
-    if not isinstance(left, Node) or not isinstance(right, Node) or rank < 2 or rank != len(sizes_of(right)):
-        return None
-    batch = tuple(f"batch{axis}" for axis in range(rank - 2))
-    return _Product(node, left, right, (*batch, "i", "c"), (*batch, "c", "j"), (*batch, "i", "j"))
-
-
-def _einsum(node: Node) -> _Product | None:
-    equation, *operands = node.args
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = list(operands[0])
-    if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
-        return None
-    inputs, output = equation.replace(" ", "").split("->")
-    left, right = operands
-    if inputs.count(",") != 1 or not isinstance(left, Node) or not isinstance(right, Node):
-        return None
-    left_letters, right_letters = inputs.split(",")
-    dots = {len(sizes_of(x)) - len(s.replace("...", "")) for x, s in ((left, left_letters), (right, right_letters))}
-    hidden = max(dots) if "..." in inputs else 0
-    labels = [_labels(letters, hidden) for letters in (left_letters, right_letters, output)]
-    left_labels, right_labels, output_labels = labels
-    if len(left_labels) != len(sizes_of(left)) or len(right_labels) != len(sizes_of(right)):
-        return None
-    contracted = (set(left_labels) | set(right_labels)) - set(output_labels)
-    is_product = len(contracted) == 1 and contracted <= set(left_labels) & set(right_labels)
-    if not is_product or any(len(set(each)) != len(each) for each in labels):
-        return None
-    return _Product(node, left, right, left_labels, right_labels, output_labels)
-
-
-def _labels(letters: str, hidden: int) -> tuple[str, ...]:
-    """Return one label per axis of an einsum operand; an ellipsis stands for ``hidden`` axes."""
-    before, dots, after = letters.partition("...")
-    return (*before, *(f"batch{axis}" for axis in range(hidden if dots else 0)), *after)
 
 
 def _cast_source(node: Node) -> Node | None:

@@ -58,6 +58,12 @@ class Segment:
     source_axis: int
     """Axis of ``source`` whose size is ``length``."""
 
+    asks: bool = True
+    """False for rows that are keys only, and no queries."""
+
+    is_exact: bool = False
+    """True for rows that ``exact_rows`` names: treated as context rows are, whatever they hold."""
+
 
 Lifetime = Literal["generation", "forever"]
 
@@ -123,10 +129,10 @@ class AttentionSite:
     k_clusters: int
     has_mask: bool
     """A key-padding mask is given."""
+    is_mask_checked: bool = False
+    """Only the values of the mask tell whether it hides keys alike for all queries: they are read at run time."""
     may_hide_video: bool = False
     """The mask is not known to show every video key."""
-    has_context_queries: bool = True
-    """False where only the video rows ask, and context rows are keys alone."""
     is_for_one_length: bool = False
     """Other lengths run with the cluster counts chosen for ``token_hint``: an exported graph cannot be made anew."""
 
@@ -135,6 +141,16 @@ class AttentionSite:
         """The cluster counts in words."""
         told = f"{self.q_clusters} query and {self.k_clusters} key clusters"
         return f"{told}, chosen for {self.token_hint} tokens" if self.is_for_one_length else told
+
+    @property
+    def has_context_queries(self) -> bool:
+        """False where only the video rows ask, and context rows are keys alone."""
+        return all(segment.asks for segment in self.segments)
+
+    @property
+    def exact_tokens(self) -> int:
+        """Rows that ``exact_rows`` names; their number is always plain."""
+        return sum(int(segment.length) for segment in self.segments if segment.is_exact)
 
     @property
     def context_tokens(self) -> Size:

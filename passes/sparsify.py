@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from svg2_compile.passes.attach_state import StateNodes, attach_buffers, attach_inputs
 from svg2_compile.passes.canonicalize import canonicalize
@@ -19,9 +19,11 @@ from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dump import dump_graph
 from svg2_compile.passes.dynamo_graphs import FakeTensor, FakeTensorMode
 from svg2_compile.passes.errors import InternalError, UnsupportedError
+from svg2_compile.passes.fold_axes import fold_axes
+from svg2_compile.passes.inline_subgraphs import inline_subgraphs, subgraphs_left, why_not_inlined
 from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.match import Candidate, match
-from svg2_compile.passes.nodes import tensor_of
+from svg2_compile.passes.nodes import target_name, tensor_of
 from svg2_compile.passes.plan import SitePlan, StagesOf, plan_site, stages_of
 from svg2_compile.passes.records import AttentionSite, Rejection, StateSpec
 from svg2_compile.passes.rewrite import rewrite
@@ -81,8 +83,32 @@ class _Course:
     fake_mode: FakeTensorMode | None = None
 
 
+def _inline_subgraphs(course: _Course) -> None:
+    inline_subgraphs(course.gm)
+    course.declined += [each for call, body in subgraphs_left(course.gm) for each in _out_of_sight(call, body, course)]
+
+
+def _out_of_sight(call: Node, body: GraphModule, course: _Course) -> Iterator[Rejection]:
+    """Decline every attention of a subgraph that stays one: nothing outside of it may take part in it."""
+    work = clone(body)
+    canonicalize(work)
+    fold_axes(work)
+    for each in match(work, course.config):
+        if isinstance(each, Rejection):
+            yield each
+        else:
+            name = target_name(call)
+            yield Rejection(
+                each.node.name, each.path, f"it is inside {name}, a graph of its own", why_not_inlined(call)
+            )
+
+
 def _canonicalize(course: _Course) -> None:
-    course.declined = list(canonicalize(course.gm, course.config.min_tokens).declined)
+    course.declined += list(canonicalize(course.gm, course.config.min_tokens).declined)
+
+
+def _fold_axes(course: _Course) -> None:
+    fold_axes(course.gm)
 
 
 def _match(course: _Course) -> None:
@@ -135,7 +161,9 @@ class Pass:
 
 
 PASSES = (
+    Pass("inline_subgraphs", _inline_subgraphs, writes=True),
     Pass("canonicalize", _canonicalize, writes=True),
+    Pass("fold_axes", _fold_axes, writes=True),
     Pass("match", _match),
     Pass("classify", _classify),
     Pass("plan", _plan),

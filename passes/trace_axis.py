@@ -10,7 +10,8 @@ The walk starts at an attention's ``value``, which never passes through a rotary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -22,6 +23,7 @@ from svg2_compile.passes.nodes import argument, is_sdpa, same_size, sdpa_argumen
 from svg2_compile.passes.records import Size
 
 LONGEST_WALK = 4000
+SHORT_WALK = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,11 @@ class Cursor:
         """Size of the current axis."""
         return self.shape[self.axis]
 
+    @property
+    def place(self) -> object:
+        """What is equal for the same rows; sizes are compared as text, which adds no guard."""
+        return self.node, self.axis, None if self.window is None else (str(self.window.start), str(self.window.length))
+
     def to(self, node: Any, axis: int) -> Cursor | AxisOrigin:
         """Step to an axis of ``node``, or end here when ``node`` is no tensor."""
         if not isinstance(node, Node) or shape_of(node) is None:
@@ -99,13 +106,93 @@ def trace_axis(node: Node, axis: int) -> AxisOrigin:
     Returns:
         The pieces, in row order: several when a ``cat`` joined them, else one, whose ``kind`` says where it ended.
     """
-    rank = len(shape_of(node) or ())
-    at: Cursor | AxisOrigin = Cursor(node, axis % rank)
-    for _ in range(LONGEST_WALK):
+    *_, last = _walk(_cursor_on(node, axis))
+    return last if isinstance(last, AxisOrigin) else last.end("too far")
+
+
+def shares_rows(node: Node, axis: int, other: Node, other_axis: int) -> bool:
+    """Say whether the rows of ``axis`` of ``node`` are made, one of one, from rows that the walk from ``other`` passes.
+
+    What is multiplied or added row by row, positions and tables, may lie on the way of either: all ways are searched.
+    """
+    # nearly always they part a few steps before the attention; only where they do not, the whole graph is searched
+    limits = SHORT_WALK, LONGEST_WALK
+    return any(_shares_rows(_cursor_on(node, axis), _cursor_on(other, other_axis), limit) for limit in limits)
+
+
+def _shares_rows(start: Cursor, other: Cursor, limit: int) -> bool:
+    steps = list(_walk(other, limit))
+    passed = {each.place for each in steps if isinstance(each, Cursor)}
+    end = steps[-1]
+    for way in _ways(start, limit):
+        for each in way:
+            if isinstance(each, Cursor):
+                if each.place in passed:
+                    return True
+            elif isinstance(end, AxisOrigin) and _share_pieces(each, end):
+                return True
+    return False
+
+
+def asking_piece(query: Node, axis: int, keys: AxisOrigin) -> int | None:
+    """Return which piece of a joined sequence the rows of ``query`` are, None where they are none."""
+    shape = shape_of(query)
+    for place, piece in enumerate(keys.pieces if keys.joined and shape else ()):
+        if same_size(piece.length, shape[axis]) and shares_rows(query, axis, piece.node, piece.axis):  # type: ignore[index]
+            return place
+    return None
+
+
+def same_lengths(a: AxisOrigin, b: AxisOrigin) -> bool:
+    """Say whether two sequences were joined of pieces of the same lengths."""
+    return len(a.pieces) == len(b.pieces) and all(same_size(x.length, y.length) for x, y in zip(a.pieces, b.pieces))
+
+
+def _share_pieces(a: AxisOrigin, b: AxisOrigin) -> bool:
+    """Say whether two joined sequences have a piece in common; queries and values may each be joined by themselves."""
+    if not a.joined or not b.joined or not same_lengths(a, b):
+        return False
+    for mine, theirs in zip(a.pieces, b.pieces):
+        passed = {each.place for each in _walk(_cursor_on(theirs.node, theirs.axis)) if isinstance(each, Cursor)}
+        ways = _ways(_cursor_on(mine.node, mine.axis))
+        if any(each.place in passed for way in ways for each in way if isinstance(each, Cursor)):
+            return True
+    return False
+
+
+def _cursor_on(node: Node, axis: int) -> Cursor:
+    return Cursor(node, axis % len(shape_of(node) or ()))
+
+
+def _walk(start: Cursor, limit: int = LONGEST_WALK) -> Iterator[Cursor | AxisOrigin]:
+    """Yield the steps of the walk, where it ended last."""
+    at: Cursor | AxisOrigin = start
+    for _ in range(limit):
+        yield at
         if isinstance(at, AxisOrigin):
-            return at
+            return
         at = _step(at)
-    return at if isinstance(at, AxisOrigin) else at.end("too far")
+    yield at
+
+
+def _ways(start: Cursor, limit: int = LONGEST_WALK) -> Iterator[list[Cursor | AxisOrigin]]:
+    """Yield the walk, then those that take other operands of what is elementwise; no step is walked twice."""
+    waiting, seen = deque([start]), set[object]()
+    while waiting and len(seen) < limit:
+        way: list[Cursor | AxisOrigin] = []
+        for each in _walk(waiting.popleft(), limit):
+            if isinstance(each, Cursor):
+                if each.place in seen:
+                    break
+                seen.add(each.place)
+                waiting.extend(_side_ways(each))
+            way.append(each)
+        yield way
+
+
+def _side_ways(at: Cursor) -> list[Cursor]:
+    is_elementwise = at.node.op.startswith("call") and not is_sdpa(at.node) and target_name(at.node) not in STEPS
+    return [replace(at, node=node, axis=axis) for node, axis in _carriers(at)[1:]] if is_elementwise else []
 
 
 def _step(at: Cursor) -> Cursor | AxisOrigin:
@@ -309,8 +396,13 @@ def _through_pad(at: Cursor) -> Cursor | AxisOrigin:
 
 def _through_pointwise(at: Cursor) -> Cursor | AxisOrigin:
     """Anything elementwise: go to the operand that carries the axis and resembles the output most."""
-    best: tuple[int, int] = (0, 0)
-    chosen: tuple[Node, int] | None = None
+    carriers = _carriers(at)
+    return at.to(*carriers[0]) if carriers else at.end(target_name(at.node))
+
+
+def _carriers(at: Cursor) -> list[tuple[Node, int]]:
+    """Return the operands that carry the axis, with their axis; the one that resembles the output most comes first."""
+    found: list[tuple[tuple[int, int], Node, int]] = []
     for operand in at.node.all_input_nodes:
         shape = shape_of(operand)
         if shape is None:
@@ -320,9 +412,9 @@ def _through_pointwise(at: Cursor) -> Cursor | AxisOrigin:
             continue
         tail = at.shape[len(at.shape) - len(shape) :]
         likeness = (sum(same_size(a, b) for a, b in zip(shape, tail)), len(shape))
-        if likeness > best:
-            best, chosen = likeness, (operand, axis)
-    return at.to(*chosen) if chosen else at.end(target_name(at.node))
+        found.append((likeness, operand, axis))
+    # a stable sort: of equals, the first operand
+    return [(operand, axis) for _, operand, axis in sorted(found, key=lambda each: each[0], reverse=True)]
 
 
 def _end_here(at: Cursor) -> AxisOrigin:

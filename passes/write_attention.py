@@ -37,6 +37,15 @@ def write_attention(graph: Graph, plan: HandWritten) -> str:
             query = emit(graph, aten.mul.Tensor, query, number, like=old)
         for number in plan.scale.divisors:
             query = emit(graph, aten.div.Tensor, query, number, like=old)
+        for factor in plan.factors:
+            scaled = emit(
+                graph,
+                aten.div.Tensor if factor.divides else aten.mul.Tensor,
+                query,
+                _write_factor(graph, plan, factor.node),
+                like=old,
+            )
+            query = _cast(graph, scaled, plan.dtype, old)
         mask = _write_mask(graph, plan)
         sdpa = emit(
             graph,
@@ -55,7 +64,7 @@ def write_attention(graph: Graph, plan: HandWritten) -> str:
         if not _forgets_layout(old):
             new = emit(graph, aten.contiguous.default, new, like=old)
     old.replace_all_uses_with(new)
-    _erase(graph, (*plan.chain, old))
+    _erase(graph, (*plan.chain, *plan.aside, old))
     return sdpa.name
 
 
@@ -64,6 +73,11 @@ def _write_operand(graph: Graph, plan: HandWritten, operand: Operand) -> Node:
     if operand.sizes is not None:
         node = emit(graph, aten.expand.default, node, operand.sizes, like=plan.output)
     return _lifted(graph, node, 4, plan.output)
+
+
+def _write_factor(graph: Graph, plan: HandWritten, factor: Node) -> Node:
+    """Write what scales the scores as what scales the query; its axis of keys has one element."""
+    return _permuted(graph, _lifted(graph, factor, len(plan.mask_axes), plan.output), plan.mask_axes, plan.output)
 
 
 def _write_mask(graph: Graph, plan: HandWritten) -> Node | None:

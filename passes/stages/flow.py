@@ -18,6 +18,19 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
+class Dense:
+    """What the dense attention of the video queries takes, where a mask may call for it."""
+
+    is_key_mask: Node
+    """Bool on the CPU, whether the mask does no more than to hide keys."""
+    k: Node
+    """All keys [B, G, N_k + M, D], in token order."""
+    v: Node
+    mask: Node
+    """As the model gives it, broadcastable to [B, H, N, N_k + M]."""
+
+
+@dataclass(frozen=True, slots=True)
 class Flow:
     """What the stages of a site hand on; a field is None until a stage has filled it, or where there is no such thing.
 
@@ -37,6 +50,8 @@ class Flow:
     context_v: Node | None = None
     context_mask: Node | None = None
     """Bool [B, 1, 1, M], False for a context key that is hidden."""
+    dense: Dense | None = None
+    """Given where the mask is checked."""
     q_order: Node | None = None
     """Int32 [B, H, N], the query found at each place of the cluster order."""
     q_sizes: Node | None = None
@@ -88,6 +103,10 @@ class SiteWriter:
     def cut(self, x: Node, dim: int, start: Any, end: Any) -> Node:
         """Return a range of rows."""
         return self.emit(aten.slice.Tensor, x, dim, start, end)
+
+    def take(self, x: Node, dim: int, ranges: list[tuple[Any, Any]]) -> Node:
+        """Return several ranges of rows, behind each other."""
+        return self.join([self.cut(x, dim, *each) for each in ranges], dim)
 
     def join(self, parts: list[Node], dim: int) -> Node:
         """Return rows behind each other."""

@@ -139,7 +139,7 @@ def _sizes(node: Node) -> tuple[int, ...]:
 def _context_flops(site: AttentionSite) -> float:
     """Count what stays dense of a sparse attention: context keys for all rows, and context rows over all keys."""
     context = sum(size_hint(segment.length) or 0 for segment in site.segments if not segment.is_video)
-    asking = context if site.has_context_queries else 0
+    asking = sum(size_hint(each.length) or 0 for each in site.segments if each.asks and not each.is_video)
     pairs = site.token_hint * context + asking * (site.token_hint + context)
     return 4.0 * site.batch * site.q_heads * pairs * site.head_dim
 
@@ -208,6 +208,7 @@ def _groups(explanation: Explanation) -> Iterator[tuple[int, str, str]]:
         else:
             size = f"{each.batch}x{each.q_heads}x{each.token_hint}x{each.head_dim}"
             context = f" + {each.context_tokens} context" if len(each.segments) > 1 else ""
+            context += f" ({each.exact_tokens} of them exact_rows)" if each.exact_tokens else ""
             what = f"sparse: {size}{context}, {each.q_clusters} query and {each.k_clusters} key clusters"
         groups.setdefault(what, []).append(path)
     for what, paths in groups.items():

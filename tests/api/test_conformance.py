@@ -50,7 +50,8 @@ def assert_long_attentions_are_sparse_but_for_the_declared_ones(case: ModelCase,
 
 def assert_block_by_block_as_much_is_sparse(case: ModelCase, verdict: Verdict) -> None:
     if verdict.sparse_by_block is not None:
-        declared = case.unseen_by_block + sum(case.dense.values())
+        dense = sum(case.dense.values()) if case.dense_by_block is None else case.dense_by_block
+        declared = case.unseen_by_block + dense
         assert verdict.sparse_by_block + declared == verdict.long_attentions
 
 

@@ -43,6 +43,9 @@ SCHEMAS = {
     "context_attention": "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale) -> Tensor",
     "dense_attention": "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
     "float? scale, bool enable_gqa) -> Tensor",
+    "key_mask": "(Tensor mask) -> (Tensor, Tensor)",
+    "redo_densely_": "(Tensor(a!) out, Tensor(b!) calls, Tensor is_key_mask, Tensor q, Tensor k, Tensor v, "
+    "Tensor mask, float scale, bool refuses) -> ()",
 }
 
 

@@ -65,8 +65,8 @@ MUTANTS = (
     Mutant(
         "context mask cut from the first rows",
         "passes/rewrite.py",
-        "writer.cut(mask, 3, *each) for each in context",
-        "writer.cut(mask, 3, 0, each[1] - each[0]) for each in context",
+        "context_mask = writer.take(mask, 3, context)",
+        "context_mask = writer.take(mask, 3, [(0, each[1] - each[0]) for each in context])",
         REWRITE,
     ),
     Mutant(
@@ -79,8 +79,8 @@ MUTANTS = (
     Mutant(
         "mask forgotten for the context rows",
         "passes/rewrite.py",
-        "key, value, mask, site.scale)",
-        "key, value, None, site.scale)",
+        "asking, key, value, mask, scale)",
+        "asking, key, value, None, scale)",
         REWRITE,
     ),
     Mutant(
@@ -100,7 +100,7 @@ MUTANTS = (
     Mutant(
         "hidden video keys beside context rows attended to",
         "passes/rewrite.py",
-        "writer.cut(mask, 3, *video) if site.may_hide_video else None",
+        "writer.take(mask, 3, video) if site.may_hide_video else None",
         "None",
         REWRITE,
     ),
@@ -129,8 +129,8 @@ MUTANTS = (
     Mutant(
         "mask of ones asked for although it was dropped",
         "passes/rewrite.py",
-        "key_mask_of(call.attn_mask) if site.has_mask else None",
-        "None if call.attn_mask is None else key_mask_of(call.attn_mask)",
+        "key_mask_of(call.attn_mask, call.key) if site.has_mask else None",
+        "None if call.attn_mask is None else key_mask_of(call.attn_mask, call.key)",
         REWRITE,
     ),
     Mutant(
@@ -150,8 +150,8 @@ MUTANTS = (
     Mutant(
         "every mask thought to show the video",
         CLASSIFYING,
-        "return not is_true(candidate.key_mask, candidate.node, (first, segment.length))",
-        "return False",
+        "segment.is_video and not is_true(candidate.key_mask, candidate.node, (first, segment.length))",
+        "False",
         (*CLASSIFY, *REWRITE),
     ),
     Mutant(
@@ -186,36 +186,22 @@ MUTANTS = (
     Mutant(
         "cross-attention between equal lengths rewritten",
         CLASSIFYING,
-        "if _different_streams(queries, origin):",
-        "if False:",
-        CLASSIFY,
-    ),
-    Mutant(
-        "position tables taken for another stream",
-        CLASSIFYING,
-        " and not POSITIONS.search(piece.node.name)",
-        "",
+        "elif _different_streams(candidate, queries, origin):",
+        "elif False:",
         CLASSIFY,
     ),
     Mutant(
         "operands made before a graph break taken for streams",
         CLASSIFYING,
-        " and not is_operand",
+        ' and (piece.kind != "placeholder" or len(shape_of(piece.node) or ()) != 4)',
         "",
         CLASSIFY,
     ),
     Mutant(
         "rows that ask another stream taken for its own",
-        CLASSIFYING,
-        "if any(_same_rows(queries, trace_axis(each.node, each.axis)) for each in witnesses):",
-        "if witnesses:",
-        CLASSIFY,
-    ),
-    Mutant(
-        "keys not asked where positions lead astray",
-        CLASSIFYING,
-        "[piece, keys.pieces[position]] if _same_lengths(keys, values) else [piece]",
-        "[piece]",
+        TRACING,
+        " and shares_rows(query, axis, piece.node, piece.axis):",
+        ":",
         CLASSIFY,
     ),
     Mutant(
@@ -228,8 +214,8 @@ MUTANTS = (
     Mutant(
         "context rows get queries that were not asked",
         CLASSIFYING,
-        "has_context_queries=same_size(candidate.sequence, candidate.keys),",
-        "has_context_queries=True,",
+        "replace(segment, asks=segment.is_video)",
+        "replace(segment, asks=True)",
         (*CLASSIFY, *REWRITE),
     ),
     Mutant(
@@ -277,8 +263,8 @@ MUTANTS = (
     Mutant(
         "overwritten ones taken for all true",
         READING,
-        "return not any(is_written(each, each, end) for each in trail)",
-        "return True",
+        " and not any(is_written(each, each, end) for each in trail)",
+        "",
         MATCH,
     ),
     Mutant(
@@ -294,9 +280,9 @@ MUTANTS = (
     Mutant("mask ignored", MATCHING, "if call.attn_mask is not None and", "if False and", MATCH),
     Mutant(
         "mask of another length taken for a key mask",
-        MATCHING,
-        "if key_mask is None or not _covers_keys(key_mask, key):",
-        "if key_mask is None:",
+        READING,
+        "return mask if _covers_keys(mask, key) else None",
+        "return mask",
         MATCH,
     ),
     Mutant(

@@ -261,14 +261,45 @@ def cross_joined(text, video, a, b):
     return attend(heads(q), heads(kv), heads(kv))
 
 
+def cross_from_a_table(table, x):
+    return attend(heads(table), heads(x), heads(x))
+
+
+def cross_with_shared_positions(q, kv, pe):
+    return attend(heads(q) * pe, heads(kv) * pe, heads(kv))
+
+
+def cross_with_shared_modulation(q, kv, per_token):
+    q, kv = (F.layer_norm(each, (WIDTH,)) * (1 + per_token) for each in (q, kv))
+    return cross(q, kv)
+
+
+def cross_between_halves(x):
+    return cross(x[:, :VIDEO], x[:, VIDEO:])
+
+
+def cross_joined_alike(text, video, a, b):
+    return cross(torch.cat((text, video), 1), torch.cat((a, b), 1))
+
+
+def cross_from_joined(text, video, kv):
+    return cross(torch.cat((text, video), 1), kv)
+
+
 @pytest.mark.parametrize(
     ("function", "args", "sources"),
     [
         (cross, (rows(VIDEO), rows(VIDEO)), "l_q_ and l_kv_"),
+        (cross_from_a_table, (rows(VIDEO), rows(VIDEO)), "l_table_ and l_x_"),
+        (cross_with_shared_positions, (rows(VIDEO), rows(VIDEO), torch.randn(VIDEO, 1)), "l_q_ and l_kv_"),
+        (cross_with_shared_modulation, (rows(VIDEO), rows(VIDEO), rows(VIDEO)), "l_q_ and l_kv_"),
+        (cross_between_halves, (rows(2 * VIDEO),), "l_x_ and l_x_"),
+        (cross_joined_alike, (rows(TEXT), rows(VIDEO), rows(TEXT), rows(VIDEO)), "l_text_ and l_a_"),
+        (cross_from_joined, (rows(TEXT), rows(VIDEO), rows(TEXT + VIDEO)), "l_text_ and l_kv_"),
         (cross_conv, (rows(VIDEO), rows(VIDEO)), "conv1d and l_kv_"),
         (cross_joined, (rows(TEXT), rows(VIDEO), rows(TEXT), rows(VIDEO)), "l_text_ and l_b_"),
     ],
-    ids=["inputs", "patches", "joined sequences"],
+    ids=lambda each: each.__name__ if callable(each) else "",
 )
 def test_cross_attention_between_equal_lengths_is_declined(function, args, sources):
     (found,) = decide(function, *args)
@@ -357,32 +388,81 @@ def test_queries_among_mostly_context_keys_are_declined_with_advice():
     assert (found.hint, found.by_design) == ("raise max_context_ratio to include it", False)
 
 
-def rotary(x, rotary_cos, rotary_sin):
-    q = heads(x) * rotary_cos + heads(x).flip(-1) * rotary_sin
+def rotary(x, cos, sin):
+    q = heads(x) * cos + heads(x).flip(-1) * sin
     return attend(q, q, heads(x))
 
 
-def positions_first(x, freqs):
-    q = freqs * heads(x)
+def by_matrix(x, pe):
+    """FLUX: each pair of channels is multiplied by a matrix of its position."""
+    pairs = heads(x).reshape(BATCH, HEADS, -1, CHANNELS // 2, 1, 2)
+    q = (pe[..., 0] * pairs[..., 0] + pe[..., 1] * pairs[..., 1]).reshape(BATCH, HEADS, -1, CHANNELS)
+    return attend(q, q, heads(x))
+
+
+def by_complex_numbers(x, freqs):
+    pairs = torch.view_as_complex(heads(x).reshape(BATCH, HEADS, -1, CHANNELS // 2, 2))
+    q = torch.view_as_real(torch.view_as_complex(freqs) * pairs).flatten(-2)
+    return attend(q, q, heads(x))
+
+
+def positions_first(x, phases):
+    q = phases * heads(x)
     return attend(q, heads(x), heads(x))
 
 
-def query_from_positions(x, pos_embed):
-    return attend(heads(pos_embed), heads(x), heads(x))
+def added_to_queries_and_keys(x, table):
+    """DETR: positions are added before the projections."""
+    weight = torch.eye(WIDTH)
+    q = heads(F.linear(table + x, weight))
+    return attend(q, heads(F.linear(table + x, weight)), heads(F.linear(x, weight)))
 
 
-@pytest.mark.parametrize(
-    ("function", "args"),
-    [
-        (rotary, (rows(VIDEO), torch.randn(VIDEO, CHANNELS), torch.randn(VIDEO, CHANNELS))),
-        (positions_first, (rows(VIDEO), torch.randn(BATCH, HEADS, VIDEO, CHANNELS))),
-        (query_from_positions, (rows(VIDEO), rows(VIDEO))),
-        (lambda a, b: attend(heads(a * 2), heads(a), heads(a + b)), (rows(VIDEO), rows(VIDEO))),
-    ],
-    ids=["rotary", "positions first", "position queries", "same stream, other operands"],
-)
-def test_position_tables_are_not_mistaken_for_another_stream(function, args):
-    assert summary(site(function, *args)) == [(VIDEO, True)]
+def gated_values(x, gate):
+    return attend(heads(x), heads(x), gate * heads(x))
+
+
+def joined_apart(x, y, pe):
+    """Double-stream blocks join queries, keys and values each by itself."""
+    q, v = (torch.cat((heads(y * each), heads(x * each)), 2) for each in (1.5, 2.5))
+    return attend(pe * q, pe * q, v)
+
+
+def merged_axes(x, table):
+    """Frames and places are one axis only in the attention."""
+    q, v = (heads(F.linear(x, torch.eye(WIDTH)).unflatten(1, (5, 9)).mul(each).flatten(1, 2)) for each in (2, 3))
+    return attend(q, q, v)
+
+
+def convolved(x, table):
+    q, k, v = (F.conv1d(x.transpose(1, 2), torch.ones(WIDTH, WIDTH, 1)).transpose(1, 2) for _ in range(3))
+    return attend(heads(q), heads(k), heads(v))
+
+
+SAME_ROWS = {
+    "rotary": (rotary, (torch.randn(VIDEO, CHANNELS), torch.randn(VIDEO, CHANNELS))),
+    "matrices": (by_matrix, (torch.randn(1, 1, VIDEO, CHANNELS // 2, 2, 2),)),
+    "complex numbers": (by_complex_numbers, (torch.randn(1, 1, VIDEO, CHANNELS // 2, 2),)),
+    "positions first": (positions_first, (torch.randn(BATCH, HEADS, VIDEO, CHANNELS),)),
+    "positions for all": (positions_first, (torch.randn(VIDEO, 1),)),
+    "added": (added_to_queries_and_keys, (rows(VIDEO),)),
+    "gated values": (gated_values, (torch.randn(BATCH, HEADS, VIDEO, CHANNELS),)),
+    "other operands": (lambda a, b: attend(heads(a * 2), heads(a), heads(a + b)), (rows(VIDEO),)),
+    "other operands first": (lambda a, b: attend(heads(a * 2), heads(a), heads(b + a)), (rows(VIDEO),)),
+    "merged axes": (merged_axes, (rows(VIDEO),)),
+    "convolutions": (convolved, (rows(VIDEO),)),
+}
+
+
+@pytest.mark.parametrize("case", SAME_ROWS)
+def test_what_is_multiplied_or_added_to_the_rows_is_not_mistaken_for_another_stream(case):
+    function, tables = SAME_ROWS[case]
+    assert summary(site(function, rows(VIDEO), *tables)) == [(VIDEO, True)]
+
+
+def test_what_is_joined_for_queries_and_for_values_apart_is_one_stream():
+    positions = torch.randn(1, 1, TEXT + VIDEO, CHANNELS)
+    assert summary(site(joined_apart, rows(VIDEO), rows(TEXT), positions)) == [(TEXT, False), (VIDEO, True)]
 
 
 def run_time_length(x):

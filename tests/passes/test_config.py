@@ -24,6 +24,7 @@ ADVICE = {
     "dense_layers": ("at least 0", "1 is the default"),
     "min_tokens": ("at least 1", "4096 is the default"),
     "min_recall": ("[0, 1]", "0 guards nothing"),
+    "exact_rows": ("(start, end)", "0:333/-50:"),
     "recall_rows": ("at least 0", "0 measures nothing"),
     "recall_interval": ("at least 1", "1 measures at every sparse call"),
     "seed": ("[0, 2147483647]", "0 is the default"),
@@ -72,6 +73,14 @@ def bad_value(name: str) -> st.SearchStrategy[object]:
         values.append(st.integers(min_value=HIGHEST[name] + 1))
     if name in LOWEST and name != "dense_steps":
         values.append(st.floats())
+    if name == "exact_rows":
+        pairs = [(5, 5), (5, 2), (-2, -5), (0, 0), (0.0, 3), (True, 3), (1, 2, 3), (None, 4), ("0", "3"), 7]
+        values = [
+            NOT_NUMBERS.filter(lambda value: value != []),
+            st.integers(),
+            st.sampled_from(pairs).map(lambda pair: (pair,)),
+            st.sampled_from(["5:2", "0", "0:333,400:500", "a:b", "0:3/", "::"]),
+        ]
     if name in ("estimate_by", "lowering", "on_unsupported"):
         values = [
             st.one_of(st.text(), st.integers(), st.none()).filter(lambda value: repr(value) not in ADVICE[name][0])
@@ -112,6 +121,8 @@ def test_every_option_has_a_refusal():
         {"dense_steps": 500},
         {"dense_layers": 0},
         {"min_tokens": 1},
+        {"exact_rows": ()},
+        {"exact_rows": ((0, 1), (-1, None), (-7, 3), (5, -5))},
         {"seed": 2**31 - 1},
         {"lowering": "eager"},
         {"on_unsupported": "error"},
@@ -144,6 +155,23 @@ def test_given_cluster_counts_are_taken_as_they_are(q_clusters, k_clusters, toke
 
 def test_wan_at_720p_has_the_clusters_of_the_documented_rule():
     assert SparseConfig().clusters_for(75600) == (126, 504)
+
+
+@pytest.mark.parametrize(
+    ("given", "ranges"),
+    [
+        ("0:333", ((0, 333),)),
+        ("0:333/-50:", ((0, 333), (-50, None))),
+        (":333/400:-3", ((0, 333), (400, -3))),
+        ([[0, 333], [-50, None]], ((0, 333), (-50, None))),
+        ([], ()),
+    ],
+)
+def test_ranges_of_rows_are_pairs_however_they_are_given(given, ranges):
+    config = SparseConfig(exact_rows=given)
+    assert config.exact_rows == ranges
+    assert config == SparseConfig(exact_rows=ranges) and hash(config) == hash(SparseConfig(exact_rows=ranges))
+    assert dataclasses.replace(config, top_p=0.5).exact_rows == ranges
 
 
 def test_a_config_is_frozen_hashable_and_takes_no_stray_attribute():

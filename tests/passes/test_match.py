@@ -175,7 +175,7 @@ def flex() -> GraphModule:
     return graph_of(operand(*FULL), target=torch.ops.higher_order.flex_attention)
 
 
-KEY_MASK_HINT = "drop the mask if it is all true, or give a boolean key mask of shape (batch, 1, 1, keys)"
+KEY_MASK_HINT = "drop the mask if it hides nothing, or give one of shape (batch, 1, 1, keys) that hides keys"
 BATCH_HINT = "expand keys and values before the attention"
 SHORT = operand(BATCH, HEADS, 39, CHANNELS)
 FEWER_HEADS = operand(BATCH, 1, TOKENS, CHANNELS)
@@ -187,8 +187,8 @@ DECLINED: dict[str, tuple[Callable[[], GraphModule], str, str, bool]] = {
     "no shape": (lambda: graph_of(None), "its operands have no known shape", "please report this model", False),
     "three axes": (
         lambda: graph_of(THREE_AXES),
-        "expected 4-D (batch, heads, tokens, head dim) operands, got 3-D",
-        "",
+        "expected 4-D (batch, heads, tokens, head dim) operands, got 3-D, 3-D, 3-D",
+        "give all three the same leading axes, as (batch, heads, tokens, head dim)",
         False,
     ),
     "cross-attention": (
@@ -256,21 +256,9 @@ DECLINED: dict[str, tuple[Callable[[], GraphModule], str, str, bool]] = {
         BATCH_HINT,
         False,
     ),
-    "float mask": (
-        lambda: graph_of(operand(*FULL), attn_mask=operand(BATCH, 1, 1, TOKENS)),
-        no_mask("float32 2×1×1×41, not a key mask"),
-        KEY_MASK_HINT,
-        False,
-    ),
-    "full mask": (
-        lambda: graph_of(operand(*FULL), attn_mask=operand(BATCH, 1, TOKENS, TOKENS, dtype=torch.bool)),
-        no_mask("bool 2×1×41×41, not a key mask"),
-        KEY_MASK_HINT,
-        False,
-    ),
-    "mask per head": (
-        lambda: graph_of(operand(*FULL), attn_mask=operand(BATCH, HEADS, 1, TOKENS, dtype=torch.bool)),
-        no_mask("bool 2×3×1×41, not a key mask"),
+    "mask of whole numbers": (
+        lambda: graph_of(operand(*FULL), attn_mask=operand(BATCH, 1, 1, TOKENS, dtype=torch.int64)),
+        no_mask("int64 2×1×1×41, not a key mask"),
         KEY_MASK_HINT,
         False,
     ),

@@ -61,6 +61,9 @@ class ModelCase:
     dense: Mapping[str, int] = field(default_factory=dict)
     """Long attentions that stay dense, counted by reason; every other one must become sparse."""
 
+    dense_by_block: int | None = None
+    """The same in all where blocks are compiled one by one, if it differs: the mask is an input then, and is read."""
+
     unseen: int = 0
     """Long attentions that run eagerly, where no backend sees them."""
 

@@ -389,7 +389,8 @@ VIDEO_MODELS = (
             "num_refiner_layers": 1, "ffn_dim": 32, "in_channels": 4, "audio_in_channels": 4, "text_dim": 16,
             "freq_dim": 16, "time_embed_hidden_dim": 24, "time_embed_dim": 16, "rope_freq_dim": 2,
         },
-        minimax_h3, note="the sequence is packed by index, so text, video and sound are one kind of rows"),
+        minimax_h3, note="the sequence is packed by index, so text, video and sound are one kind of rows; "
+              "name the text and sound with exact_rows"),
     ModelCase(
         "SanaVideoTransformer3DModel",
         {
