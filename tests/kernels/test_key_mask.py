@@ -79,8 +79,16 @@ def test_a_mask_with_one_other_element_is_no_key_mask(case, data):
         torch.randn(1, HEADS, TOKENS, TOKENS),
         torch.full((BATCH, 1, 1, TOKENS), -1e4),
         torch.arange(TOKENS) >= torch.tensor([[[[0]], [[3]]]]),
+        (torch.arange(TOKENS) != 2)[None, None, :, None].expand(1, 1, TOKENS, TOKENS),
     ],
-    ids=["causal", "causal to be added", "bias", "added, hides all", "other heads see other keys"],
+    ids=[
+        "causal",
+        "causal to be added",
+        "bias",
+        "added, hides all",
+        "other heads see other keys",
+        "a query sees nothing",
+    ],
 )
 def test_masks_of_queries_and_biases_are_told(mask):
     assert not bool(key_mask(mask)[1])

@@ -98,13 +98,6 @@ MUTANTS = (
         SPELLINGS,
     ),
     Mutant(
-        "a sum that lost its axis taken for one that kept it",
-        "passes/read_softmax.py",
-        "or not keeps",
-        "or False",
-        SPELLINGS,
-    ),
-    Mutant(
         "a weight of keys taken for hiding them",
         KEY_MASK,
         "LARGEST_HIDING_BIAS = -9000.0",
