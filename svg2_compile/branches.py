@@ -12,8 +12,16 @@ MOST_BRANCHES = 64
 REMEMBERED = 64
 """Steps for which a tensor is remembered that was seen in one step only."""
 
+SHARED = "+"
+"""Ends the name of the place that further branches share."""
+
 Identity = tuple[int, int]
 """A tensor: the number it was given when first seen, never given again, and its version."""
+
+
+def is_shared(stream: str) -> bool:
+    """Say whether a branch has no place of its own, so that nothing is kept for it."""
+    return stream.endswith(SHARED)
 
 
 @dataclass(slots=True)
@@ -35,6 +43,7 @@ class Branches:
         """A step had another number of calls than the ones before, and its branches were told by their order."""
         self._step = 0
         self._by_order = False
+        self._used: set[str] = set()
         self._ran: list[str] = []
         self._seen: dict[tuple[str, Identity], _Sighting] = {}
 
@@ -48,24 +57,24 @@ class Branches:
                 del self._seen[key]
             self._step, self._ran, self._by_order = step, [], False
         sightings = [found for item in objects.items() if (found := self._seen.get(item)) is not None]
-        votes = Counter(
-            stream for each in sightings if len(each.streams) == 1 for stream in each.streams - {*self._ran}
-        )
+        own = Counter(stream for each in sightings if len(each.streams) == 1 for stream in each.streams)
+        votes = {stream: count for stream, count in own.items() if stream not in self._ran and not is_shared(stream)}
         if votes:
-            stream, how = votes.most_common(1)[0][0], "told by their own tensors"
+            stream, how = max(votes, key=lambda each: votes[each]), "told by their own tensors"
         else:
             self._by_order = True
-            place = len(self._ran)
-            stream, how = str(place), "told by their order"
-            while stream in self._ran:
+            # a branch that had to share a place takes one that nobody had
+            taken = self._used if any(map(is_shared, own)) else {*self._ran}
+            place = len(taken)
+            while str(place) in taken:
                 place += 1
-                stream = str(place)
-            if place >= max(FIRST_BRANCHES, self.expected):
-                stream = f"{max(FIRST_BRANCHES, self.expected)}+"
+            most = max(FIRST_BRANCHES, self.expected)
+            stream, how = f"{most}{SHARED}" if place >= most else str(place), "told by their order"
+        self._used.add(stream)
         self._ran.append(stream)
         for item in objects.items():
             sighting = self._seen.setdefault(item, _Sighting(set(), step, step))
-            sighting.streams.add(stream)
+            sighting.streams = {each for each in sighting.streams if not is_shared(each)} | {stream}
             sighting.last_step = step
         return stream, how
 

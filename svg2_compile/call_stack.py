@@ -118,7 +118,7 @@ def inputs_of_forward(model: object) -> list[tuple[str, Any]]:
     elif not isinstance(model, Module) and compiled is not None:
         function = compiled.f_locals.get("fn")
         found += bound(function, compiled.f_locals["args"], compiled.f_locals["kwargs"])
-    for frame in methods[-1:]:
+    for frame in reversed(methods):
         names = frame.f_code.co_varnames[1 : frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount]
         found += [(name, frame.f_locals[name]) for name in names if name in frame.f_locals]
     if isinstance(model, Module):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svg2_compile.announce import Announcement, announcements
-from svg2_compile.branches import MOST_BRANCHES, Branches, Identity
+from svg2_compile.branches import MOST_BRANCHES, Branches, Identity, is_shared
 from svg2_compile.noise_level import Level, NoiseLevel, Reading, nearest
 
 ASSUMED_STEPS = 50
@@ -159,7 +159,7 @@ class DenoiseClock:
             if branches.is_uneven:
                 branches.is_uneven = False
                 self.told.guess(f"branches were told by their order, and not all steps had as many calls; {ADVICE}")
-            if stream.endswith("+"):
+            if is_shared(stream):
                 run = next(_runs)
                 self.told.guess(
                     f"more than {stream[:-1]} calls at one noise level: the further ones keep no centroids; {ADVICE}"

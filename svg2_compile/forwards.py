@@ -48,7 +48,7 @@ class Forward:
     """The model's first graph has run, as it does in each forward."""
     has_ended: bool = False
     ran: set[tuple[int, int]] = field(default_factory=set)
-    """Graphs and layers that have run in it."""
+    """Code and layers that have run in it."""
     layers: list[int] = field(default_factory=list)
     begins_later: bool = False
     """The next graph of the model begins another one."""
@@ -149,17 +149,17 @@ def mark(caller: Caller) -> None:
         forward.begins_later = True
 
 
-def forward_of(caller: Caller, graph: int, *, begins: bool) -> Forward:
+def forward_of(caller: Caller, code: object, *, begins: bool) -> Forward:
     """Return the forward that a graph runs in now, begun by it or before.
 
     Args:
         caller: who runs it.
-        graph: its number.
+        code: what it was compiled from; there may be a graph of it for each size.
         begins: it is the first graph of every forward of the model.
     """
     model, layer = caller.model(), caller.layer()
     forward = _thread.forwards.get(model)
-    place = (graph, id(layer))
+    place = (id(code), id(layer))
     is_first = begins or (forward is not None and forward.begins_later)
     if forward is None or is_first or forward.has_ended:
         forward = _begin(model)

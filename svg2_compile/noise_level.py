@@ -28,6 +28,8 @@ TOLERANCE = 1 / 128
 """Relative, between a scheduler's noise level and the same one rounded to bfloat16."""
 SETTLED = 3
 """Changes after which the choice stays."""
+LONG = 64
+"""The same, while another input that has not changed looks more like a noise level."""
 
 Level = tuple[float, ...]
 """A noise level in numbers that fit for comparison: the mean first, then what tells it from others of that mean."""
@@ -119,18 +121,21 @@ class _Track:
     changes: int = 0
     returns: int = 0
     """Changes to a value that it had before."""
+    within_steps: int = 0
+    """Changes while the latents stayed the same."""
     unchanged: int = 0
     """Calls since it changed."""
     is_of_schedule: bool = True
     """All its values are among the noise levels of the loop's scheduler."""
 
-    def follow(self, reading: Reading) -> None:
+    def follow(self, reading: Reading, *, within_step: bool) -> None:
         self.rank = max(self.rank, reading.rank)
         self.unchanged += 1
         if reading.level != self.level:
             self.unchanged = 0
             self.changes += 1
             self.returns += reading.level in self.seen
+            self.within_steps += within_step
             self.level = reading.level
         if len(self.seen) < 4 * MOST_DIFFERENT:
             self.seen.add(reading.level)
@@ -168,24 +173,24 @@ class NoiseLevel:
                 track = self._tracks[name] = _Track(reading.rank, usual, reading.level)
                 track.seen.add(reading.level)
             else:
-                track.follow(reading)
+                track.follow(reading, within_step=latents_are_the_same)
             track.is_of_schedule &= any(nearest(value, schedule) is not None for value in reading.level[:3])
         before = self.chosen
         if not self.is_settled or self.chosen not in self._tracks:
-            self.chosen = self._best(latents_are_the_same)
-            track = self._tracks.get(self.chosen) if self.chosen else None
-            self.is_settled = track is not None and track.changes >= SETTLED and not track.is_label
+            self.chosen = self._best()
+            self.is_settled = self.chosen is not None and self._settles(self._tracks[self.chosen])
         return before != self.chosen and before is not None
 
-    def _best(self, latents_are_the_same: bool) -> str | None:
-        if not self._tracks:
-            return None
-        first_move = all(track.changes <= 1 for track in self._tracks.values())
+    def _settles(self, chosen: _Track) -> bool:
+        # one that looks more like a noise level may not have changed yet
+        waits = any(each.rank < chosen.rank and not each.changes for each in self._tracks.values())
+        return chosen.changes >= (LONG if waits else SETTLED) and not chosen.is_label
 
+    def _best(self) -> str | None:
         def order(name: str) -> tuple[Any, ...]:
             track = self._tracks[name]
-            if first_move and latents_are_the_same and track.changes and not track.unchanged:
-                doubt = 3  # it changed within a step
+            if track.changes and 2 * track.within_steps >= track.changes:
+                doubt = 3 if track.changes <= 2 * SETTLED else 1
             elif track.is_of_schedule:
                 doubt = 0
             elif track.changes:
@@ -196,7 +201,7 @@ class NoiseLevel:
             moves = bool(track.changes)
             return doubt, not track.is_of_schedule, not track.is_usual, not moves, track.rank, -track.changes
 
-        return min(self._tracks, key=order)
+        return min(self._tracks, key=order, default=None)
 
 
 def nearest(value: float, schedule: tuple[float, ...]) -> int | None:

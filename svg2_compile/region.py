@@ -128,7 +128,7 @@ class Region:
     def __call__(self, *args: Any) -> Any:
         """Run the dense or the sparse graph, as the schedule says for this call."""
         caller = self.owner.caller(args, self)
-        forward = forward_of(caller, self.number, begins=self.begins_forward)
+        forward = forward_of(caller, self.owner.code or self, begins=self.begins_forward)
         # one graph with all layers leaves the first ones out
         layer = ordinal(forward, caller) if self.owner.is_repeated else None
         why_dense = schedule.why_dense(self.config, forward.tick, layer)

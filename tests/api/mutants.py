@@ -8,6 +8,7 @@ GUARD = ("tests/api/test_guard.py",)
 SELF_CHECK = ("tests/kernels/test_self_check.py",)
 VOUCHING = ("tests/api/test_backend.py",)
 RECOMPILATION = ("tests/api/test_recompilation.py",)
+CLOCK = ("tests/api/test_clock.py", "tests/api/test_clock_loops.py", "tests/api/test_loops.py")
 API = ("tests/api/test_clock.py", "tests/api/test_backend.py")
 
 MUTANTS = (
@@ -55,30 +56,107 @@ MUTANTS = (
     ),
     Mutant(
         "CFG streams mixed up",
-        "svg2_compile/clock.py",
-        "stream = (explicit and explicit.stream) or (says and says.stream) or str(ordinal)",
-        'stream = "0"',
-        API,
+        "svg2_compile/branches.py",
+        "else str(place), ",
+        'else "0", ',
+        CLOCK,
     ),
     Mutant(
-        "new generation not noticed",
-        "svg2_compile/clock.py",
-        "turned = self._direction not in (0, direction)",
-        "turned = False",
-        API,
+        "branches told by order though their prompts tell",
+        "svg2_compile/branches.py",
+        "        if votes:",
+        "        if False:",
+        CLOCK,
     ),
     Mutant(
-        "new call of a pipeline is no new generation",
+        "a tensor that both branches have votes for one of them",
+        "svg2_compile/branches.py",
+        "for each in sightings if len(each.streams) == 1 for",
+        "for each in sightings for",
+        CLOCK,
+    ),
+    Mutant(
+        "a new generation is not noticed",
         "svg2_compile/clock.py",
-        "begins = self._run == 0 or (call is not None and call != self._call)",
-        "begins = self._run == 0",
-        API,
+        "            if not in_pipeline and self._begins_anew(seen, level, goes_on):",
+        "            if False:",
+        CLOCK,
+    ),
+    Mutant(
+        "the level at which a generation began does not tell",
+        "svg2_compile/clock.py",
+        "        if (level[0] - at.start) * self._direction <= 1e-6 * abs(at.start):",
+        "        if False:",
+        CLOCK,
+    ),
+    Mutant(
+        "other prompts do not tell a generation",
+        "svg2_compile/clock.py",
+        "        if goes_on is False:\n            return True",
+        "        if False:\n            return True",
+        CLOCK,
+    ),
+    Mutant(
+        "a new call of a pipeline is no new generation",
+        "svg2_compile/clock.py",
+        "return self._at.run == 0 or generation != self._generation",
+        "return self._at.run == 0",
+        CLOCK,
+    ),
+    Mutant(
+        "what is doubted goes on with its centroids",
+        "svg2_compile/clock.py",
+        "        self._at.run = next(_runs)\n        self.told",
+        "        self.told",
+        CLOCK,
+    ),
+    Mutant(
+        "a request of a known name never begins anew",
+        "svg2_compile/clock.py",
+        "if run == 0 or said.step < last.step or last.has_failed or is_first_again:",
+        "if run == 0:",
+        CLOCK,
+    ),
+    Mutant(
+        "an exception does not end a generation",
+        "svg2_compile/announce.py",
+        "        said.has_failed = True\n",
+        "",
+        CLOCK,
+    ),
+    Mutant(
+        "places of a schedule are not looked up",
+        "svg2_compile/clock.py",
+        "        place = _nearest(level, loop)\n        return None",
+        "        place = None\n        return None",
+        CLOCK,
+    ),
+    Mutant(
+        "labels are taken for the noise level",
+        "svg2_compile/noise_level.py",
+        "return 2 * self.returns >= self.changes > 0 and len(self.seen) <= 4",
+        "return False",
+        CLOCK,
+    ),
+    Mutant(
+        "latents are taken for the noise level",
+        "svg2_compile/noise_level.py",
+        "return Reading((mean, least, largest, weighted), 3 + whole_numbers) if is_by_frame or is_few else None",
+        "return Reading((mean, least, largest, weighted), 3 + whole_numbers)",
+        CLOCK,
+    ),
+    Mutant(
+        "a change within a step is a step",
+        "svg2_compile/noise_level.py",
+        "            self.within_steps += within_step",
+        "            pass",
+        CLOCK,
     ),
     Mutant(
         "dense_steps off by one",
         "svg2_compile/schedule.py",
-        "return now.step < dense_step_count",
-        "return now.step <= dense_step_count",
+        "now.step < dense_step_count",
+        "now.step <= dense_step_count",
         API,
     ),
     Mutant(
@@ -119,8 +197,8 @@ MUTANTS = (
     Mutant(
         "self-check after the first sparse call too",
         "svg2_compile/region.py",
-        "        self._kinds = ()\n        self.sparse_calls",
-        "        self.sparse_calls",
+        "        self._kinds = ()\n        states",
+        "        states",
         SELF_CHECK,
     ),
     Mutant(

@@ -39,9 +39,10 @@ def poisoned(allocate):
     return allocate_and_poison
 
 
-# ``with torch.device(...)`` remembers these functions when it first sees one: it must remember the unpatched ones
+# ``torch.device`` and Dynamo remember these functions when they first need them: they must know the unpatched ones
 with torch.device("meta"):
     torch.empty(0)
+torch.compile(torch.empty_like, backend="eager")(torch.zeros(1))
 
 
 @pytest.fixture(autouse=True)
