@@ -165,7 +165,8 @@ class DenoiseClock:
                     f"more than {stream[:-1]} calls at one noise level: the further ones keep no centroids; {ADVICE}"
                 )
         self.now = Tick(run, step, stream, self._total(explicit, says, seen.loop))
-        self._past = [*self._past[1 - REMEMBERED :], (weakref.ref(model), seen, self.now)]
+        if said is None or said.step is None:
+            self._past = [*self._past[1 - REMEMBERED :], (weakref.ref(model), seen, self.now)]
         return self.now
 
     @property

@@ -69,7 +69,7 @@ ROOT = "."
 _thread = _Thread()
 _lock = threading.RLock()
 _callers: Any = WeakIdKeyDictionary()
-"""By parameter."""
+"""By parameter, then by the class whose code runs and whether its model is around it."""
 _of_layer: weakref.WeakKeyDictionary[Any, dict[tuple[str, bool], Caller]] = weakref.WeakKeyDictionary()
 """By layer, or graph where there is none, name of the parameter, and whether a model is around it."""
 _ordinals: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -100,20 +100,22 @@ def caller_of(parameter: Tensor | None, graph: Any, root: Module | None, *, is_r
         root: the module for which the graph was compiled; another one of its class may run it.
         is_repeated: the graph is that of a layer; its model is around it.
     """
+    kind = type(root), is_repeated
     if parameter is not None:
-        known: Caller | None = _callers.get(parameter)
+        known: Caller | None = _callers.get(parameter, {}).get(kind)
         if known is not None and known.layer() is not None and known.model() is not None:
             return known
     with _lock:
         caller = _find_caller(parameter, graph, root, is_repeated)
         if parameter is not None:
-            _callers[parameter] = caller
+            _callers.setdefault(parameter, {})[kind] = caller
     return caller
 
 
 def _find_caller(parameter: Tensor | None, graph: Any, root: Module | None, is_repeated: bool) -> Caller:
     called = call_stack.called_modules()
     layers = [each for each, _ in called] + ([] if root is None else [root])
+    layers.sort(key=lambda each: type(each) is not type(root))
     layer, name = next(((each, found) for each in layers if (found := _name_in(each, parameter, root))), (None, ""))
     if layer is None:
         if parameter is not None:
