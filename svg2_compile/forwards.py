@@ -129,12 +129,18 @@ def _find_caller(parameter: Tensor | None, graph: Any, root: Module | None, is_r
     around = [(each, compiled) for each, compiled in called if each is not layer and call_stack.holds(each, layer)]
     model = layer
     if is_repeated:
-        model = around[-1][0] if around else call_stack.holder_in_locals(layer) or layer
+        model = _model_of(layer, [each for each, _ in around]) or call_stack.holder_in_locals(layer) or layer
     caller = callers[key] = Caller(weakref.ref(layer), weakref.ref(model), name.removeprefix(ROOT))
     for each, is_compiled in around if is_repeated else ():
         if not is_compiled:
             _watch(each, caller)
     return caller
+
+
+def _model_of(layer: Module, around: list[Module]) -> Module | None:
+    """Return the innermost of the modules around a layer that has all its equals: others wrap the model."""
+    counts = [sum(type(each) is type(layer) for each in module.modules()) for module in around]
+    return next((module for module, count in zip(around, counts) if count == counts[-1]), None)
 
 
 def _name_in(module: Module, parameter: Tensor | None, root: Module | None) -> str:
