@@ -9,7 +9,7 @@ from dataclasses import dataclass
 FIRST_BRANCHES = 3
 """Branches told apart by their order before a step has ended; what is more shares one place without a memory."""
 MOST_BRANCHES = 64
-REMEMBERED = 64
+REMEMBERED = 16
 """Steps for which a tensor is remembered that was seen in one step only."""
 
 SHARED = "+"

@@ -132,11 +132,14 @@ def inputs_of_forward(model: object) -> list[tuple[str, Any]]:
 
 def bound(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return arguments by the names of a function's parameters, or by their places where that has none."""
-    try:
-        arguments = inspect.signature(function).bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        arguments = {str(place): each for place, each in enumerate(args)} | dict(kwargs)
-    return list(arguments.items())
+    inner = inspect.unwrap(getattr(function, "__func__", function))
+    code = getattr(inner, "__code__", None)
+    names: tuple[str, ...] = () if code is None else code.co_varnames[: code.co_argcount]
+    if hasattr(function, "__self__"):
+        names = names[1:]
+    return [(names[place] if place < len(names) else str(place), each) for place, each in enumerate(args)] + [
+        *kwargs.items()
+    ]
 
 
 def leaves(inputs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:

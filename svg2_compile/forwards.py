@@ -49,7 +49,6 @@ class Forward:
     has_ended: bool = False
     ran: set[tuple[int, int]] = field(default_factory=set)
     """Code and layers that have run in it."""
-    layers: list[int] = field(default_factory=list)
     begins_later: bool = False
     """The next graph of the model begins another one."""
 
@@ -102,7 +101,8 @@ def caller_of(parameter: Tensor | None, graph: Any, root: Module | None, *, is_r
     """
     kind = type(root), is_repeated
     if parameter is not None:
-        known: Caller | None = _callers.get(parameter, {}).get(kind)
+        by_kind = _callers.get(parameter)
+        known: Caller | None = None if by_kind is None else by_kind.get(kind)
         if known is not None and known.layer() is not None and known.model() is not None:
             return known
     with _lock:
@@ -181,11 +181,12 @@ def forward_of(caller: Caller, code: object, *, begins: bool) -> Forward:
 def ordinal(forward: Forward, caller: Caller) -> int:
     """Return the layer's place in its model, from 0, in the order in which layers first run."""
     layer = caller.layer()
-    if id(layer) not in forward.layers:
-        forward.layers.append(id(layer))
-    if isinstance(layer, Module):
-        return _ordinals.setdefault(layer, forward.layers.index(id(layer)))
-    return forward.layers.index(id(layer))
+    place = _ordinals.get(layer) if isinstance(layer, Module) else None
+    if place is None:
+        place = len({each for _, each in forward.ran} - {id(layer)})
+        if isinstance(layer, Module):
+            _ordinals[layer] = place
+    return place
 
 
 def _begin(model: Any, inputs: list[tuple[str, Any]] | None = None) -> Forward:

@@ -160,12 +160,14 @@ class Region:
     def dense_calls(self, caller: Caller) -> dict[str, int]:
         """Return how often it was dense for a caller, by reason."""
         with self._lock:
-            return {why: count for why, count in self._calls.get(caller, {}).items() if why}
+            return {why: count for why, count in dict(self._calls.get(caller, {})).items() if why}
 
     def _count(self, caller: Caller, why_dense: str) -> None:
-        with self._lock:
-            counts = self._calls.setdefault(caller, {})
-            counts[why_dense] = counts.get(why_dense, 0) + 1
+        counts = self._calls.get(caller)
+        if counts is None:
+            with self._lock:
+                counts = self._calls.setdefault(caller, {})
+        counts[why_dense] = counts.get(why_dense, 0) + 1
 
     def clear(self) -> None:
         """Forget the counts; what is compiled stays."""
