@@ -67,9 +67,9 @@ class Observation:
     objects: Mapping[str, Identity] = field(default_factory=dict)
     """The tensors among the inputs."""
     latents: tuple[Identity, ...] = ()
-    """The largest of them."""
+    """Those that can only be latents; empty where they may be anything."""
     size: tuple[int, ...] = ()
-    """Their shape."""
+    """The shape of the largest."""
     loop: Loop | None = None
 
 

@@ -21,7 +21,7 @@ from svg2_compile import call_stack
 from svg2_compile.announce import is_announced
 from svg2_compile.clock import DenoiseClock, Loop, Observation, Recognition, Tick, current_clock, set_current
 from svg2_compile.dynamo import has_pre_hook
-from svg2_compile.noise_level import candidates, read
+from svg2_compile.noise_level import candidates, is_grid, read
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -74,6 +74,8 @@ _of_layer: weakref.WeakKeyDictionary[Any, dict[tuple[str, bool], Caller]] = weak
 _ordinals: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _layers: weakref.WeakKeyDictionary[Module, list[weakref.ref[Caller]]] = weakref.WeakKeyDictionary()
 """Who runs compiled code, by each module that was being called around it and is watched."""
+_entered: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Models of whose forwards the first graph is seen."""
 _told: weakref.WeakKeyDictionary[Any, Recognition] = weakref.WeakKeyDictionary()
 
 
@@ -132,8 +134,8 @@ def _find_caller(parameter: Tensor | None, graph: Any, root: Module | None, is_r
         model = _model_of(layer, [each for each, _ in around]) or call_stack.holder_in_locals(layer) or layer
     caller = callers[key] = Caller(weakref.ref(layer), weakref.ref(model), name.removeprefix(ROOT))
     for each, is_compiled in around if is_repeated else ():
-        if not is_compiled:
-            _watch(each, caller)
+        if each not in _entered:
+            _watch(each, caller, is_compiled=is_compiled)
     return caller
 
 
@@ -152,7 +154,9 @@ def _name_in(module: Module, parameter: Tensor | None, root: Module | None) -> s
 
 def mark(caller: Caller) -> None:
     """Let the next compiled graph of a model begin a forward of it: its first graph, without attention, runs."""
-    forward = _thread.forwards.get(caller.model())
+    model = caller.model()
+    _entered.add(model)
+    forward = _thread.forwards.get(model)
     if forward is not None:
         forward.begins_later = True
 
@@ -209,7 +213,7 @@ def _begin(model: Any, inputs: list[tuple[str, Any]] | None = None) -> Forward:
 def _observe(inputs: list[tuple[str, Any]], loop: call_stack.StackedLoop | None, level: str | None) -> Observation:
     objects = call_stack.identities(inputs)
     latents = call_stack.largest(inputs)
-    same = tuple(objects[name] for name, value in inputs if value is latents)
+    same = tuple(objects[name] for name, value in inputs if isinstance(value, Tensor) and is_grid(value))
     size = () if latents is None else tuple(map(int, latents.shape))
     if is_announced():
         return Observation(objects=objects, latents=same, size=size, loop=None if loop is None else loop.told([]))
@@ -239,14 +243,19 @@ def _new_clock(model: Any, loop: call_stack.StackedLoop | None, seen: Observatio
 # Models that run eagerly around compiled layers.
 
 
-def _watch(module: Module, caller: Caller) -> None:
-    """Let a module tell when its calls begin and end, which layers alone do not show."""
+def _watch(module: Module, caller: Caller, *, is_compiled: bool) -> None:
+    """Let a module tell when its calls begin and end, which layers alone do not show.
+
+    ``is_compiled`` where Dynamo has given its forward up, and would trace the hooks.
+    """
     if module not in _layers:
         _layers[module] = []
         # a copy of a watched module has the hooks of the original
-        if not has_pre_hook(module, begins_forward):
-            module.register_forward_pre_hook(begins_forward, with_kwargs=True)
-            module.register_forward_hook(ends_forward, always_call=True)
+        if not has_pre_hook(module, begins_forward) and not has_pre_hook(module, begins_broken_forward):
+            begins = begins_broken_forward if is_compiled else begins_forward
+            ends = ends_broken_forward if is_compiled else ends_forward
+            module.register_forward_pre_hook(begins, with_kwargs=True)
+            module.register_forward_hook(ends, always_call=True)
     _layers[module].append(weakref.ref(caller))
 
 
@@ -279,3 +288,15 @@ def ends_forward(module: Module, args: tuple[Any, ...], output: Any) -> None:
     forward = _thread.forwards.get(module)
     if forward is not None:
         forward.has_ended = True
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def begins_broken_forward(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Begin a forward of a model whose forward Dynamo has given up: a hook of the model."""
+    begins_forward(module, args, kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def ends_broken_forward(module: Module, args: tuple[Any, ...], output: Any) -> None:
+    """End a forward of a model whose forward Dynamo has given up: a hook of the model."""
+    ends_forward(module, args, output)

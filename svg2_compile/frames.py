@@ -103,7 +103,8 @@ def owner_position(gm: GraphModule, inputs: list[Any], compiled: Compiled) -> tu
 def _shared_parameters(model: torch.nn.Module | None) -> set[int]:
     if model is None:
         return set()
-    counts = Counter(id(each) for _, each in model.named_parameters(remove_duplicate=False))
+    # each module once: some wrappers hold each other
+    counts = Counter(id(each) for module in model.modules() for each in module.parameters(recurse=False))
     return {each for each, count in counts.items() if count > 1}
 
 

@@ -57,6 +57,11 @@ def _may_be_level(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_grid(value: Tensor) -> bool:
+    """Say whether a tensor can only be latents: channels over frames, rows and columns, or some of these."""
+    return value.is_floating_point() and _axes(value) >= 3
+
+
 def _axes(value: Tensor) -> int:
     return sum(size > 1 for size in value.shape)
 
@@ -189,17 +194,15 @@ class NoiseLevel:
     def _best(self) -> str | None:
         def order(name: str) -> tuple[Any, ...]:
             track = self._tracks[name]
+            likeness = track.is_of_schedule + track.is_usual
             if track.changes and 2 * track.within_steps >= track.changes:
                 doubt = 3 if track.changes <= 2 * SETTLED else 1
-            elif track.is_of_schedule:
-                doubt = 0
             elif track.changes:
-                doubt = 1 if track.is_label else 0
+                doubt = 1 if track.is_label and not track.is_of_schedule else 0
             else:
-                # one with a usual name is waited for while others already change
-                doubt = 0 if track.is_usual and track.unchanged <= 2 * SETTLED else 2
-            moves = bool(track.changes)
-            return doubt, not track.is_of_schedule, not track.is_usual, not moves, track.rank, -track.changes
+                # one that looks like it is waited for while others already change
+                doubt = 0 if likeness and track.unchanged <= 2 * SETTLED else 2
+            return doubt, -likeness, not track.changes, track.rank, -track.changes
 
         return min(self._tracks, key=order, default=None)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from svg2_compile import call_stack
 from svg2_compile.clock import DenoiseClock, Loop, Observation, Tick
-from svg2_compile.noise_level import candidates, read
+from svg2_compile.noise_level import candidates, is_grid, read
 
 
 class Model:
@@ -20,7 +22,7 @@ def seen(loop: Loop | None = None, **inputs: Any) -> Observation:
     readings, _ = read(candidates(named))
     objects = call_stack.identities(named)
     largest = call_stack.largest(named)
-    same = tuple(objects[name] for name, value in named if value is largest)
+    same = tuple(objects[name] for name, value in named if isinstance(value, Tensor) and is_grid(value))
     return Observation(readings, objects, same, () if largest is None else tuple(largest.shape), loop)
 
 

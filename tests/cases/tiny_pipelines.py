@@ -238,14 +238,14 @@ def compiled(case: PipelineCase) -> Any:
 def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
     """Return a list to which every call of a region adds an entry from now on."""
     entries: list[Entry] = []
-    decide = region.is_dense
+    why_dense = region.schedule.why_dense
 
-    def recording(config: Any, now: Any, layer: int | None) -> bool:
-        dense = decide(config, now, layer)
-        entries.append((now.run, now.step, now.stream, "dense" if dense else "sparse"))
-        return dense
+    def recording(config: Any, now: Any, layer: int | None) -> str:
+        why = why_dense(config, now, layer)
+        entries.append((now.run, now.step, now.stream, "dense" if why else "sparse"))
+        return why
 
-    monkeypatch.setattr(region, "is_dense", recording)
+    monkeypatch.setattr(region.schedule, "why_dense", recording)
     return entries
 
 
