@@ -141,8 +141,13 @@ def _find_caller(parameter: Tensor | None, graph: Any, root: Module | None, is_r
 
 def _model_of(layer: Module, around: list[Module]) -> Module | None:
     """Return the innermost of the modules around a layer that has all its equals: others wrap the model."""
-    counts = [sum(type(each) is type(layer) for each in module.modules()) for module in around]
+    counts = [_equals(layer, module) for module in around]
     return next((module for module, count in zip(around, counts) if count == counts[-1]), None)
+
+
+def _equals(layer: Any, module: Module) -> int:
+    """Return how many layers of that class a module has."""
+    return sum(type(each) is type(layer) for each in module.modules())
 
 
 def _name_in(module: Module, parameter: Tensor | None, root: Module | None) -> str:
@@ -271,7 +276,8 @@ def begins_forward(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     for model in models.values():
         forward = _thread.forwards.get(model)
-        mine = [each for each in callers if each.model() is model]
+        # what has one layer is part of a layer; what has several may be a model
+        mine = [each for each in callers if each.model() is model and _equals(each.layer(), module) > 1]
         ran = {layer for _, layer in forward.ran} if forward is not None and not forward.has_ended else set()
         if any(id(each.layer()) in ran for each in mine):
             # this module is called more than once in a call of the one around it, which holds a loop or both branches
