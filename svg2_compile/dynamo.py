@@ -51,11 +51,10 @@ __all__ = [
     "is_compiled",
     "is_kept_from_dynamo",
     "load_compile_fx",
-    "locals_of_traced_code",
     "mark_static_address",
     "options_of_mode",
     "over_all_tensors",
-    "traced_code",
+    "traced_function",
     "tracing_with",
     "uncompiled",
     "version_of",
@@ -91,22 +90,13 @@ def has_inductor_option(name: str) -> bool:
     return name.replace("-", "_") in torch._inductor.config.get_config_copy()
 
 
-def locals_of_traced_code() -> dict[str, Any] | None:
-    """Return the variables of the function that Dynamo is tracing (torch 2.13.0); None where it traces nothing."""
+def traced_function() -> tuple[CodeType, dict[str, Any]] | None:
+    """Return code and variables of the function that Dynamo is tracing (torch 2.13.0); None where it traces nothing."""
     try:
-        found: dict[str, Any] = InstructionTranslator.current_tx().f_locals
+        translator = InstructionTranslator.current_tx()
     except AttributeError:  # no translator is current
         return None
-    return found
-
-
-def traced_code() -> CodeType | None:
-    """Return the code of the function that Dynamo is tracing (torch 2.13.0); None where it traces nothing."""
-    try:
-        found: CodeType = InstructionTranslator.current_tx().f_code
-    except AttributeError:  # no translator is current
-        return None
-    return found
+    return translator.f_code, translator.f_locals
 
 
 def fake_mode_of_trace() -> FakeTensorMode:

@@ -204,8 +204,8 @@ def _begin(model: Any, inputs: list[tuple[str, Any]] | None = None) -> Forward:
     if inputs is None:
         inputs = call_stack.inputs_of_forward(model)
     known = _known_clock(model, loop)
-    observation = _observe(inputs, loop, None if known is None else known.input_of(model))
     latents = call_stack.largest(inputs)
+    observation = _observe(inputs, latents, loop, None if known is None else known.input_of(model))
     clock = known or _new_clock(model, loop, observation)
     tick = clock.tick(model, observation)
     clock.last_input = None if latents is None else weakref.ref(latents)
@@ -215,9 +215,10 @@ def _begin(model: Any, inputs: list[tuple[str, Any]] | None = None) -> Forward:
     return forward
 
 
-def _observe(inputs: list[tuple[str, Any]], loop: call_stack.StackedLoop | None, level: str | None) -> Observation:
+def _observe(
+    inputs: list[tuple[str, Any]], latents: Tensor | None, loop: call_stack.StackedLoop | None, level: str | None
+) -> Observation:
     objects = call_stack.identities(inputs)
-    latents = call_stack.largest(inputs)
     same = tuple(objects[name] for name, value in inputs if isinstance(value, Tensor) and is_grid(value))
     size = () if latents is None else tuple(map(int, latents.shape))
     if is_announced():

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import ModuleDict, ModuleList, Sequential
 
 from svg2_compile import call_stack
-from svg2_compile.dynamo import RESUMED, locals_of_traced_code, traced_code
+from svg2_compile.dynamo import RESUMED, traced_function
 from svg2_compile.passes.dynamo_graphs import source_name
 from svg2_compile.passes.nodes import value_of
 
@@ -55,9 +55,10 @@ class Compiled:
 
 def what_is_compiled(inputs: list[Any]) -> Compiled:
     """Return the module under compilation and its caller; to be called by the backend itself, with its inputs."""
-    traced, code = locals_of_traced_code(), traced_code()
-    if traced is None:
+    function = traced_function()
+    if function is None:
         return Compiled(None, None, None)
+    code, traced = function
     called = [module for module, _ in call_stack.called_modules()]
     modules = (each for each in (traced.get("self"), *traced.values()) if isinstance(each, torch.nn.Module))
     # a hook that goes on after a graph break may hold no module: then it runs for the one whose parameters it uses

@@ -111,11 +111,12 @@ def test_dynamo_writes_the_attention_that_we_look_for_and_says_where_inputs_come
 
 def test_dynamos_translator_knows_the_variables_of_the_traced_code():
     model = Attention()
-    _, (variables, mode) = traced(
-        model, torch.ones(()), look=lambda gm: (dynamo.locals_of_traced_code(), dynamo.fake_mode_of_trace())
+    _, ((code, variables), mode) = traced(
+        model, torch.ones(()), look=lambda gm: (dynamo.traced_function(), dynamo.fake_mode_of_trace())
     )
+    assert code is Attention.forward.__code__
     assert variables["self"] is model and isinstance(mode, dynamo_graphs.FakeTensorMode)
-    assert dynamo.locals_of_traced_code() is None
+    assert dynamo.traced_function() is None
 
 
 def test_dynamo_tells_which_code_it_compiles_and_how_many_graphs_it_keeps_of_it():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,12 +21,7 @@ BATCH, HEADS, QUERIES, KEYS, CHANNELS = 2, 3, 7, 5, 8
 SCALE = CHANNELS**-0.5
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def randn(*sizes: int, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,11 +25,7 @@ CONFIG = SparseConfig(min_tokens=40)
 SDPA = torch._C._nn.scaled_dot_product_attention
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def operand(*shape: int | torch.SymInt, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:

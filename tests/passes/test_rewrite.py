@@ -49,13 +49,7 @@ from svg2_compile.passes.sparsify import PASSES, sparsify
 from svg2_compile.passes.stages import attend as attend_module
 from svg2_compile.passes.verify import Q_ORDER, snapshot, verify
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.fixture(autouse=True, scope="module")

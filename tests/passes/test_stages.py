@@ -23,11 +23,7 @@ from svg2_compile.passes.stages.stage import Stage
 aten, svg2 = torch.ops.aten, torch.ops.svg2
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def instead(config, site, *stages):
