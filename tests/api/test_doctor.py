@@ -47,6 +47,8 @@ def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
         "dense_attention": "sdpa",
         "judge_heads_": "pytorch",
         "keep_dense_heads_": "pytorch",
+        "key_mask": "pytorch",
+        "redo_densely_": "sdpa",
     }
     assert found.pop("block_sparse_attention").implementation == "gluon"
     assert [found.pop(op).implementation for op in ("cluster_tokens_", "kmeans_")] == ["triton, gluon"] * 2
