@@ -1,8 +1,10 @@
 """Plant plausible bugs, one at a time, in a copy of the sources, and see that the tests notice.
 
-    python tests/mutation/run_mutations.py [--rooms kernels passes] [--only WORDS] [--write FILE]
+    python tests/mutation/run_mutations.py [--rooms kernels passes] [--only WORDS ...] [--new] [--page FILE]
 
-Prints a table of mutants and the first test that failed; exits with 1 if any survives. Not collected by pytest.
+Prints each mutant and the first test that failed; exits with 1 if any survives. Not collected by pytest. The page keeps
+the verdicts of what is not tried this time; ``--new`` tries what it has no verdict of. It is written after each one, so
+a run that is broken off loses nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("kernels", "passes", "svg2_compile")
 TIMEOUT_SECONDS = 600
 SURVIVED = "**survived**"
+NOT_TRIED = "not tried yet"
+PAGE = ROOT / "docs" / "mutations.md"
+ROW = re.compile(r"^\| (\S+) \| (.+) \| (.+) \|$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +135,29 @@ def check_that_tests_pass(test: str, left_out: list[str]) -> None:
         raise RuntimeError(f"{test} fails without a mutant; mend it first:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def table(outcomes: list[Outcome], left_out: list[str]) -> str:
-    """Return the outcomes as a markdown page."""
-    killed = sum(outcome.killed for outcome in outcomes)
+def verdicts_of(page: Path) -> dict[tuple[str, str], str]:
+    """Return the verdicts that a page has, by file and bug, less those on what was not tried."""
+    lines = page.read_text(encoding="utf-8").splitlines() if page.exists() else []
+    rows = [row for line in lines if (row := ROW.match(line)) is not None and row[3] != NOT_TRIED]
+    return {(row[1], row[2]): row[3] for row in rows}
+
+
+def table(verdicts: dict[tuple[str, str], str], left_out: list[str]) -> str:
+    """Return the verdicts on all mutants as a markdown page."""
+    rows = {key: verdicts.get(key, NOT_TRIED) for each in all_mutants() for key in [(each.file, each.bug)]}
+    not_tried, survivors = (list(rows.values()).count(verdict) for verdict in (NOT_TRIED, SURVIVED))
     lines = [
         "# Mutations",
         "",
-        f"{killed} of {len(outcomes)} planted bugs are noticed. Written by `tests/mutation/run_mutations.py`.",
+        f"{len(rows) - not_tried - survivors} of {len(rows)} planted bugs are noticed, {survivors} survive, "
+        f"{not_tried} are not tried yet. Written by `tests/mutation/run_mutations.py`.",
         "",
         "| file | bug | first failing test |",
         "|---|---|---|",
     ]
     if left_out:
         lines.insert(3, f"Left out, for they fail without a mutant: {', '.join(f'`{each}`' for each in left_out)}.")
-    lines += [f"| {each.mutant.file} | {each.mutant.bug} | {each.verdict} |" for each in outcomes]
+    lines += [f"| {file} | {bug} | {verdict} |" for (file, bug), verdict in rows.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -151,25 +165,32 @@ def main() -> int:
     """Try the chosen mutants; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=list(ROOMS), help="rooms to plant bugs in")
-    parser.add_argument("--only", default="", help="plant bugs whose description contains these words")
+    parser.add_argument("--only", nargs="+", default=[""], help="plant bugs whose description contains one of these")
+    parser.add_argument("--new", action="store_true", help="plant bugs that the page has no verdict of")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants tried at a time")
     parser.add_argument("--deselect", nargs="+", default=[], help="tests to leave out, as pytest names them")
-    parser.add_argument("--write", type=Path, help="file to write the table to")
+    parser.add_argument("--page", type=Path, default=PAGE, help="file that keeps the verdicts")
     options = parser.parse_args()
-    chosen = [each for each in all_mutants() if each.room in options.rooms and options.only in each.bug]
+    verdicts = verdicts_of(options.page)
+    chosen = [
+        each
+        for each in all_mutants()
+        if each.room in options.rooms
+        and any(words in each.bug for words in options.only)
+        and not (options.new and (each.file, each.bug) in verdicts)
+    ]
     existing = {test for each in chosen for test in each.tests if (ROOT / test).exists()}
     started = time.perf_counter()
+    outcomes: list[Outcome] = []
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(functools.partial(check_that_tests_pass, left_out=options.deselect), sorted(existing)))
-        outcomes = []
         for outcome in pool.map(functools.partial(try_mutant, left_out=options.deselect), chosen):
-            print(f"{outcome.mutant.bug}: {outcome.verdict}", file=sys.stderr, flush=True)
+            mutant = outcome.mutant
+            print(f"{mutant.bug}: {outcome.verdict}", flush=True)
             outcomes.append(outcome)
-    page = table(outcomes, options.deselect)
-    print(page)
-    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
-    if options.write:
-        options.write.write_text(page, encoding="utf-8")
+            verdicts[mutant.file, mutant.bug] = outcome.verdict
+            options.page.write_text(table(verdicts, options.deselect), encoding="utf-8")
+    print(f"{sum(each.killed for each in outcomes)} of {len(outcomes)} noticed, {time.perf_counter() - started:.0f} s")
     return 0 if all(outcome.killed for outcome in outcomes) else 1
 
 
