@@ -7,6 +7,7 @@ algorithms: other ones than users run, and on a GPU some ops refuse them.
 
 import functools
 import math
+import os
 
 import pytest
 import torch
@@ -42,7 +43,9 @@ def poisoned(allocate):
 # ``torch.device`` and Dynamo remember these functions when they first need them: they must know the unpatched ones
 with torch.device("meta"):
     torch.empty(0)
-torch.compile(torch.empty_like, backend="eager")(torch.zeros(1))
+if os.environ.get("TRITON_INTERPRET") != "1":
+    # not in the interpreter's process, which compiles nothing: Dynamo takes seconds to import
+    torch.compile(torch.empty_like, backend="eager")(torch.zeros(1))
 
 
 @pytest.fixture(autouse=True)

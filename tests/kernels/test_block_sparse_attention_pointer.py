@@ -6,6 +6,7 @@ import attention_cases
 import pytest
 import torch
 from attention_cases import assert_as_accurate
+from pairs import every_two
 from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs_kernels, starts_the_interpreter
 
 # Triton's interpreter computes wrong bf16 products.
@@ -64,14 +65,13 @@ def test_any_number_of_tokens(assert_kernel_is_accurate, tokens, dtype):
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_thousand_tokens(assert_kernel_is_accurate, dtype):
-    case = random_case(tokens=1000, k_tokens=1000, q_clusters=7, k_clusters=31, density=0.3, repeats=1, dtype=dtype)
+def test_a_thousand_keys(assert_kernel_is_accurate, dtype):
+    case = random_case(tokens=500, k_tokens=1000, q_clusters=7, k_clusters=31, density=0.3, repeats=1, dtype=dtype)
     assert_kernel_is_accurate(case)
 
 
 @runs_kernels
-@pytest.mark.parametrize("k_clusters", [3, 7, 13])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("k_clusters", "seed"), [(3, 0), (7, 1), (13, 0)])
 def test_runs_of_many_tiles(assert_kernel_is_accurate, k_clusters, seed):
     case = random_case(seed=seed, tokens=100, k_tokens=1000, k_clusters=k_clusters, density=0.75, dtype=torch.float16)
     assert_kernel_is_accurate(case)
@@ -87,10 +87,7 @@ def test_runs_that_are_whole_pieces_and_tiles(assert_kernel_is_accurate, kept):
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [16, 64, 80, 128])
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("shuffled", [False, True])
+@every_two(dim=[16, 64, 80, 128], strided=[False, True], shuffled=[False, True], dtype=DTYPES)
 def test_any_head_dimension_layout_and_order(assert_kernel_is_accurate, dim, strided, shuffled, dtype):
     assert_kernel_is_accurate(random_case(dim=dim, strided=strided, shuffled=shuffled, dtype=dtype, context=15))
 
@@ -103,9 +100,7 @@ def test_clusters_of_any_size(assert_kernel_is_accurate, q_kind, k_kind):
 
 
 @runs_kernels
-@pytest.mark.parametrize("context_mask", [False, True])
-@pytest.mark.parametrize("context", [1, 15, 70])
-@pytest.mark.parametrize("density", [0.0, 0.5])
+@every_two(context=[1, 15, 70], context_mask=[False, True], density=[0.0, 0.5])
 def test_context_keys_are_attended_to_where_the_mask_admits(assert_kernel_is_accurate, context, context_mask, density):
     assert_kernel_is_accurate(random_case(context=context, context_mask=context_mask, density=density))
 
@@ -149,7 +144,7 @@ def test_a_row_that_attends_to_nothing_is_zero_with_lse_minus_infinity(attend):
 
 @runs_kernels
 @pytest.mark.parametrize("dropped_cluster", [0, 3, 6])
-@pytest.mark.parametrize("k_tokens", [63, 600])
+@pytest.mark.parametrize("k_tokens", [63, 300])
 def test_dropped_keys_cannot_influence_the_output(attend, k_tokens, dropped_cluster):
     case = random_case(k_tokens=k_tokens, density=0.7, context=15)
     case.keep[..., dropped_cluster] = False

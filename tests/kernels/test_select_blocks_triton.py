@@ -122,7 +122,7 @@ def check_against_the_reference(case, top_p, min_keep_ratio, masses=None):
 @pytest.mark.parametrize(
     ("kind", "sharpness"), [("uneven", 0.0), ("uneven", 8.0), ("giant", 1.0), ("singletons", 60.0)]
 )
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES[:-1])
 def test_the_runs_are_those_of_the_reference_selection_but_at_the_boundary(shape, sharpness, kind):
     case = random_case(*shape, sharpness, kind)
     for top_p, min_keep_ratio in ((0.5, 0.0), (0.9, 0.1)):
@@ -130,9 +130,9 @@ def test_the_runs_are_those_of_the_reference_selection_but_at_the_boundary(shape
 
 
 @runs_kernels
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] < 4])
 def test_given_masses_take_the_place_of_the_centroids(shape):
-    case = random_case(*shape, batch=2)
+    case = random_case(*shape, batch=1 if shape[1] > 100 else 2)
     generator = torch.Generator().manual_seed(0)
     masses = torch.rand(*case[2].shape, shape[1], generator=generator).pow(6).to(DEVICE)
     masses = masses / masses.sum(-1, keepdim=True)
