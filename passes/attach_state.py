@@ -62,4 +62,4 @@ def attach_buffers(gm: GraphModule, sites: Iterable[SitePlan], fake_mode: FakeTe
 
 def _fake(spec: StateSpec, device: torch.device, fake_mode: FakeTensorMode) -> torch.Tensor:
     with fake_mode:
-        return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+        return spec.create(device)
