@@ -23,6 +23,7 @@ from svg2_compile.branches import Identity
 from svg2_compile.clock import Loop
 from svg2_compile.dynamo import COMPILED_CALL, MODULE_CALLS, RESUMED, uncompiled, version_of
 
+OURS = "svg2_compile."
 MOST_LEAVES = 256
 DEEPEST = 3
 """Containers inside containers that are looked into for inputs."""
@@ -33,16 +34,18 @@ _schedules: Any = WeakIdKeyDictionary()
 _lock = threading.Lock()
 
 
-def frames() -> Iterator[FrameType]:
-    """Yield the frames that lead here, the innermost first, less our own.
+def frames() -> list[FrameType]:
+    """Return the frames that lead here, the innermost first, less our own.
 
     Reading the variables of a frame of ours, which holds frames, would make a cycle that keeps the caller's latents.
     """
+    found: list[FrameType] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if not _is_ours(frame):
-            yield frame
+        if not frame.f_globals.get("__name__", "").startswith(OURS):
+            found.append(frame)
         frame = frame.f_back
+    return found
 
 
 def called_modules() -> list[tuple[Module, bool]]:
@@ -89,8 +92,8 @@ def holds(module: Module, part: Module) -> bool:
     return any(each is part for each in module.modules())
 
 
-def inputs_of_forward(model: object) -> list[tuple[str, Any]]:
-    """Return the named inputs of the outermost call of ``model`` that leads here, nested ones too.
+def inputs_of_forward(model: object, stack: list[FrameType]) -> list[tuple[str, Any]]:
+    """Return the named inputs of the outermost call of ``model`` on the stack, nested ones too.
 
     Where no call of it is in sight, as where a function runs its layers, the variables of the nearest two functions.
     """
@@ -98,7 +101,7 @@ def inputs_of_forward(model: object) -> list[tuple[str, Any]]:
     methods: list[FrameType] = []
     functions: list[FrameType] = []
     compiled: FrameType | None = None
-    for frame in frames():
+    for frame in stack:
         name = frame.f_code.co_name
         if name in MODULE_CALLS:
             module = uncompiled(frame.f_locals["self"])
@@ -216,7 +219,7 @@ class StackedLoop:
         return Loop(kind, (self.call, number), total, schedule)
 
 
-def loop_on_stack() -> StackedLoop | None:
+def loop_on(stack: list[FrameType]) -> StackedLoop | None:
     """Return the innermost pipeline of diffusers that is being called, or else a scheduler among the variables."""
     pipelines = tuple(
         getattr(sys.modules[name], kind)
@@ -230,7 +233,7 @@ def loop_on_stack() -> StackedLoop | None:
     if module is None:
         return None
     scheduler: Any = None
-    for frame in frames():
+    for frame in stack:
         if _is_of_torch(frame):
             continue
         variables = frame.f_locals
@@ -260,8 +263,3 @@ def _first_argument(frame: FrameType) -> Any:
 def _is_of_torch(frame: FrameType) -> bool:
     name: str = frame.f_globals.get("__name__", "")
     return name == "torch" or name.startswith("torch.")
-
-
-def _is_ours(frame: FrameType) -> bool:
-    name: str = frame.f_globals.get("__name__", "")
-    return name.startswith("svg2_compile.")

@@ -35,6 +35,11 @@ class Caller:
     name: str
     """Which of the layer's parameters told, by its name in the layer; a graph that loops serves several."""
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether both are there still."""
+        return self.layer() is not None and self.model() is not None
+
 
 @dataclass(slots=True)
 class Forward:
@@ -105,7 +110,7 @@ def caller_of(parameter: Tensor | None, graph: Any, root: Module | None, *, is_r
     if parameter is not None:
         by_kind = _callers.get(parameter)
         known: Caller | None = None if by_kind is None else by_kind.get(kind)
-        if known is not None and known.layer() is not None and known.model() is not None:
+        if known is not None and known.is_alive:
             return known
     with _lock:
         caller = _find_caller(parameter, graph, root, is_repeated)
@@ -200,9 +205,10 @@ def ordinal(forward: Forward, caller: Caller) -> int:
 
 def _begin(model: Any, inputs: list[tuple[str, Any]] | None = None) -> Forward:
     """Tick the clock of the loop that calls ``model``."""
-    loop = call_stack.loop_on_stack()
+    stack = call_stack.frames()
+    loop = call_stack.loop_on(stack)
     if inputs is None:
-        inputs = call_stack.inputs_of_forward(model)
+        inputs = call_stack.inputs_of_forward(model, stack)
     known = _known_clock(model, loop)
     latents = call_stack.largest(inputs)
     observation = _observe(inputs, latents, loop, None if known is None else known.input_of(model))

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, ClassVar
 
@@ -29,6 +29,9 @@ from svg2_compile.passes.sparsify import Sparsified
 from svg2_compile.state import SiteState, store
 
 _numbers = itertools.count()
+
+MOST_MET = 4096
+"""Callers that a graph remembers by their parameters: more than any model has layers."""
 
 Runner = Callable[..., Any]
 Lower = Callable[[GraphModule, list[Any]], Runner]
@@ -51,12 +54,24 @@ class Owner:
     """The graph is that of a layer, whose model is around it."""
     code: CodeType | None = None
     """The code that was compiled."""
+    met: dict[int, tuple[weakref.ref[Any], weakref.ref[Caller]]] = field(default_factory=dict, compare=False)
+    """Parameters by their ``id``, and their callers: asked for at each call, where a weak dictionary would be slow."""
 
     def caller(self, args: tuple[Any, ...], graph: Any) -> Caller:
         """Return who calls ``graph``, with these arguments."""
         parameter = None if self.position is None else args[self.position]
+        met = self.met.get(id(parameter))
+        if met is not None and met[0]() is parameter:
+            known = met[1]()
+            if known is not None and known.is_alive:
+                return known
         root = None if self.root is None else self.root()
-        return caller_of(parameter, graph, root, is_repeated=self.is_repeated)
+        caller = caller_of(parameter, graph, root, is_repeated=self.is_repeated)
+        if parameter is not None:
+            if len(self.met) >= MOST_MET:
+                self.met.clear()
+            self.met[id(parameter)] = weakref.ref(parameter), weakref.ref(caller)
+        return caller
 
 
 class Variant:
