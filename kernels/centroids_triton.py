@@ -22,6 +22,7 @@ SLOT_ELEMENTS = 2048  # of the partial sums, added up by one program at a time
 START_CLUSTERS = 16  # clusters started by one program at a time
 WALK_COLUMNS = 16  # of all centroids of a head, compared at a time
 MOVE_COLUMNS = 8  # of the same, moved at a time
+METRIC_COLUMNS = 32  # of a metric, in a product at a time
 MEAN_WARPS = 4
 
 
@@ -260,6 +261,60 @@ def mean_kernel(
             store_operand(operand_ptr, half_norms_ptr, operand_row, mean[None, :], operand_row >= 0, BLOCK_D)
 
 
+@triton.jit
+def columns_in_metric(centroids, metric_ptr, first, DIM: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return some columns [n, COLUMNS] of centroids [n, BLOCK_D] times a metric."""
+    offs_d, offs_c = tl.arange(0, BLOCK_D), first + tl.arange(0, COLUMNS)
+    mask = (offs_d < DIM)[:, None] & (offs_c < DIM)[None, :]
+    metric = tl.load(metric_ptr + offs_d[:, None] * DIM + offs_c[None, :], mask=mask, other=0.0)
+    return tl.dot(centroids, metric, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["rows", "clusters"])
+def measure_kernel(
+    q_centroids_ptr,
+    metric_ptr,
+    operand_ptr,
+    half_norms_ptr,
+    rows,
+    clusters,
+    DIM: tl.constexpr,
+    START_CLUSTERS: tl.constexpr,
+    OPERAND_C: tl.constexpr,
+    METRIC_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Prepare an assignment by cosines in a metric: rounded M c / sqrt(c . M c), with nothing to subtract."""
+    offs_d = tl.arange(0, BLOCK_D)
+    tiles = tl.cdiv(clusters, START_CLUSTERS)
+    for tile in range(tl.program_id(0), rows * tiles, tl.num_programs(0)):
+        row = tl.cast(tile // tiles, tl.int64)
+        cluster = (tile % tiles) * START_CLUSTERS + tl.arange(0, START_CLUSTERS)
+        is_cluster = cluster < clusters
+        pointers = q_centroids_ptr + (row * clusters + cluster)[:, None] * DIM + offs_d[None, :]
+        centroids = tl.load(pointers, mask=is_cluster[:, None] & (offs_d < DIM)[None, :], other=0.0)
+        head_metric = metric_ptr + row * DIM * DIM
+        squares = tl.zeros([START_CLUSTERS], tl.float32)
+        for first in range(0, BLOCK_D, METRIC_COLUMNS):
+            offs_c = first + tl.arange(0, METRIC_COLUMNS)
+            columns = columns_in_metric(centroids, head_metric, first, DIM, BLOCK_D, METRIC_COLUMNS)
+            mask = is_cluster[:, None] & (offs_c < DIM)[None, :]
+            here = q_centroids_ptr + (row * clusters + cluster)[:, None] * DIM + offs_c[None, :]
+            squares += tl.sum(columns * tl.load(here, mask=mask, other=0.0), 1)
+        lengths = tl.sqrt_rn(tl.where(squares > 0, squares, 1.0))
+        operand_rows = row * tl.cdiv(clusters, OPERAND_C) * OPERAND_C + cluster
+        for first in range(0, BLOCK_D, METRIC_COLUMNS):
+            offs_c = first + tl.arange(0, METRIC_COLUMNS)
+            columns = columns_in_metric(centroids, head_metric, first, DIM, BLOCK_D, METRIC_COLUMNS)
+            columns = tl.where(
+                (squares > 0)[:, None], tl.div_rn(columns, lengths[:, None] + tl.zeros_like(columns)), 0.0
+            )
+            operand = columns.to(operand_ptr.dtype.element_ty)
+            place = operand_ptr + operand_rows[:, None] * BLOCK_D + offs_c[None, :]
+            tl.store(place, operand, mask=is_cluster[:, None])
+        tl.store(half_norms_ptr + operand_rows, tl.zeros([START_CLUSTERS], tl.float32), mask=is_cluster)
+
+
 def order_warps(block_c: int) -> int:
     """Return the warps that order ``block_c`` clusters: two clusters a thread; one processor holds all of them."""
     return min(16, max(1, block_c // 64))
@@ -282,6 +337,8 @@ def aot_variants(capability: int) -> list[AotVariant]:
         suffix = f"{NAMES[dtype]}_d{dim}"
         variants.append(token_variant(f"start_kernel_{suffix}", start_kernel, dtype, start, MEAN_WARPS, 3))
         variants.append(token_variant(f"mean_kernel_{suffix}", mean_kernel, dtype, mean, MEAN_WARPS, 1))
+        measure = shape | {"START_CLUSTERS": START_CLUSTERS, "OPERAND_C": block_c, "METRIC_COLUMNS": METRIC_COLUMNS}
+        variants.append(token_variant(f"measure_kernel_{suffix}", measure_kernel, dtype, measure, MEAN_WARPS, 1))
     columns = {"WALK_COLUMNS": WALK_COLUMNS, "MOVE_COLUMNS": MOVE_COLUMNS}
     for dtype, dim, block_c in (
         (torch.bfloat16, 128, 128),

@@ -6,7 +6,8 @@ kernels of an iteration that is not needed return at once. So does the kernel th
 the first call. Where the host knows that it is not (``known_state``), it launches what a later call needs.
 
 Queries and keys share the launches: tiles of queries come first, then tiles of keys, and a tile chooses its pointers
-and sizes. ``kmeans_`` alone has no second side. The last needed sum of the keys can also write them, and the values, in
+and sizes. ``kmeans_`` alone has no second side; given a metric, a kernel before each assignment writes what that reads
+of the centroids. The last needed sum of the keys can also write them, and the values, in
 the order of the clusters: it reads those rows anyway.
 """
 
@@ -22,11 +23,13 @@ from svg2_compile.kernels.assign_tile import GLUON_ASSIGN_C, assign_tile
 from svg2_compile.kernels.assign_triton import launch_assign
 from svg2_compile.kernels.centroids_triton import (
     MEAN_WARPS,
+    METRIC_COLUMNS,
     MOVE_COLUMNS,
     SLOT_ELEMENTS,
     START_CLUSTERS,
     WALK_COLUMNS,
     mean_kernel,
+    measure_kernel,
     order_kernel,
     order_registers,
     order_warps,
@@ -116,10 +119,14 @@ class Clustering:
     """Which of two kernels assigns."""
     operand_c: int
     """What the centroids of a head are padded to a multiple of."""
+    metric: Tensor | None
+    """fp32 [B, H, D, D], contiguous, in which cosines are taken; there is no second side then."""
 
     @classmethod
-    def prepare(cls, q: Side, k: Side | None = None, copies: Copies | None = None) -> "Clustering":
-        """Allocate the workspace of a call."""
+    def prepare(
+        cls, q: Side, k: Side | None = None, copies: Copies | None = None, metric: Tensor | None = None
+    ) -> "Clustering":
+        """Allocate the workspace of a call; a ``metric`` is that of one side alone."""
         (batch, heads, tokens, dim), clusters = q.x.shape, q.centroids.shape[2]
         if k is None:
             sides = Sides.one(batch, heads, tokens, clusters)
@@ -147,6 +154,7 @@ class Clustering:
             needed=q.calls.new_empty(2),
             assigns_in_gluon=assigns_in_gluon,
             operand_c=operand_c,
+            metric=None if metric is None else metric.contiguous(),
         )
 
     def launch(self, iters_init: int, iters_step: int, seed: int) -> None:
@@ -159,6 +167,7 @@ class Clustering:
             for iteration in range(iterations):
                 if iteration == iters_init - 1 and not is_later:
                     self._order()
+                self._measure()
                 for launch in launches:
                     launch.again("iteration", iteration)
                 if iteration == 0:
@@ -218,6 +227,26 @@ class Clustering:
             MOVE_COLUMNS=MOVE_COLUMNS,
             num_warps=order_warps(block_c),
             maxnreg=order_registers(block_c),
+            num_stages=1,
+        )
+
+    def _measure(self) -> None:
+        if self.metric is None:
+            return
+        sides = self.sides
+        tiles = cdiv(sides.q_clusters, START_CLUSTERS)
+        measure_kernel[self._grid(tiles, 0)](
+            self.q.centroids,
+            self.metric,
+            self.operand,
+            self.half_norms,
+            sides.batch * sides.q_heads,
+            sides.q_clusters,
+            START_CLUSTERS=START_CLUSTERS,
+            OPERAND_C=self.operand_c,
+            METRIC_COLUMNS=METRIC_COLUMNS,
+            **self._shape,
+            num_warps=MEAN_WARPS,
             num_stages=1,
         )
 

@@ -14,7 +14,7 @@ MAX_TILE_SCORES = 2**24
 # Scores that stay in a core's cache between the product that makes them and the argmax that reads them.
 CACHED_SCORES = 2**17
 
-LloydStep = Callable[[Tensor, Tensor, Tensor], Tensor]
+LloydStep = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 def check_clustering(
@@ -44,13 +44,24 @@ def check_clustering(
     )
 
 
-def _check(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int) -> None:
+def _check(
+    x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, metric: Tensor | None
+) -> None:
     """Check the arguments of ``svg2::kmeans_``."""
     check_clustering(x, centroids, calls, iters_init, iters_step)
+    if metric is not None:
+        check_dtype("metric", metric, centroids.dtype)
+        check_shape("metric", metric, (*x.shape[:2], x.shape[3], x.shape[3]))
 
 
 def kmeans_reference(
-    x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int
+    x: Tensor,
+    centroids: Tensor,
+    calls: Tensor,
+    iters_init: int,
+    iters_step: int,
+    seed: int,
+    metric: Tensor | None = None,
 ) -> Tensor:
     """Run a fixed number of Lloyd iterations on the tokens of every head and return the labels.
 
@@ -62,6 +73,11 @@ def kmeans_reference(
     ``nearest_neighbour_chain``; neighbours in that order are near each other, so kept clusters form long runs. With one
     iteration, the starting tokens are ordered. Later calls keep the order.
 
+    With ``metric`` M, a_i = argmax_j x_i . M c_j / sqrt(c_j . M c_j), the largest cosine in that metric; the rest is
+    the same. With M = R^T R, it is the cosine between the profiles R x_i and R c_j: how the rows of R, such as the
+    centroids of the queries, score a key and a cluster (SVOO, arXiv 2603.18636, "bidirectional co-clustering"; M is
+    its Gram matrix, which makes the profiles themselves needless).
+
     Args:
         x: fp16, bf16 or fp32 (fp64 for judging) [B, H, N, D], any strides.
         centroids: fp32 (fp64 for fp64 tokens) [B, H, C, D], 1 <= C <= N; overwritten.
@@ -69,6 +85,8 @@ def kmeans_reference(
         iters_init: iterations of the first call, at least 1.
         iters_step: iterations of every later call, at least 1.
         seed: chooses the starting tokens; any integer.
+        metric: fp32 (fp64 for fp64 tokens) [B, H, D, D], symmetric and positive semidefinite, or None. A centroid
+            whose length in it is zero, or by rounding less, scores 0 with every token.
 
     Returns:
         int32 [B, H, N], contiguous, values in 0 ... C - 1: the last assignment. ``centroids`` are its means.
@@ -82,20 +100,38 @@ def kmeans_reference(
         empty cluster keeps its centroid. Heads and batch elements do not influence each other. This reference reads
         ``calls`` on the host, a device synchronisation on CUDA.
     """
-    check_clustering(x, centroids, calls, iters_init, iters_step)
-    return _cluster(x, centroids, calls, iters_init, iters_step, seed, _lloyd_iteration)
+    _check(x, centroids, calls, iters_init, iters_step, metric)
+    return _cluster(x, centroids, calls, iters_init, iters_step, seed, metric, _lloyd_iteration)
 
 
-def kmeans_cpu(x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int) -> Tensor:
+def kmeans_cpu(
+    x: Tensor,
+    centroids: Tensor,
+    calls: Tensor,
+    iters_init: int,
+    iters_step: int,
+    seed: int,
+    metric: Tensor | None = None,
+) -> Tensor:
     """Compute ``kmeans_reference`` with tiles that fit a cache and sums over sorted tokens."""
-    check_clustering(x, centroids, calls, iters_init, iters_step)
-    return _cluster(x, centroids, calls, iters_init, iters_step, seed, _lloyd_iteration_cpu)
+    _check(x, centroids, calls, iters_init, iters_step, metric)
+    return _cluster(x, centroids, calls, iters_init, iters_step, seed, metric, _lloyd_iteration_cpu)
 
 
 def _cluster(
-    x: Tensor, centroids: Tensor, calls: Tensor, iters_init: int, iters_step: int, seed: int, lloyd_iteration: LloydStep
+    x: Tensor,
+    centroids: Tensor,
+    calls: Tensor,
+    iters_init: int,
+    iters_step: int,
+    seed: int,
+    metric: Tensor | None,
+    lloyd_iteration: LloydStep,
 ) -> Tensor:
-    """Iterate head by head; ``lloyd_iteration`` takes tokens, centroids and labels to write, and returns the means."""
+    """Iterate head by head.
+
+    ``lloyd_iteration`` takes tokens, centroids, the metric and labels to write, and returns the means.
+    """
     batch, heads, tokens, _ = x.shape
     labels = torch.empty((batch, heads, tokens), dtype=torch.int32, device=x.device)
     is_first_call = int(calls) == 0
@@ -107,7 +143,7 @@ def _cluster(
             for remaining in reversed(range(iters_step if starts is None else iters_init)):
                 if starts is not None and remaining == 0:
                     means = means[nearest_neighbour_chain(means)]
-                means = lloyd_iteration(head_tokens, means, labels[b, h])
+                means = lloyd_iteration(head_tokens, means, None if metric is None else metric[b, h], labels[b, h])
             centroids[b, h] = means
     calls.add_(1)
     return labels
@@ -160,17 +196,26 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _lloyd_iteration(tokens: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+def scored_by(centroids: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return d_j [C, D] and h_j [C]: a token x belongs to the cluster with the largest x . d_j - h_j."""
+    if metric is None:
+        return centroids, centroids.square().sum(-1) / 2
+    directions = centroids @ metric
+    squares = (directions * centroids).sum(-1, keepdim=True)
+    return torch.where(squares > 0, directions / squares.clamp(min=0).sqrt(), 0), squares.new_zeros(len(centroids))
+
+
+def _lloyd_iteration(tokens: Tensor, centroids: Tensor, metric: Tensor | None, labels: Tensor) -> Tensor:
     """Write the nearest of ``centroids`` for every token to ``labels`` and return the means of that assignment."""
     clusters = centroids.shape[0]
     cluster = torch.arange(clusters, device=tokens.device, dtype=torch.int64)[:, None]
-    half_norms = centroids.square().sum(-1) / 2
+    directions, offsets = scored_by(centroids, metric)
     sums = torch.zeros_like(centroids)
     sizes = centroids.new_zeros(clusters, 1)
     rows = max(1, MAX_TILE_SCORES // clusters)
     for start in range(0, tokens.shape[0], rows):
         tile = tokens[start : start + rows]
-        nearest = torch.addmm(half_norms, tile, centroids.T, beta=-1).argmax(-1)
+        nearest = torch.addmm(offsets, tile, directions.T, beta=-1).argmax(-1)
         labels[start : start + rows] = nearest
         # A product with the one-hot matrix: unlike scattered additions, the same bits every time on every device.
         members = (nearest == cluster).to(tile.dtype)  # [C, rows]
@@ -179,13 +224,13 @@ def _lloyd_iteration(tokens: Tensor, centroids: Tensor, labels: Tensor) -> Tenso
     return torch.where(sizes > 0, sums / sizes.clamp(min=1), centroids)
 
 
-def _lloyd_iteration_cpu(tokens: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+def _lloyd_iteration_cpu(tokens: Tensor, centroids: Tensor, metric: Tensor | None, labels: Tensor) -> Tensor:
     """Do what ``_lloyd_iteration`` does, in a fraction of the memory traffic."""
     clusters = centroids.shape[0]
-    half_norms = centroids.square().sum(-1) / 2
+    directions, offsets = scored_by(centroids, metric)
     rows = max(1, CACHED_SCORES // clusters)
     for start in range(0, tokens.shape[0], rows):
-        scores = torch.addmm(half_norms, tokens[start : start + rows], centroids.T, beta=-1)
+        scores = torch.addmm(offsets, tokens[start : start + rows], directions.T, beta=-1)
         labels[start : start + rows] = scores.argmax(-1)
     sizes = labels.bincount(minlength=clusters)
     order = labels.sort(stable=True).indices

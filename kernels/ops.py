@@ -7,6 +7,7 @@ from svg2_compile.kernels import (  # noqa: F401
     cluster_tokens,
     context_attention,
     dense_attention,
+    gram,
     judge_heads,
     keep_dense_heads,
     key_mask,

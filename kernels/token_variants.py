@@ -20,7 +20,7 @@ ROWS = (
 """What is compiled ahead of time: the usual rows, and padded and fp32 ones."""
 # Pointers to something else than tokens.
 POINTERS = {
-    "fp32": ("half_norms_ptr", "sums_ptr", "q_centroids_ptr", "k_centroids_ptr"),
+    "fp32": ("half_norms_ptr", "sums_ptr", "q_centroids_ptr", "k_centroids_ptr", "metric_ptr"),
     "i32": (
         *("labels_ptr", "counts_ptr", "starts_ptr", "needed_ptr"),
         *("q_order_ptr", "k_order_ptr", "q_calls_ptr", "k_calls_ptr"),

@@ -94,6 +94,10 @@ class SparseConfig:
     every one of its queries, which finds better blocks and costs time (not the paper's); or every one of its keys (not
     the paper's, experimental). The other side goes by its centroid."""
 
+    cluster_metric: Literal["tokens", "queries"] = "tokens"
+    """In what two keys are alike when they are clustered: in themselves (the paper's), or in how the queries' centroids
+    score them (SVOO's co-clustering), which puts keys together that the queries cannot tell apart."""
+
     q_clusters: int | Literal["auto"] = "auto"
     """Query clusters per head, 1 to 1024; ``auto`` takes one per 600 tokens, 16 at least."""
 
@@ -175,6 +179,7 @@ class SparseConfig:
             advice = "as an int it is a count; use a float in [0, 1] for a share"
             check_integer("dense_steps", self.dense_steps, 0, None, advice)
         check_choice("estimate_by", self.estimate_by, ("centroids", "queries", "keys"))
+        check_choice("cluster_metric", self.cluster_metric, ("tokens", "queries"))
         check_choice("lowering", self.lowering, ("inductor", "eager", "tensorrt"))
         check_choice("on_unsupported", self.on_unsupported, ("dense", "error"))
 

@@ -47,7 +47,7 @@ class SitePlan(AttentionSite):
 
 def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
     """Return the stages of a site: the one place that says what a sparse attention does."""
-    stages: list[Stage] = [Cluster()]
+    stages: list[Stage] = [Cluster(metric=config.cluster_metric)]
     if config.estimate_by == "queries":
         stages.append(EstimateByQueries())
     if config.estimate_by == "keys":

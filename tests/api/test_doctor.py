@@ -45,6 +45,7 @@ def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
     assert without_kernels == {
         "context_attention": "sdpa",
         "dense_attention": "sdpa",
+        "gram": "pytorch",
         "judge_heads_": "pytorch",
         "keep_dense_heads_": "pytorch",
         "key_mask": "pytorch",

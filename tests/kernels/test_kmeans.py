@@ -205,6 +205,69 @@ def test_heads_and_batch_elements_do_not_influence_each_other(case):
     assert torch.equal(centroids[-1:, :1], alone_centroids)
 
 
+@PROPERTY
+@given(token_cases(dtypes=[torch.float64]), st.integers(1, 40), st.integers(1, 4))
+def test_cosines_in_the_metric_of_a_gram_matrix_are_cosines_between_profiles(case, count, iterations):
+    """SVOO's form: every token and centroid is scored by the same rows, and what is compared are these lists."""
+    x, clusters = case
+    batch, heads, _, dim = x.shape
+    rows = torch.randn(batch, heads, count, dim, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    centroids, calls = torch.zeros(batch, heads, clusters, dim, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
+    kmeans_reference(x, centroids, calls, iterations, 1, 0, rows.mT @ rows)
+    before = centroids.clone()
+    labels = kmeans_reference(x, centroids, calls, 1, 1, 0, rows.mT @ rows)
+    tokens, means = x @ rows.mT, before @ rows.mT
+    cosines = normalized(tokens) @ normalized(means).mT
+    lost = cosines.amax(-1) - cosines.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+    # a short profile is the difference of long ones
+    conditions = rows.norm(dim=(-2, -1), keepdim=True).squeeze(-1) * x.norm(dim=-1) / tokens.norm(dim=-1)
+    assert (lost <= 1e-10 * conditions.clamp(min=1) ** 2).all()
+    members = torch.nn.functional.one_hot(labels.long(), clusters).double()
+    sizes = members.sum(-2).unsqueeze(-1)
+    assert torch.allclose(centroids, torch.where(sizes > 0, members.mT @ x / sizes.clamp(min=1), before))
+
+
+def normalized(rows):
+    return torch.nn.functional.normalize(rows, dim=-1, eps=1e-300)
+
+
+def spread_metric(x):
+    """Return a metric [B, H, D, D] that stretches some directions a hundredfold."""
+    batch, heads, _, dim = x.shape
+    generator = torch.Generator().manual_seed(dim)
+    rows = torch.randn(batch, heads, 2 * dim, dim, generator=generator) * torch.logspace(0, 1, dim)
+    return rows.mT @ rows
+
+
+@both_implementations
+@PROPERTY
+@given(token_cases())
+def test_in_a_metric_labels_are_the_largest_cosines(kmeans_, case):
+    x, clusters = case
+    centroids, calls = fresh_state(x, clusters)
+    metric = spread_metric(x)
+    kmeans_(x, centroids, calls, 2, 1, 0, metric)
+    before = centroids.double()
+    labels = kmeans_(x, centroids, calls, 2, 1, 0, metric)
+    directions = before @ metric.double()
+    directions = directions / (directions * before).sum(-1, keepdim=True).sqrt()
+    scores = x.double() @ directions.mT
+    lost = scores.amax(-1) - scores.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+    # fp32 rounds each of the D products and sums of M c, of c . M c and of a score; the metric has a condition of 100
+    size = x.double().norm(dim=-1) * directions.norm(dim=-1).amax(-1, keepdim=True)
+    assert (lost <= 100 * x.shape[-1] * torch.finfo(torch.float32).eps * size).all()
+
+
+@both_implementations
+def test_in_a_metric_lengths_and_directions_that_it_does_not_see_make_no_difference(kmeans_):
+    x = torch.tensor([[1.0, 0, 5], [3, 0.1, -7], [0, 2, 9], [-0.1, 1, -3]]).expand(1, 1, 4, 3)
+    centroids = torch.tensor([[1.0, 0, -50], [0, 100, 7], [0, 0, 1]]).expand(1, 1, 3, 3).clone()
+    metric = torch.diag(torch.tensor([1.0, 1, 0])).expand(1, 1, 3, 3)
+    labels = kmeans_(x, centroids, torch.ones(1, dtype=torch.int32), 1, 1, 0, metric)
+    assert labels.flatten().tolist() == [0, 0, 1, 1]
+    assert centroids[0, 0, 2].tolist() == [0, 0, 1]
+
+
 @both_implementations
 def test_tiles_do_not_change_the_labels(kmeans_, monkeypatch):
     x = torch.randn(1, 2, 1000, 16)
@@ -247,6 +310,8 @@ def test_starting_tokens_are_distinct_in_range_and_depend_on_seed_and_head():
         ({"calls": torch.zeros(2, dtype=torch.int32)}, ValueError, r"calls must have shape \(1,\)"),
         ({"iters_init": 0}, ValueError, "iters_init and iters_step must be at least 1, got 0 and 1"),
         ({"iters_step": 0}, ValueError, "iters_init and iters_step must be at least 1, got 1 and 0"),
+        ({"metric": torch.ones(1, 2, 4, 3)}, ValueError, r"metric must have shape \(1, 2, 4, 4\)"),
+        ({"metric": torch.ones(1, 2, 4, 4).half()}, TypeError, "metric must be torch.float32, got torch.float16"),
     ],
 )
 def test_bad_input_is_named(changes, error, message):
@@ -265,6 +330,7 @@ def test_bad_input_is_named(changes, error, message):
 def test_opcheck():
     x = torch.randn(2, 65, 3, 8).transpose(1, 2)
     torch.library.opcheck(torch.ops.svg2.kmeans_.default, (x, *fresh_state(x, 5), 2, 1, 0))
+    torch.library.opcheck(torch.ops.svg2.kmeans_.default, (x, *fresh_state(x, 5), 2, 1, 0, spread_metric(x)))
 
 
 def test_compiled_equals_eager_and_the_mutation_is_visible():

@@ -149,6 +149,36 @@ def test_the_ordering_kernel_moves_everything_the_assignment_reads(clusters, dim
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "clusters", "dim"), [(63, 5, 80), (65, 20, 16)])
+def test_in_a_metric_it_equals_the_reference_from_start_to_warm_start(tokens, clusters, dim, dtype):
+    from svg2_compile.kernels.kmeans import kmeans_reference, scored_by
+    from svg2_compile.kernels.kmeans_triton import kmeans_triton
+
+    x = random_tokens(tokens, dim, dtype, batch=2, heads=2)
+    rows = torch.randn(2, 2, 2 * dim, dim, generator=torch.Generator().manual_seed(dim)).to(DEVICE)
+    metric = rows.mT @ rows
+    state, expected_state = fresh_state(x, clusters), fresh_state(x, clusters)
+    for iterations in (2, 1):
+        before = None if iterations == 2 else state[0].clone()
+        labels = kmeans_triton(x, *state, iterations, 1, 0, metric)
+        expected = kmeans_reference(x, *expected_state, iterations, 1, 0, metric)
+        if dtype is torch.float32:
+            assert torch.equal(labels, expected)
+            torch.testing.assert_close(state[0], expected_state[0], rtol=0, atol=1e-5)
+        elif before is not None:
+            # nearest by the rounded directions, up to the rounding of those themselves
+            for head_x, head_before, head_metric, head_labels in zip(
+                *(each.flatten(0, 1) for each in (x, before, metric, labels))
+            ):
+                directions = scored_by(head_before, head_metric)[0].to(dtype).double()
+                scores = head_x.double() @ directions.mT
+                lost = scores.amax(-1) - scores.gather(-1, head_labels.long().unsqueeze(-1)).squeeze(-1)
+                size = head_x.double().norm(dim=-1) * directions.norm(dim=-1).max()
+                assert (lost <= 2 * torch.finfo(dtype).eps * size).all()
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts_and_repetition_do_not_change_the_bits(dtype):
     x = random_tokens(65, 80, dtype, batch=2, heads=2)
     fused = torch.empty(2, 65, 3, 2, 80, dtype=dtype, device=DEVICE)[:, :, 1].transpose(1, 2).copy_(x)

@@ -19,7 +19,8 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 name_of = attrgetter("name")
 every_card = pytest.mark.parametrize("card", CARDS.values(), ids=name_of)
 SCHEMAS = {
-    "kmeans_": "(Tensor x, Tensor(a!) centroids, Tensor(b!) calls, int iters_init, int iters_step, int seed) -> Tensor",
+    "kmeans_": "(Tensor x, Tensor(a!) centroids, Tensor(b!) calls, int iters_init, int iters_step, int seed, "
+    "Tensor? metric=None) -> Tensor",
     "sort_labels": "(Tensor labels, int clusters) -> (Tensor, Tensor)",
     "permute_tokens": "(Tensor x, Tensor order) -> Tensor",
     "unpermute_tokens": "(Tensor x, Tensor order) -> Tensor",

@@ -35,6 +35,13 @@ MUTANTS = (
         ("tests/passes/test_plan.py",),
     ),
     Mutant(
+        "keys clustered in themselves where the queries were to say",
+        "passes/stages/cluster.py",
+        'if self.metric == "queries":\n            gram',
+        'if self.metric == "keys":\n            gram',
+        ("tests/api/test_cluster_metric.py",),
+    ),
+    Mutant(
         "inverse permutation forgotten",
         "passes/stages/attend.py",
         "            flow.q_order,\n",
@@ -115,15 +122,15 @@ MUTANTS = (
     Mutant(
         "centroids of the queries used for the keys",
         "passes/stages/cluster.py",
-        '_labels(writer, flow.k, "k")',
-        '_labels(writer, flow.k, "q")',
+        '_labels(writer, flow.k, "k", *metric)',
+        '_labels(writer, flow.k, "q", *metric)',
         REWRITE,
     ),
     Mutant(
         "hidden keys left in their clusters",
         "passes/stages/cluster.py",
-        'writer.emit(aten.masked_fill.Scalar, _labels(writer, flow.k, "k"), hidden, clusters)',
-        '_labels(writer, flow.k, "k")',
+        "writer.emit(aten.masked_fill.Scalar, labels, hidden, clusters)",
+        "labels",
         REWRITE,
     ),
     Mutant(
