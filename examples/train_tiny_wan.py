@@ -297,8 +297,9 @@ def use_linear_patch_embedding(transformer: nn.Module) -> None:
 def make_prompts(seed: int) -> Tensor:
     """Return fixed random embeddings ``[scenes + 1, 16, 64]`` with orthogonal rows of unit variance."""
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(len(clips.SCENES) + 1, model.CONFIG["text_dim"], 16, generator=generator)
-    return torch.linalg.qr(gaussian).Q.transpose(1, 2).contiguous() * math.sqrt(model.CONFIG["text_dim"])
+    width = model.read_config()["text_dim"]
+    gaussian = torch.randn(len(clips.SCENES) + 1, width, 16, generator=generator)
+    return torch.linalg.qr(gaussian).Q.transpose(1, 2).contiguous() * math.sqrt(width)
 
 
 def train(training: Training, data: LatentScenes, options: argparse.Namespace, device: torch.device) -> None:
@@ -594,7 +595,7 @@ def write_samples(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             latents = tiny_wan.generate(
                 pipeline, scene.name, frames=size.frames, height=size.height, width=size.width,
-                steps=options.sample_steps, seed=seed, folder=folder,
+                steps=options.sample_steps, seed=seed,
             )  # fmt: skip
         top, left = clips.window_corner(scene, size.height, size.width)
         real = scenes[scene.name][: size.frames, top : top + size.height, left : left + size.width]
