@@ -152,6 +152,8 @@ def train(options: argparse.Namespace) -> bool:
         compile_blocks(training.transformer)
     backends = attention_backends(device, configuration.heads, configuration.head_dim, console)
     console.print(f"{options.configuration} on {device}, {backends[0].name.lower()}, from step {progressed.steps}")
+    if device.type == "cuda":
+        tell_render_time(training, configuration)
     log = LossLog(options.out / "loss.jsonl", configuration.sizes, device)
     saved = said = time.monotonic()
     with sdpa_kernel(backends, set_priority=True):
@@ -236,6 +238,22 @@ def learning_rate(
     peak = options.learning_rate or configuration.learning_rate
     rise = min(1.0, (progressed.steps + 1) / configuration.warmup_steps)
     return peak * rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def tell_render_time(training: Training, configuration: Configuration) -> None:
+    """Print how long the device renders a batch of the last size that fits twice, beside which a step can be seen."""
+    size = next(size for size in reversed(configuration.sizes) if 2 * size.tokens <= configuration.batch_tokens)
+    shape = Shape(size.frames, size.height, size.width)
+    count = configuration.batch_tokens // size.tokens
+    plans = [draw_plan(n, training.pictures.vocabulary, shape.aspect) for n in range(count)]
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for repeat in range(4):
+        if repeat == 1:
+            start.record()
+        training.transform.encode(render(training.pictures, plans, shape))
+    end.record()
+    torch.cuda.synchronize()
+    console.print(f"rendering {count} videos of {size}: {start.elapsed_time(end) / 3:.1f} ms")
 
 
 def draw_size(sizes: tuple[Size, ...], share: float, seed: int, step: int) -> Size:

@@ -137,6 +137,10 @@ def test_the_model_folder_stays_below_twenty_megabytes():
     assert sum(path.stat().st_size for path in model.FOLDER.iterdir() if path.is_file()) <= 20_000_000
 
 
+def test_the_model_card_has_no_gap_that_a_person_was_to_fill():
+    assert "To be written" not in (model.FOLDER / "README.md").read_text("utf-8")
+
+
 def test_the_trained_transformer_is_finite_and_in_evaluation_mode(pipeline):
     assert not pipeline.transformer.training
     assert all(parameter.isfinite().all() for parameter in pipeline.transformer.parameters())
