@@ -390,7 +390,7 @@ def _background(pictures: Pictures, plans: Sequence[Plan], grid: _Grid) -> Tenso
     across, down = seen * (grid.x - aspect / 2), seen * (grid.y - 0.5)
     x = x0 + dx * grid.time + bend.cos() * across - bend.sin() * down
     y = y0 + dy * grid.time + bend.sin() * across + bend.cos() * down
-    number = torch.tensor([plan.background for plan in plans], device=grid.time.device)
+    number = torch.tensor([plan.background for plan in plans]).to(grid.time.device, non_blocking=True)
     full, half = (level[number] for level in pictures.backgrounds)
     blur = (seen / grid.shape.height).log2().clamp(0, 1)[:, None]  # [B, 1, F, 1, 1]
     return torch.lerp(grid.sample(full, x, y), grid.sample(half, x / 2, y / 2), blur)

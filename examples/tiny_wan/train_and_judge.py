@@ -75,6 +75,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, help="of training, over all calls; the configuration's by default")
     add("--steps", type=int, help="of training, instead of minutes")
     add("--learning-rate", type=float, help="at its peak; the configuration's by default")
+    add("--whitening", type=float, help="of the latents; see train_subject.py")
     add("--minutes-per-call", type=float, default=math.inf, help="end in time, to be called again")
     add("--old", type=Path, default=ROOT / "svg2_compile" / "tiny_wan", help="an older subject to judge beside it")
     add("--quick", action="store_true", help="judge very little, to see that everything runs")
@@ -111,7 +112,7 @@ def work(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace, call_seconds: float) -> int:
     """Train for the rest of this call, export what there is, and return 0 when training is done."""
     given = {"--minutes": options.minutes, "--steps": options.steps, "--learning-rate": options.learning_rate}
-    given["--device"] = options.device
+    given |= {"--whitening": options.whitening, "--device": options.device}
     if math.isfinite(call_seconds):
         # a minute for what follows the last step: checkpoint, export, packing
         given["--stop-after"] = (call_seconds - (time.monotonic() - STARTED)) / 60 - 1

@@ -36,7 +36,7 @@ from made_video import HELD_OUT, PHOTOGRAPHS, Pictures, Plan, Shape, draw_plan, 
 
 from svg2_compile.environment import describe_environment
 from svg2_compile.tiny_wan import model
-from svg2_compile.tiny_wan.transform import CHANNELS, BlockTransform, coordinates
+from svg2_compile.tiny_wan.transform import CHANNELS, BlockTransform, blocks_of, coordinates, cosine_matrix
 from svg2_compile.tiny_wan.words import WordVectors
 
 STARTED = time.monotonic()
@@ -47,8 +47,6 @@ WINDOW = (128, 256)
 FLOW_SHIFT = 3.0
 DROPPED = 0.1
 """Share of videos that are shown without their prompt, for classifier-free guidance."""
-WHITENING = 0.5
-"""Channels are divided by this power of their deviation: coarse ones stay stronger, and come out of the noise first."""
 SPIKE = 3.0
 """A gradient longer than this many times the mean length so far is shortened to it."""
 LOG_STEPS = 50
@@ -84,6 +82,19 @@ class Progressed:
     """The current one included."""
 
 
+class Encoder:
+    """A transform whose numbers lie on the device, so that no step waits for them; the same latents up to rounding."""
+
+    def __init__(self, transform: BlockTransform, device: torch.device) -> None:
+        std = torch.tensor(transform.std, dtype=torch.float64)
+        self.matrix = (cosine_matrix() / std[:, None]).float().to(device)
+        self.offset = (torch.tensor(transform.mean, dtype=torch.float64) / std).float().view(-1, 1, 1, 1).to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the latents of fp32 pixels ``[B, 3, F, H, W]``."""
+        return torch.einsum("ij,bjfhw->bifhw", self.matrix, blocks_of(pixels)) - self.offset
+
+
 @dataclass(slots=True)
 class Training:
     """Everything that a step reads and writes."""
@@ -94,7 +105,7 @@ class Training:
     optimizer: torch.optim.AdamW
     gradient_length: Tensor
     """The mean length of the gradient so far, zero before the first step."""
-    transform: BlockTransform
+    encode: Encoder
     pictures: Pictures
     words: WordVectors
     generator: torch.Generator
@@ -131,6 +142,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stop-at", type=int, help="step after which this run ends")
     add("--checkpoint-minutes", type=float, default=2.5, help="time between checkpoints")
     add("--learning-rate", type=float, help="at its peak; the configuration's by default")
+    add("--whitening", type=float, default=0.5, help="channels are divided by this power of their deviation; below one,"
+        " coarse channels stay stronger and come out of the noise first")  # fmt: skip
     add("--seed", type=int, default=0, help="of weights, noise and videos")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--no-compile", action="store_true", help="leave the blocks to eager PyTorch")
@@ -197,7 +210,7 @@ def start_training(configuration: Configuration, options: argparse.Namespace, de
         average={name: value.to(device) for name, value in average.items()},
         optimizer=torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
         gradient_length=torch.zeros((), device=device),
-        transform=BlockTransform(),
+        encode=Encoder(BlockTransform(), device),
         pictures=pictures,
         words=WordVectors.drawn(pictures.vocabulary, configuration.text_dim).to(device),
         generator=torch.Generator(device),
@@ -206,20 +219,21 @@ def start_training(configuration: Configuration, options: argparse.Namespace, de
         load_checkpoint(training, configuration, options)
     else:
         (options.out / "loss.jsonl").unlink(missing_ok=True)
-        training.transform = measured_transform(pictures)
-        training.transform.save(options.out / model.TRANSFORM_NAME)
+        transform = measured_transform(pictures, options.whitening)
+        transform.save(options.out / model.TRANSFORM_NAME)
+        training.encode = Encoder(transform, device)
         training.words.save(options.out / model.WORDS_NAME)
     return training
 
 
-def measured_transform(pictures: Pictures) -> BlockTransform:
+def measured_transform(pictures: Pictures, whitening: float) -> BlockTransform:
     """Return the transform that makes channels of made video partly white, with a mean variance of one."""
     plans = [draw_plan(seed, pictures.vocabulary) for seed in range(96)]
     # the same numbers on every device
     on_cpu = Pictures(pictures.vocabulary, tuple(p.cpu() for p in pictures.backgrounds), pictures.objects.cpu())
     pixels = torch.cat([render(on_cpu, plans[at : at + 8], Shape(2, *WINDOW)) for at in range(0, len(plans), 8)])
     white = BlockTransform.measured(pixels)
-    partly = torch.tensor(white.std, dtype=torch.float64) ** WHITENING
+    partly = torch.tensor(white.std, dtype=torch.float64) ** whitening
     remaining = (torch.tensor(white.std, dtype=torch.float64) / partly).square().mean().sqrt()
     return BlockTransform(mean=white.mean, std=tuple((partly * remaining).tolist()))
 
@@ -250,7 +264,7 @@ def tell_render_time(training: Training, configuration: Configuration) -> None:
     for repeat in range(4):
         if repeat == 1:
             start.record()
-        training.transform.encode(render(training.pictures, plans, shape))
+        training.encode(render(training.pictures, plans, shape))
     end.record()
     torch.cuda.synchronize()
     console.print(f"rendering {count} videos of {size}: {start.elapsed_time(end) / 3:.1f} ms")
@@ -278,7 +292,7 @@ def training_step(
     plans = [draw_plan(first + number, training.pictures.vocabulary, aspect) for number in range(batch)]
     with torch.no_grad():
         pixels = render(training.pictures, plans, Shape(size.frames, size.height, size.width))
-        picture = training.transform.encode(pixels)
+        picture = training.encode(pixels)
     generator = training.generator.manual_seed(_seed_of(seed, step))
     noise = torch.randn(picture.shape, device=device, generator=generator)
     sigma = draw_sigmas(batch, generator, device)
@@ -432,7 +446,7 @@ def save_checkpoint(training: Training, configuration: Configuration, options: a
         "batch_tokens": configuration.batch_tokens,
         "sizes": [asdict(size) for size in configuration.sizes],
         "flow_shift": FLOW_SHIFT,
-        "whitening": WHITENING,
+        "whitening": options.whitening,
         "environment": describe_environment(),
     }
     (options.out / "state.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -453,7 +467,7 @@ def load_checkpoint(training: Training, configuration: Configuration, options: a
     device = training.device
     with safe_open(options.out / "checkpoint.safetensors", "pt") as file:
         record = json.loads(file.metadata()["record"])
-        same = {"configuration": options.configuration, "seed": options.seed}
+        same: dict[str, Any] = {name: getattr(options, name) for name in ("configuration", "seed", "whitening")}
         same["architecture"] = dict(configuration.architecture)
         if other := [name for name, value in same.items() if record[name] != value]:
             raise SystemExit(f"{options.out} holds a checkpoint of another {', '.join(other)}; choose another --out")
@@ -470,7 +484,7 @@ def load_checkpoint(training: Training, configuration: Configuration, options: a
                 }
         training.gradient_length.copy_(file.get_tensor("gradient_length"))
     training.progressed = Progressed(**record["progressed"])
-    training.transform = BlockTransform.load(options.out / model.TRANSFORM_NAME)
+    training.encode = Encoder(BlockTransform.load(options.out / model.TRANSFORM_NAME), device)
     training.words = WordVectors.load(options.out / model.WORDS_NAME).to(device)
     keep_log_until(options.out / "loss.jsonl", training.progressed.steps)
 

@@ -79,7 +79,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def page_of(card: dict[str, Any], catalogue: list[dict[str, str]]) -> str:
     """Return the model card: the template with the figures filled in; a figure that is missing is an error."""
-    template = Template((Path(__file__).resolve().parent / "card_template.md").read_text("utf-8"))
+    template = Template((Path(__file__).resolve().parent / "card.md.template").read_text("utf-8"))
     parts = (quality_figures(card["judged"]), attention_figures(card["attention"]), training_figures(card["training"]))
     config = card["config"]
     return template.substitute(

@@ -27,7 +27,9 @@ def one_measured_transform():
     """Measure the transform on few videos, once: what it is does not matter here."""
     measured = training.measured_transform
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "measured_transform", lambda _pictures: BlockTransform(std=(0.5,) * CHANNELS))
+        patch.setattr(
+            training, "measured_transform", lambda _pictures, _whitening: BlockTransform(std=(0.5,) * CHANNELS)
+        )
         yield measured
 
 
@@ -85,8 +87,8 @@ def test_lines_of_steps_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_a_checkpoint_of_another_seed_or_configuration_is_refused(trained):
-    with pytest.raises(SystemExit, match="another seed; choose another --out"):
-        run(trained, "--steps", 200, "--seed", 1)
+    with pytest.raises(SystemExit, match="another seed, whitening; choose another --out"):
+        run(trained, "--steps", 200, "--seed", 1, "--whitening", 1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
@@ -188,14 +190,14 @@ def replace_training(weight):
     """Return a training of a single parameter, as far as its gradient is concerned."""
     transformer = torch.nn.Module()
     transformer.weight = weight
-    nothing = dict.fromkeys(("average", "optimizer", "transform", "pictures", "words", "generator"))
+    nothing = dict.fromkeys(("average", "optimizer", "encode", "pictures", "words", "generator"))
     return training.Training(transformer=transformer, gradient_length=torch.zeros(()), **nothing)
 
 
 @pytest.mark.slow
 def test_the_measured_transform_leaves_coarse_channels_stronger(one_measured_transform):
     pictures = training.Pictures.load()
-    transform = one_measured_transform(pictures)
+    transform = one_measured_transform(pictures, 0.5)
     made = importlib.import_module("made_video")
     plans = [made.draw_plan(seed, pictures.vocabulary) for seed in range(200, 224)]
     latents = transform.encode(made.render(pictures, plans, made.Shape(1, *training.WINDOW)))
@@ -204,6 +206,16 @@ def test_the_measured_transform_leaves_coarse_channels_stronger(one_measured_tra
     assert deviation[0] == deviation.max()
     assert 2 < deviation[0] < 8
     assert deviation.min() > 0.1
+    white = one_measured_transform(pictures, 1.0)
+    assert_close(torch.tensor(white.std) / white.std[0], (torch.tensor(transform.std) / transform.std[0]) ** 2)
+
+
+def test_the_encoder_on_a_device_is_the_transform():
+    generator = torch.Generator().manual_seed(0)
+    std = tuple((0.1 + torch.rand(CHANNELS, generator=generator)).tolist())
+    transform = BlockTransform(mean=tuple(torch.randn(CHANNELS, generator=generator).tolist()), std=std)
+    pixels = torch.rand(2, 3, 2, 8, 12, generator=generator) * 2 - 1
+    assert_close(training.Encoder(transform, torch.device("cpu"))(pixels), transform.encode(pixels))
 
 
 def test_draws_of_sizes_follow_their_shares():
