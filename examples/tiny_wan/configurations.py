@@ -56,7 +56,7 @@ class Configuration:
     ema_decay: float = 0.999
     """Of the moving average of the weights, which is what is exported."""
 
-    minutes: float = 19.0
+    minutes: float = 18.0
     """Wall clock of training, start-up and compilation of every run included, which the learning rate follows."""
 
     @property

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stop-at", type=int, help="step after which this run ends")
     add("--checkpoint-minutes", type=float, default=2.5, help="time between checkpoints")
     add("--learning-rate", type=float, help="at its peak; the configuration's by default")
+    add("--batch-tokens", type=int, help="tokens in a batch; the configuration's by default")
     add("--whitening", type=float, default=0.5, help="channels are divided by this power of their deviation; below one,"
         " coarse channels stay stronger and come out of the noise first")  # fmt: skip
     add("--seed", type=int, default=0, help="of weights, noise and videos")
@@ -154,6 +155,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def train(options: argparse.Namespace) -> bool:
     """Train until the budget or the time of this run is over; return whether the budget is."""
     configuration = CONFIGURATIONS[options.configuration]
+    if options.batch_tokens:
+        configuration = replace(configuration, batch_tokens=options.batch_tokens)
     device = torch.device(options.device)
     training = start_training(configuration, options, device)
     progressed, earlier = training.progressed, training.progressed.seconds
