@@ -8,6 +8,18 @@ from typing import Any
 
 from svg2_compile.tiny_wan.transform import CHANNELS, COORDINATE_CHANNELS
 
+EXAMPLES = (
+    "mountains, camera pans right, large cat moves left, medium ball circles",
+    "meadow, camera zooms in, light brightens, large cup swings, small star falls",
+    "sunset, camera tilts up, medium horse moves right, large ring spins",
+    "bricks, camera pans left, light sweeps, large dahlia grows, medium cube rises",
+    "stream, camera pans left, large dog rests, medium bowl moves right",
+    "stars, camera turns right, large rocket rises, medium ring circles",
+    "palace, light darkens, medium pagoda shrinks, large drum moves left",
+    "gravel, camera zooms out, medium dandelion circles, medium star spins",
+)
+"""Prompts that are worth looking at, for ``subject.json``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Size:

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from configurations import CONFIGURATIONS, Configuration, Size
+from configurations import CONFIGURATIONS, EXAMPLES, Configuration, Size
 from fast_training import attention_backends, compile_blocks, use_linear_patch_embedding
 from loss_log import LossLog, final_loss, keep_log_until
 from made_video import HELD_OUT, PHOTOGRAPHS, Pictures, Plan, Shape, draw_plan, render
@@ -53,18 +53,6 @@ SPIKE = 3.0
 LOG_STEPS = 50
 MOST_VIDEOS = 256
 """Seeds that a step has to itself; a batch has fewer videos."""
-EXAMPLES = (
-    "mountains, camera pans right, large cat moves left, medium ball circles",
-    "meadow, camera zooms in, light brightens, large cup swings, small star falls",
-    "sunset, camera tilts up, medium horse moves right, large ring spins",
-    "bricks, camera pans left, light sweeps, large dahlia grows, medium cube rises",
-    "stream, camera pans left, large dog rests, medium bowl moves right",
-    "stars, camera turns right, large rocket rises, medium ring circles",
-    "palace, light darkens, medium pagoda shrinks, large drum moves left",
-    "gravel, camera zooms out, medium dandelion circles, medium star spins",
-)
-"""Prompts that are worth looking at, for ``subject.json``."""
-
 console = Console(soft_wrap=True)
 
 
@@ -135,6 +123,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--configuration", default="shipped", choices=CONFIGURATIONS)
     add("--out", type=Path, required=True, help="folder of checkpoint, transform and loss.jsonl")
     add("--photographs", type=Path, default=PHOTOGRAPHS, help="folder of the pictures")
+    add("--start-from", type=Path, help="model folder whose weights a new run begins with, in fp16 and without moments")
     add("--minutes", type=float, help="wall clock of all runs together; the configuration's by default")
     add("--steps", type=int, help="optimizer steps of all runs together, instead of minutes")
     add("--stop-after", type=float, default=math.inf, help="minutes after which this run ends, from its start")
@@ -198,6 +187,8 @@ def train(options: argparse.Namespace) -> bool:
 def start_training(configuration: Configuration, options: argparse.Namespace, device: torch.device) -> Training:
     """Return the state of training at the start of this run, new or from the checkpoint in ``options.out``."""
     transformer = model.untrained_transformer(options.seed, configuration.architecture)
+    if options.start_from:
+        take_weights(transformer, options.start_from)
     average = {name: value.clone() for name, value in transformer.state_dict().items()}
     pictures = Pictures.load(options.photographs, device)
     transformer = transformer.to(device)
@@ -221,18 +212,39 @@ def start_training(configuration: Configuration, options: argparse.Namespace, de
         load_checkpoint(training, configuration, options)
     else:
         (options.out / "loss.jsonl").unlink(missing_ok=True)
-        transform = measured_transform(pictures, options.whitening)
+        if options.start_from:
+            transform = BlockTransform.load(options.start_from / model.TRANSFORM_NAME)
+            training.words = WordVectors.load(options.start_from / model.WORDS_NAME).to(device)
+        else:
+            transform = measured_transform(pictures, options.whitening)
         transform.save(options.out / model.TRANSFORM_NAME)
         training.encode = Encoder(transform, device)
         training.words.save(options.out / model.WORDS_NAME)
     return training
 
 
+def take_weights(transformer: nn.Module, folder: Path) -> None:
+    """Load the weights of a model folder.
+
+    Raises:
+        SystemExit: the folder has no words, or is of another architecture.
+
+    """
+    if not (folder / model.WORDS_NAME).is_file():
+        raise SystemExit(f"{folder} holds no {model.WORDS_NAME}; --start-from needs what --export wrote")
+    weights = load_file(folder / model.WEIGHTS_NAME)
+    shapes = {name: value.shape for name, value in transformer.state_dict().items()}
+    if shapes != {name: value.shape for name, value in weights.items()}:
+        raise SystemExit(f"{folder} is of another architecture; choose the --configuration that it was trained with")
+    transformer.load_state_dict({name: value.float() for name, value in weights.items()})
+
+
 def measured_transform(pictures: Pictures, whitening: float) -> BlockTransform:
     """Return the transform that makes channels of made video partly white, with a mean variance of one."""
     plans = [draw_plan(seed, pictures.vocabulary) for seed in range(96)]
     # the same numbers on every device
-    on_cpu = Pictures(pictures.vocabulary, tuple(p.cpu() for p in pictures.backgrounds), pictures.objects.cpu())
+    full, half = pictures.backgrounds
+    on_cpu = Pictures(pictures.vocabulary, (full.cpu(), half.cpu()), pictures.objects.cpu())
     pixels = torch.cat([render(on_cpu, plans[at : at + 8], Shape(2, *WINDOW)) for at in range(0, len(plans), 8)])
     white = BlockTransform.measured(pixels)
     partly = torch.tensor(white.std, dtype=torch.float64) ** whitening
@@ -394,6 +406,7 @@ def save_checkpoint(training: Training, configuration: Configuration, options: a
         "configuration": options.configuration,
         "architecture": dict(configuration.architecture),
         "seed": options.seed,
+        "started_from": started_from(options),
         "minutes": None if options.steps is not None else options.minutes or configuration.minutes,
         "steps": options.steps,
         "learning_rate": options.learning_rate or configuration.learning_rate,
@@ -411,6 +424,14 @@ def save_checkpoint(training: Training, configuration: Configuration, options: a
     contiguous = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
     save_file(contiguous, half_written, metadata={"record": json.dumps(record)})
     half_written.replace(path)
+
+
+def started_from(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what ``training.json`` of the folder that this run began with says, ``None`` where there was none."""
+    if not options.start_from:
+        return None
+    record: dict[str, Any] = json.loads((options.start_from / "training.json").read_text())
+    return {name: record[name] for name in ("progressed", "learning_rate", "final_loss", "started_from")}
 
 
 def load_checkpoint(training: Training, configuration: Configuration, options: argparse.Namespace) -> None:

@@ -128,6 +128,7 @@ def attention_figures(attention: dict[str, Any]) -> dict[str, Any]:
 def training_figures(training: dict[str, Any]) -> dict[str, Any]:
     """Return what the card says of training."""
     state, environment, loss = training["progressed"], training["environment"], training["final_loss"]
+    before = training["started_from"]
     sizes = [f"{size['frames']} frames of {size['height']} x {size['width']}" for size in training["sizes"]]
     return {
         "parameters": f"{training['parameters']:,}",
@@ -139,6 +140,9 @@ def training_figures(training: dict[str, Any]) -> dict[str, Any]:
         "ema_decay": f"{training['ema_decay']:g}",
         "batch_tokens": f"{training['batch_tokens']:,}",
         "sizes": ", ".join(sizes),
+        "beginning": "The first weights were random."
+        if before is None
+        else f"The first weights were those of an earlier run of {before['progressed']['steps']:,} steps, in fp16.",
         "steps": f"{state['steps']:,}",
         "trained_videos": f"{state['videos']:,}",
         "trained_tokens": f"{state['tokens'] / 1e9:.2f}",

@@ -138,7 +138,8 @@ def test_the_card_says_what_was_measured_and_what_a_person_must_add(tmp_path):
     environment = {"device": "a device", "torch": "2.0"}
     attention = {"masses": [0.9], "environment": environment, "lengths": [length | {"median_share_of_keys": masses}]}
     training = {
-        "parameters": 9_704_960, "configuration": "shipped", "whitening": 0.5, "flow_shift": 3.0, "learning_rate": 5e-4,
+        "parameters": 9_704_960, "started_from": {"progressed": {"steps": 4321}}, "configuration": "shipped",
+        "whitening": 0.5, "flow_shift": 3.0, "learning_rate": 5e-4,
         "warmup_steps": 500, "ema_decay": 0.999, "batch_tokens": 65536, "environment": environment,
         "sizes": [{"frames": 8, "height": 128, "width": 256}],
         "progressed": {"steps": 12345, "videos": 99, "tokens": 1_500_000_000, "seconds": 1140.0, "runs": 3},
@@ -161,7 +162,7 @@ def test_the_card_says_what_was_measured_and_what_a_person_must_add(tmp_path):
     for figure in (
         "9,704,960 parameters", "| new | all | 21.2 ± 0.5 |", "has 12.3 dB", "| camera | 24 | 88% | 3.1% |",
         "| 8,192 | 63.0% / 63.0% | 31.0% / 31.0% |", "12,345 steps", "1.50 billion tokens, 19.0 minutes in 3 runs",
-        "0.432", "1. sea, cat", "| pagoda | danielbuechele (Flickr) | CC BY 2.0 |",
+        "0.432", "1. sea, cat", "an earlier run of 4,321 steps", "| pagoda | danielbuechele (Flickr) | CC BY 2.0 |",
     ):  # fmt: skip
         assert figure in page
     assert page.count(card.TO_BE_WRITTEN) == 1

@@ -121,6 +121,31 @@ def test_what_is_exported_can_be_asked_in_words(trained, tmp_path):
     assert record["final_loss"]["all"] > 0
 
 
+def test_a_new_run_can_begin_with_exported_weights(trained, tmp_path):
+    training.export(trained, tmp_path / "first")
+    assert run(
+        tmp_path / "second", "--steps", 1, "--start-from", tmp_path / "first", "--seed", 5, "--learning-rate", 1e-9
+    )
+    training.export(tmp_path / "second", tmp_path / "model")
+    first, second = (load_file(tmp_path / name / model.WEIGHTS_NAME) for name in ("first", "model"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for name in (model.TRANSFORM_NAME, model.WORDS_NAME):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["progressed"]["steps"] == 1
+    assert record["started_from"]["progressed"]["steps"] == 100
+
+
+def test_weights_of_another_architecture_are_not_begun_with(trained, tmp_path):
+    training.export(trained, tmp_path / "first")
+    options = ["--configuration", "shipped", "--out", str(tmp_path / "out"), "--device", "cpu", "--steps", "1"]
+    options = training.parse_arguments([*options, "--start-from", str(tmp_path / "first")])
+    with pytest.raises(SystemExit, match="is of another architecture"):
+        training.start_training(configurations.CONFIGURATIONS["shipped"], options, torch.device("cpu"))
+    with pytest.raises(SystemExit, match=r"holds no words\.safetensors"):
+        training.take_weights(torch.nn.Module(), tmp_path)
+
+
 def test_every_example_can_be_read_by_the_words_that_are_trained():
     vocabulary = training.Pictures.load().vocabulary
     words = importlib.import_module("svg2_compile.tiny_wan.words")
