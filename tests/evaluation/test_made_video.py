@@ -274,3 +274,12 @@ def test_objects_of_a_prompt_are_those_of_the_plan(pictures):
         assert [each.name for each in plan.words.objects] == names
         assert all(isinstance(each, ObjectWords) for each in plan.words.objects)
         assert pictures.vocabulary.background[plan.background] == plan.words.background
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_renders_the_same_videos(pictures):
+    plans = [made.draw_plan(seed, pictures.vocabulary) for seed in range(6)]
+    there = made.render(made.Pictures.load(device="cuda"), plans, SHAPE).cpu()
+    # a pixel at an edge may fall to the other side, or be taken from the next level of detail
+    assert ((there - made.render(pictures, plans, SHAPE)).abs() > 0.02).float().mean() < 1e-3

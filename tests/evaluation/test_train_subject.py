@@ -34,7 +34,8 @@ def one_measured_transform():
 
 
 def run(out, *arguments):
-    given = ("--configuration", "minute", "--device", "cpu", "--out", out, *arguments)
+    device = () if "--device" in arguments else ("--device", "cpu")
+    given = ("--configuration", "minute", *device, "--out", out, *arguments)
     options = training.parse_arguments(list(map(str, given)))
     options.out.mkdir(parents=True, exist_ok=True)
     return training.train(options)
@@ -250,3 +251,14 @@ def test_draws_of_sizes_follow_their_shares():
     assert late > 1.5 * early
     only = (replace(sizes[0], first_share=0.0), sizes[1])
     assert {training.draw_size(only, 0.0, 0, step) for step in range(50)} == {sizes[1]}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_compiled_run_on_a_gpu_goes_on_where_it_stopped_and_its_loss_falls(tmp_path, capsys):
+    """The only test of what training does on a GPU alone: compilation, autocast, no waiting for the device."""
+    assert not run(tmp_path, "--steps", 150, "--stop-at", 60, "--device", "cuda")
+    assert run(tmp_path, "--steps", 150, "--device", "cuda")
+    assert "rendering" in capsys.readouterr().out
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "loss.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.95 * losses[0]
