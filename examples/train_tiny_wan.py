@@ -32,7 +32,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
+
+sys.path.append(str(Path(__file__).resolve().parent / "tiny_wan"))
+
+from fast_training import attention_backends, compile_blocks, fast_math, use_linear_patch_embedding
 
 from svg2_compile.tiny_wan import clips, model
 from svg2_compile.tiny_wan.transform import CHANNELS, BlockTransform, coordinates, frames_to_pixels
@@ -172,17 +176,6 @@ def latents_of(frames: Tensor, transform: BlockTransform) -> Tensor:
     return torch.cat([picture, coordinates(*frames.shape[:3])], dim=1)[0].transpose(0, 1)
 
 
-class LinearPatchEmbedding(nn.Conv3d):
-    """The patch embedding as a matrix product: the same weights and result, without the slow bf16 3-D convolution."""
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """Return ``[B, D, F, h/2, w/2]`` from ``[B, C, F, h, w]``."""
-        _, rows, columns = self.kernel_size
-        patches = latents.unflatten(4, (-1, columns)).unflatten(3, (-1, rows))  # [B, C, F, h/2, 2, w/2, 2]
-        patches = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
-        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
-
-
 def main() -> None:
     """Run the command line."""
     options = parse_arguments()
@@ -284,28 +277,19 @@ def start_training(transform: BlockTransform, options: argparse.Namespace, devic
     )
 
 
-def use_linear_patch_embedding(transformer: nn.Module) -> None:
-    """Replace the convolution by the matrix product that shares its weights."""
-    convolution = transformer.patch_embedding
-    linear = LinearPatchEmbedding(
-        convolution.in_channels, convolution.out_channels, convolution.kernel_size, convolution.stride, device="meta"
-    )
-    linear.weight, linear.bias = convolution.weight, convolution.bias
-    transformer.patch_embedding = linear
-
-
 def make_prompts(seed: int) -> Tensor:
     """Return fixed random embeddings ``[scenes + 1, 16, 64]`` with orthogonal rows of unit variance."""
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(len(clips.SCENES) + 1, model.CONFIG["text_dim"], 16, generator=generator)
-    return torch.linalg.qr(gaussian).Q.transpose(1, 2).contiguous() * math.sqrt(model.CONFIG["text_dim"])
+    width = model.read_config()["text_dim"]
+    gaussian = torch.randn(len(clips.SCENES) + 1, width, 16, generator=generator)
+    return torch.linalg.qr(gaussian).Q.transpose(1, 2).contiguous() * math.sqrt(width)
 
 
 def train(training: Training, data: LatentScenes, options: argparse.Namespace, device: torch.device) -> None:
     """Train until the minutes of this run are over."""
     if not options.no_compile:
         compile_blocks(training.transformer)
-    backends = attention_backends(device)
+    backends = attention_backends(device, 4, 64, console)
     draw_size = np.random.default_rng(options.seed + 1000 * training.progressed.runs)
     log = LossLog(options.out / "loss.jsonl", options.sizes, device)
     previous_seconds, saved = training.progressed.seconds, time.monotonic()
@@ -398,57 +382,6 @@ def draw(sizes: tuple[Size, ...], share: float, generator: np.random.Generator) 
     """Return the size of the next batch; large sizes become frequent as training goes on."""
     weights = np.array([size.first_share + share * (size.last_share - size.first_share) for size in sizes])
     return sizes[generator.choice(len(sizes), p=weights / weights.sum())]
-
-
-def compile_blocks(transformer: nn.Module) -> None:
-    """Compile the repeated blocks, once for each size; what cannot be compiled runs eagerly."""
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.suppress_errors = True
-    transformer.compile_repeated_blocks(dynamic=False)
-
-
-def attention_backends(device: torch.device) -> list[SDPBackend]:
-    """Return the attention kernels in order of preference: cuDNN first where it works and is faster than flash."""
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if device.type != "cuda":
-        return others
-    try:
-        times = {one: attention_ms(one, device) for one in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)}
-    except RuntimeError as error:
-        console.print(f"cuDNN attention does not work here: {error}")
-        return others
-    console.print(", ".join(f"{one.name.lower()} {ms:.2f} ms" for one, ms in times.items()), "forward and backward")
-    cudnn_wins = times[SDPBackend.CUDNN_ATTENTION] < times[SDPBackend.FLASH_ATTENTION]
-    return [SDPBackend.CUDNN_ATTENTION, *others] if cudnn_wins else others
-
-
-def attention_ms(backend: SDPBackend, device: torch.device) -> float:
-    """Return the milliseconds of one forward and backward of 8192 tokens to themselves and to a prompt."""
-    query, key, value, prompt_key, prompt_value = (
-        torch.randn(8, length, 4, 64, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
-        for length in (8192, 8192, 8192, 16, 16)
-    )
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with sdpa_kernel(backend):
-        for repeat in range(8):
-            if repeat == 3:
-                start.record()
-            F.scaled_dot_product_attention(query, key, value).square().mean().backward()
-            F.scaled_dot_product_attention(query, prompt_key, prompt_value).square().mean().backward()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 5
-
-
-@contextmanager
-def fast_math(device: torch.device) -> Iterator[None]:
-    """Let fp32 matrix products use TF32 while training."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class LossLog:
@@ -594,7 +527,7 @@ def write_samples(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             latents = tiny_wan.generate(
                 pipeline, scene.name, frames=size.frames, height=size.height, width=size.width,
-                steps=options.sample_steps, seed=seed, folder=folder,
+                steps=options.sample_steps, seed=seed,
             )  # fmt: skip
         top, left = clips.window_corner(scene, size.height, size.width)
         real = scenes[scene.name][: size.frames, top : top + size.height, left : left + size.width]

@@ -18,7 +18,9 @@ def root() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for videos, pictures and report.json.")] = Path("svg2_demo"),
-    prompt: Annotated[str, typer.Option(help="One of the tiny model's prompts.")] = "rabbit_stretches",
+    prompt: Annotated[
+        str | None, typer.Option(help="A prompt of the tiny model; its first example by default.")
+    ] = None,
     frames: Annotated[int, typer.Option(help="Frames of the video.")] = 16,
     height: Annotated[int, typer.Option(help="Height in pixels, a multiple of 8.")] = 128,
     width: Annotated[int, typer.Option(help="Width in pixels, a multiple of 8.")] = 256,
@@ -31,12 +33,12 @@ def demo(
 ) -> None:
     """Generate one video twice with the shipped tiny model, dense and sparse, and show the cost and the gain."""
     from svg2_compile.passes.errors import ConfigError
-    from svg2_compile.tiny_wan import TinyWanError
+    from svg2_compile.tiny_wan import TinyWanError, example_prompts
     from svg2_compile.video.demo import DemoSettings, run_demo
     from svg2_compile.video.measure import Video
 
     try:
-        video = Video(prompt, frames, height, width, steps, guidance_scale, seed)
+        video = Video(prompt or example_prompts()[0], frames, height, width, steps, guidance_scale, seed)
         run_demo(DemoSettings(out, video, top_p, dense_steps, device))
     except (ConfigError, TinyWanError) as error:
         typer.secho(f"svg2 demo: {error}", fg="red", err=True)

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from capture import FRAMES, AttentionCapture, clean_latents, mixed_with_noise
+from capture import FRAMES, AttentionCapture, mixed_with_noise, real_videos
 from torch import Tensor
 
 from svg2_compile import tiny_wan
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.select_blocks import block_logits, kept_clusters
 from svg2_compile.passes.config import SparseConfig
-from svg2_compile.tiny_wan import clips, model
+from svg2_compile.tiny_wan import model
 
-SCENE = "rabbit_stretches"
 NOISE_LEVEL = 0.5
 TOP_P = 0.9
 svg2 = torch.ops.svg2
@@ -45,11 +44,11 @@ class Layers:
 def captured_layers(frames_file: Path | None) -> Layers:
     """Return what the self-attentions of one denoising step get."""
     network = tiny_wan.load_transformer().eval()
-    clean = clean_latents([SCENE], clips.load_scenes(frames_file))[SCENE]
-    mixed, timestep = mixed_with_noise(clean, NOISE_LEVEL)
-    tokens = model.token_count(FRAMES, clips.HEIGHT, clips.WIDTH)
+    (video,) = real_videos(1, frames_file=frames_file)
+    mixed, timestep = mixed_with_noise(video.latents, NOISE_LEVEL)
+    tokens = model.token_count(FRAMES, 128, 256)
     with AttentionCapture(tokens, lambda q, k, scale: torch.stack((q[0], k[0]))) as capture:
-        network(mixed, timestep, tiny_wan.load_prompts()[SCENE][None], return_dict=False)
+        network(mixed, timestep, tiny_wan.embed_prompt(video.prompt)[None], return_dict=False)
     q, k = torch.stack(capture.measured).unbind(1)
     return Layers(q, k, q.shape[-1] ** -0.5)
 

@@ -35,7 +35,7 @@ from svg2_compile.video.measure import TINY_OPTIONS, Video
 
 TOP_P = (0.6, 0.8, 0.9, 0.97)
 USUAL_TOP_P = 0.9
-PROMPTS = ("rabbit_stretches", "passenger_talks")
+PROMPTS = tiny_wan.example_prompts()[:2]
 STEP_ITERATIONS = (0, 1, 2, 5, 10)
 COLD_ITERATIONS = (1, 2, 5, 10, 20)
 MOST_ITERATIONS = 20

@@ -63,7 +63,7 @@ from svg2_compile.video.measure import TINY_OPTIONS, Video, generate
 from svg2_compile.video.quality import psnr
 
 TOP_P = (0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-PROMPTS = ("rabbit_wakes", "rabbit_stretches", "passenger_talks", "passenger_sings")
+PROMPTS = tiny_wan.example_prompts()[:4]
 PRESETS = ("quality", "balanced", "turbo")
 RIVALS = ("svg2", "random", "blocks", "boxes", "oracle")
 METHODS = (*RIVALS, "blocks oracle", "boxes oracle", "queries", "keys", "spread")

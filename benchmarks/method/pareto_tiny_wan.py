@@ -12,7 +12,7 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from svg2_compile import svg2_backend, tiny_wan
 from svg2_compile.environment import describe_environment
+from svg2_compile.tiny_wan import model
 from svg2_compile.video.measure import (
     TINY_OPTIONS,
     Generation,
@@ -43,18 +44,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
     parser.add_argument("--name", default="pareto_tiny_wan", help="of the files")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--prompt", default=Video().prompt)
+    parser.add_argument("--folder", type=Path, default=model.FOLDER, help="of the model; the shipped one by default")
+    parser.add_argument("--prompt", help="the model's first example by default")
     parser.add_argument("--frames", type=int, default=Video().frames)
     parser.add_argument("--steps", type=int, default=Video().steps)
     parser.add_argument("--top-p", type=float, nargs="+", default=TOP_P)
     parser.add_argument("--cuda-graphs", action="store_true", help="replay what was compiled as CUDA graphs")
     parser.add_argument("--option", action="append", default=[], help="name=value of SparseConfig, repeatable")
     arguments = parser.parse_args()
-    video = replace(Video(), prompt=arguments.prompt, frames=arguments.frames, steps=arguments.steps)
+    prompt = arguments.prompt or tiny_wan.example_prompts(arguments.folder)[0]
+    video = Video(prompt, frames=arguments.frames, steps=arguments.steps)
     extra = {name: json.loads(value) for name, value in (each.split("=", 1) for each in arguments.option)}
     options = {**TINY_OPTIONS, "dense_steps": 0.35, **extra}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = tiny_wan.load_pipeline(getattr(torch, arguments.dtype), device)
+    pipeline = tiny_wan.load_pipeline(getattr(torch, arguments.dtype), device, arguments.folder)
     eager = pipeline.transformer
     result: dict[str, Any] = {
         "environment": describe_environment(),
@@ -74,19 +77,19 @@ def main() -> None:
             # a copy each: the report adds up whatever ran on the same parameters
             own = copy.deepcopy(eager)
             models.append(torch.compile(own, backend=svg2_backend, options=chosen | graphs, fullgraph=True))
-        for model in models:
-            pipeline.transformer = model
+        for each in models:
+            pipeline.transformer = each
             warm_up(pipeline, video)
         if arguments.cuda_graphs:
-            dense, *sparse = (replay(pipeline, model, video) for model in models)
+            dense, *sparse = (replay(pipeline, each, video) for each in models)
         else:
             dense, *sparse = generate_in_turns(pipeline, models, video)
         last = sparse_step_count(video, options)
         result["dense_step_seconds"] = dense.median_step(last)
         result["noise_floor_psnr_db"] = psnr(floor.pixels, dense.pixels)
         points = []
-        for top_p, model, generation in zip(arguments.top_p, models[1:], sparse, strict=True):
-            pipeline.transformer = model
+        for top_p, own, generation in zip(arguments.top_p, models[1:], sparse, strict=True):
+            pipeline.transformer = own
             points.append(sparse_point(top_p, last, generation, dense))
             # of replayed ops nothing has a name
             points[-1]["clustering_share"] = None if graphs else time_split(pipeline, video).clustering
@@ -98,14 +101,14 @@ def main() -> None:
     print(table(result))
 
 
-def replay(pipeline: Any, model: torch.nn.Module, video: Video) -> Generation:
+def replay(pipeline: Any, transformer: torch.nn.Module, video: Video) -> Generation:
     """Generate twice, and return the second, whose steps replay what the first recorded."""
     # both branches of classifier-free guidance are one step, and a replay overwrites what the other returned
     handles = (
-        model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin()),
-        model.register_forward_hook(lambda _model, _inputs, outputs: tree_map(torch.clone, outputs)),
+        transformer.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin()),
+        transformer.register_forward_hook(lambda _model, _inputs, outputs: tree_map(torch.clone, outputs)),
     )
-    own = with_models(pipeline, model)
+    own = with_models(pipeline, transformer)
     generate(own, video)
     generation = generate(own, video)
     for handle in handles:

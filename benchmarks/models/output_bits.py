@@ -228,9 +228,10 @@ def generations(
         return tensors
 
     video = {**VIDEO, **video}
-    tiny_wan.generate(pipeline, "rabbit_stretches", callback_on_step_end=keep, **video)
+    first, _, another, *_ = tiny_wan.example_prompts()
+    tiny_wan.generate(pipeline, first, callback_on_step_end=keep, **video)
     outputs |= reported(model)
-    outputs["another generation"] = tiny_wan.generate(pipeline, "rabbit_wakes", **video)
+    outputs["another generation"] = tiny_wan.generate(pipeline, another, **video)
     return outputs
 
 

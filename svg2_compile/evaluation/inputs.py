@@ -6,9 +6,10 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from svg2_compile import tiny_wan
 from svg2_compile.evaluation.errors import EvaluationError
 from svg2_compile.evaluation.evaluation import Configuration
-from svg2_compile.evaluation.pipelines import PROMPTS, TINY, TINY_PROMPTS
+from svg2_compile.evaluation.pipelines import PROMPTS, TINY
 from svg2_compile.options import parse_options
 
 DEFAULT_PRESET = "balanced"
@@ -42,7 +43,7 @@ def read_prompts(path: Path | None, model: str) -> tuple[str, ...]:
         EvaluationError: the file cannot be read, is not UTF-8, or holds nothing.
     """
     if path is None:
-        return TINY_PROMPTS if model == TINY else PROMPTS
+        return tiny_wan.example_prompts()[:1] if model == TINY else PROMPTS
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:

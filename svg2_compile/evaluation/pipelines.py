@@ -22,7 +22,6 @@ from svg2_compile.video.measure import Request, Video, denoiser_names
 TINY = "tiny"
 """The name of the shipped model."""
 
-TINY_PROMPTS = ("rabbit_stretches",)
 PROMPTS = (
     "A cat walks on the grass, realistic style.",
     "A sailing boat leaves a small harbour at sunrise, the camera follows slowly.",

@@ -96,7 +96,7 @@ def _tiny_call(frames: int | None, height: int | None, width: int | None) -> Tra
     steps = 16
 
     def generate() -> object:
-        return tiny_wan.generate(pipeline, "rabbit_wakes", steps=steps, **given)
+        return tiny_wan.generate(pipeline, tiny_wan.example_prompts()[0], steps=steps, **given)
 
     return TransformerCall("tiny Wan", pipeline.transformer, *_run_until_called(pipeline, "tiny Wan", generate), steps)
 

@@ -2,7 +2,8 @@
 
 >>> from svg2_compile import tiny_wan
 >>> pipeline = tiny_wan.load_pipeline()
->>> latents = tiny_wan.generate(pipeline, prompt="rabbit_wakes", frames=16, height=128, width=256, seed=0)
+>>> prompt = tiny_wan.example_prompts()[0]
+>>> latents = tiny_wan.generate(pipeline, prompt, frames=16, height=128, width=256, seed=0)
 >>> frames = tiny_wan.decode_latents(latents)  # uint8 [16, 128, 256, 3]
 
 Importing this package imports neither torch nor diffusers.
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
         check_size,
         decode_latents,
         decode_pixels,
+        embed_prompt,
+        example_prompts,
+        folder_of,
         generate,
         load_pipeline,
-        load_prompts,
         load_transformer,
         token_count,
         untrained_transformer,
@@ -31,9 +34,11 @@ __all__ = [
     "check_size",
     "decode_latents",
     "decode_pixels",
+    "embed_prompt",
+    "example_prompts",
+    "folder_of",
     "generate",
     "load_pipeline",
-    "load_prompts",
     "load_transformer",
     "token_count",
     "untrained_transformer",

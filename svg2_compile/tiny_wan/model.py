@@ -7,15 +7,15 @@ the coordinate channels beside it; the network's velocity there is exactly zero,
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from svg2_compile.tiny_wan import clips
 from svg2_compile.tiny_wan.transform import (
     BLOCK_SIZE,
     CHANNELS,
@@ -23,6 +23,7 @@ from svg2_compile.tiny_wan.transform import (
     BlockTransform,
     coordinates,
 )
+from svg2_compile.tiny_wan.words import PromptError, WordVectors, parse
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline, WanTransformer3DModel
@@ -32,7 +33,13 @@ StepCallback = Callable[["WanPipeline", int, Tensor, dict[str, Tensor]], dict[st
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CONFIG_NAME = "config.json"
 PROMPTS_NAME = "prompts.safetensors"
+"""Embeddings by name, of a model whose prompts are names."""
+WORDS_NAME = "words.safetensors"
+"""Vectors of words, of a model whose prompts are made of words."""
+SUBJECT_NAME = "subject.json"
+"""What a user of the model asks for: prompts that are worth looking at, and the window that it was trained on."""
 TRANSFORM_NAME = "transform.json"
 SCHEDULER_NAME = "scheduler_config.json"
 
@@ -42,22 +49,7 @@ NULL_PROMPT = "null"
 TOKEN_SIZE = 2 * BLOCK_SIZE
 """A token covers 8 x 8 pixels of one frame."""
 
-CONFIG: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 4,
-    "attention_head_dim": 64,
-    "in_channels": CHANNELS + COORDINATE_CHANNELS,
-    "out_channels": CHANNELS + COORDINATE_CHANNELS,
-    "text_dim": 64,
-    "freq_dim": 256,
-    "ffn_dim": 1920,
-    "num_layers": 6,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "eps": 1e-6,
-    "rope_max_seq_len": 1024,
-}
-"""The arguments of ``WanTransformer3DModel``: 9.8 million parameters."""
+_FOLDER_OF_PIPELINE = "tiny_wan_folder"
 
 # Sizes of Wan's VAE, which WanPipeline assumes when it has none.
 _PIPELINE_PIXELS = 8
@@ -89,19 +81,34 @@ def load_transformer(
     return cast("WanTransformer3DModel", transformer.to(device).eval())
 
 
-def untrained_transformer(seed: int = 0) -> WanTransformer3DModel:
-    """Return the same network as training starts from, fp32 on the CPU.
+def read_config(folder: Path = FOLDER) -> dict[str, Any]:
+    """Return the arguments of ``WanTransformer3DModel`` that a model folder was made with.
+
+    Raises:
+        TinyWanError: the file is missing.
+
+    """
+    record: dict[str, Any] = json.loads(_require(folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    return {name: value for name, value in record.items() if not name.startswith("_")}
+
+
+def untrained_transformer(seed: int = 0, config: Mapping[str, Any] | None = None) -> WanTransformer3DModel:
+    """Return a network as training starts from, fp32 on the CPU.
 
     Linear layers are Xavier uniform, the embeddings of prompt and time normal with deviation 0.02, biases and the last
     layer zero.
 
-    Promises: depends on ``seed`` alone, and leaves the global random state as it was.
+    Args:
+        seed: of the weights.
+        config: the arguments of ``WanTransformer3DModel``; those of the shipped model unless told otherwise.
+
+    Promises: depends on these alone, and leaves the global random state as it was.
     """
     from diffusers import WanTransformer3DModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = WanTransformer3DModel(**CONFIG)
+        transformer = WanTransformer3DModel.from_config(dict(read_config() if config is None else config))
         for module in transformer.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -121,7 +128,7 @@ def load_pipeline(
 ) -> WanPipeline:
     """Return diffusers' ``WanPipeline`` around the trained transformer, without tokenizer, text encoder and VAE.
 
-    Call it through ``generate``, or directly with ``prompt_embeds`` from ``load_prompts``, ``latents`` from
+    Call it through ``generate``, or directly with ``prompt_embeds`` from ``embed_prompt``, ``latents`` from
     ``initial_latents`` and ``output_type="latent"``.
 
     Args:
@@ -136,7 +143,14 @@ def load_pipeline(
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     transformer = load_transformer(dtype, device, folder)
-    return assemble_pipeline(transformer, FlowMatchEulerDiscreteScheduler.from_pretrained(str(folder)))
+    pipeline = assemble_pipeline(transformer, FlowMatchEulerDiscreteScheduler.from_pretrained(str(folder)))
+    setattr(pipeline, _FOLDER_OF_PIPELINE, folder)
+    return pipeline
+
+
+def folder_of(pipeline: WanPipeline) -> Path:
+    """Return the folder that ``load_pipeline`` read, which a copy of the pipeline keeps; else the shipped one."""
+    return cast(Path, getattr(pipeline, _FOLDER_OF_PIPELINE, FOLDER))
 
 
 def assemble_pipeline(transformer: nn.Module, scheduler: object) -> WanPipeline:
@@ -148,17 +162,41 @@ def assemble_pipeline(transformer: nn.Module, scheduler: object) -> WanPipeline:
     return cast("WanPipeline", pipeline)
 
 
-def load_prompts(folder: Path = FOLDER) -> dict[str, Tensor]:
-    """Return the prompt embeddings by name, each ``[16, 64]`` fp32; ``"null"`` stands for no prompt.
+def example_prompts(folder: Path = FOLDER) -> tuple[str, ...]:
+    """Return prompts that are worth looking at, the best first; at least four.
 
     Raises:
         TinyWanError: the file is missing.
 
     """
+    return tuple(_subject(folder)["examples"])
+
+
+def embed_prompt(prompt: str | None, folder: Path = FOLDER) -> Tensor:
+    """Return the embedding of a prompt, ``[16, D]`` fp32; ``None`` stands for no prompt.
+
+    Args:
+        prompt: as in ``example_prompts``: a name, or words that ``svg2_compile.tiny_wan.words`` can read, whichever the
+            model was trained on.
+        folder: where the prompts lie.
+
+    Raises:
+        TinyWanError: the model does not know the prompt, or a file is missing.
+
+    """
+    if (folder / WORDS_NAME).is_file():
+        vectors = WordVectors.load(folder / WORDS_NAME)
+        try:
+            return vectors.embedding(None if prompt is None else parse(prompt, vectors.vocabulary))
+        except PromptError as error:
+            raise TinyWanError(str(error)) from None
     from safetensors.torch import load_file
 
-    prompts: dict[str, Tensor] = load_file(str(_require(folder / PROMPTS_NAME)))
-    return prompts
+    named: dict[str, Tensor] = load_file(str(_require(folder / PROMPTS_NAME)))
+    name = NULL_PROMPT if prompt is None else prompt
+    if name not in named:
+        raise TinyWanError(f"prompt must be one of {', '.join(sorted(set(named) - {NULL_PROMPT}))}; got {prompt!r}")
+    return named[name]
 
 
 def generate(
@@ -172,7 +210,6 @@ def generate(
     guidance_scale: float = 2.0,
     seed: int = 0,
     callback_on_step_end: StepCallback | None = None,
-    folder: Path = FOLDER,
 ) -> Tensor:
     """Return the latents of one generated video, made by the pipeline's own denoising loop.
 
@@ -180,16 +217,15 @@ def generate(
 
     Args:
         pipeline: from ``load_pipeline``; its transformer may be compiled.
-        prompt: one of the names in ``load_prompts``, such as ``"rabbit_wakes"``.
-        frames: number of frames; trained on 8 to 32.
-        height: in pixels, a multiple of 8; trained on 128.
-        width: in pixels, a multiple of 8; trained on 128 and 256.
+        prompt: one of ``example_prompts``, or anything else that ``embed_prompt`` knows.
+        frames: number of frames; the model card says which sizes it was trained on.
+        height: in pixels, a multiple of 8.
+        width: in pixels, a multiple of 8.
         steps: denoising steps.
         guidance_scale: classifier-free guidance; 1.0 turns it off and halves the work.
         seed: of the noise.
         callback_on_step_end: the pipeline's own hook, called as ``(pipeline, step, timestep, {"latents": ...})`` after
             every step; it returns a dict, empty or with replaced latents.
-        folder: where the prompts lie.
 
     Returns:
         ``[1, 48, frames, height / 4, width / 4]`` fp32 on the pipeline's device, for ``decode_latents``.
@@ -199,38 +235,36 @@ def generate(
 
     """
     check_size(frames, height, width)
-    prompts = load_prompts(folder)
-    if prompt not in prompts:
-        raise TinyWanError(f"prompt must be one of {', '.join(sorted(prompts))}; got {prompt!r}")
+    folder = folder_of(pipeline)
+    embedding, without = embed_prompt(prompt, folder), embed_prompt(None, folder)
     if steps < 1:
         raise TinyWanError(f"steps must be at least 1, got {steps}; 16 is a good start")
     device = pipeline.device
     with torch.no_grad():
         output = pipeline(
-            prompt_embeds=prompts[prompt][None].to(device),
-            negative_prompt_embeds=prompts[NULL_PROMPT][None].to(device),
+            prompt_embeds=embedding[None].to(device),
+            negative_prompt_embeds=without[None].to(device),
             num_frames=_PIPELINE_FRAMES * (frames - 1) + 1,
             height=height // BLOCK_SIZE * _PIPELINE_PIXELS,
             width=width // BLOCK_SIZE * _PIPELINE_PIXELS,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            latents=initial_latents(prompt, frames=frames, height=height, width=width, seed=seed).to(device),
+            latents=initial_latents(prompt, frames=frames, height=height, width=width, seed=seed, folder=folder).to(
+                device
+            ),
             output_type="latent",
             callback_on_step_end=callback_on_step_end,
         )
     return cast(Tensor, output.frames)[:, :CHANNELS]
 
 
-def initial_latents(prompt: str, *, frames: int, height: int, width: int, seed: int) -> Tensor:
+def initial_latents(prompt: str, *, frames: int, height: int, width: int, seed: int, folder: Path = FOLDER) -> Tensor:
     """Return seeded noise ``[1, 48, ...]`` and the scene's coordinates ``[1, 16, ...]``, in one tensor on the CPU.
 
-    A window smaller than the scene lies where it lay in training, any other is centred.
+    A window smaller than the trained one lies where ``subject.json`` says for this prompt, any other is centred.
     """
     check_size(frames, height, width)
-    top, left = (clips.HEIGHT - height) // 16 * 8, (clips.WIDTH - width) // 16 * 8
-    scene = next((scene for scene in clips.SCENES if scene.name == prompt), None)
-    if scene is not None and height <= clips.HEIGHT and width <= clips.WIDTH:
-        top, left = clips.window_corner(scene, height, width)
+    top, left = window_corner(prompt, height, width, folder)
     place = coordinates(frames, height, width, top=top, left=left)
     noise = torch.randn(
         1,
@@ -241,6 +275,16 @@ def initial_latents(prompt: str, *, frames: int, height: int, width: int, seed: 
         device="cpu",
     )
     return torch.cat([noise, place], dim=1)
+
+
+def window_corner(prompt: str, height: int, width: int, folder: Path = FOLDER) -> tuple[int, int]:
+    """Return top and left of a window in the window that the model was trained on, in pixels, both multiples of 8."""
+    subject = _subject(folder)
+    (whole_height, whole_width), centres = subject["window"], subject.get("centre_x", {})
+    left = (whole_width - width) // 16 * 8
+    if prompt in centres and height <= whole_height and width <= whole_width:
+        left = min(max(centres[prompt] - width // 2, 0), whole_width - width) // 8 * 8
+    return (whole_height - height) // 16 * 8, left
 
 
 def decode_latents(latents: Tensor, folder: Path = FOLDER) -> Tensor:
@@ -285,11 +329,17 @@ def token_count(frames: int, height: int, width: int) -> int:
 def check_size(frames: int, height: int, width: int) -> None:
     """Raise ``TinyWanError`` unless a video of this size can be cut into tokens."""
     if frames < 1:
-        raise TinyWanError(f"frames must be at least 1, got {frames}; the model was trained on 8 to 32")
+        raise TinyWanError(f"frames must be at least 1, got {frames}; 16 is a good start")
     for name, value in (("height", height), ("width", width)):
         if value < TOKEN_SIZE or value % TOKEN_SIZE:
             nearest = max(TOKEN_SIZE, math.floor(value / TOKEN_SIZE + 0.5) * TOKEN_SIZE)
             raise TinyWanError(f"{name} must be a multiple of {TOKEN_SIZE} pixels, got {value}; try {nearest}")
+
+
+def _subject(folder: Path) -> dict[str, Any]:
+    """Return what ``subject.json`` says."""
+    record: dict[str, Any] = json.loads(_require(folder / SUBJECT_NAME).read_text(encoding="utf-8"))
+    return record
 
 
 def _require(path: Path) -> Path:

@@ -71,13 +71,7 @@ class BlockTransform:
                 f"pixels must be floating point [B, 3, F, H, W] in [-1, 1], got {pixels.dtype} {tuple(pixels.shape)}; "
                 "frames_to_pixels makes them from uint8 frames [F, H, W, 3]"
             )
-        batch, _, frames, height, width = pixels.shape
-        if height % BLOCK_SIZE or width % BLOCK_SIZE:
-            raise TransformError(f"height and width must be multiples of {BLOCK_SIZE}, got {height} x {width}")
-        rows, columns = height // BLOCK_SIZE, width // BLOCK_SIZE
-        blocks = pixels.reshape(batch, 3, frames, rows, BLOCK_SIZE, columns, BLOCK_SIZE)
-        blocks = blocks.permute(0, 1, 4, 6, 2, 3, 5).reshape(batch, CHANNELS, frames, rows, columns)
-        channels = torch.einsum("ij,bjfhw->bifhw", cosine_matrix().to(pixels), blocks)
+        channels = torch.einsum("ij,bjfhw->bifhw", cosine_matrix().to(pixels), blocks_of(pixels))
         return (channels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -124,6 +118,21 @@ class BlockTransform:
     def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
         """Return one number for each channel, shaped to broadcast over ``[B, 48, F, h, w]``."""
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, CHANNELS, 1, 1, 1)
+
+
+def blocks_of(pixels: Tensor) -> Tensor:
+    """Return every block of 4 x 4 pixels x 3 colours as 48 channels, ``[B, 48, F, H/4, W/4]`` of ``[B, 3, F, H, W]``.
+
+    Raises:
+        TransformError: height or width is no multiple of 4.
+
+    """
+    batch, _, frames, height, width = pixels.shape
+    if height % BLOCK_SIZE or width % BLOCK_SIZE:
+        raise TransformError(f"height and width must be multiples of {BLOCK_SIZE}, got {height} x {width}")
+    rows, columns = height // BLOCK_SIZE, width // BLOCK_SIZE
+    blocks = pixels.reshape(batch, 3, frames, rows, BLOCK_SIZE, columns, BLOCK_SIZE)
+    return blocks.permute(0, 1, 4, 6, 2, 3, 5).reshape(batch, CHANNELS, frames, rows, columns)
 
 
 def frames_to_pixels(frames: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from svg2_compile.video.measure import (
     time_split,
     warm_up,
 )
+from svg2_compile.video.paired import PairedSteps
 from svg2_compile.video.pictures import frame_strip, heat_map, to_bytes, write_video
 from svg2_compile.video.progress import Progress
 from svg2_compile.video.quality import psnr, ssim
@@ -97,17 +98,19 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         dense, sparse = _in_turns(progress, pipeline, dense_model, sparse_model, video, densities)
         clustering = progress.call("profiling", lambda: time_split(pipeline, video)).clustering
 
-    # of the same steps, because a drifting machine is fair to steps that ran side by side
     report = sparse.report
-    dense_step, sparse_step = (each.median_step(settings.sparse_steps) for each in (dense, sparse))
+    paired = PairedSteps(dense.step_seconds, sparse.step_seconds, settings.sparse_steps)
     result = {
         "settings": {**asdict(settings), "out": str(settings.out), "device": str(device)},
         "environment": describe_environment(),
         "tokens": video.tokens,
-        "dense_step_seconds": dense_step,
-        "sparse_step_seconds": sparse_step,
-        "step_speedup": dense_step / sparse_step,
-        "generation_speedup": sum(dense.step_seconds) / sum(sparse.step_seconds),
+        "dense_step_seconds": paired.dense_step_seconds,
+        "sparse_step_seconds": paired.sparse_step_seconds,
+        "step_speedup": paired.step_speedup,
+        "step_speedups": paired.ratios,
+        "generation_speedup": paired.generation_speedup,
+        "dense_step_spread": paired.dense_spread,
+        "machine_is_busy": paired.is_busy,
         "dense_compile_seconds": dense_compile,
         "sparse_compile_seconds": sparse_compile,
         "psnr_db": psnr(sparse.pixels, dense.pixels),
@@ -120,8 +123,10 @@ def run_demo(settings: DemoSettings) -> dict[str, Any]:
         "density_by_layer_and_step": densities.density_table,
         "report": report.to_dict(),
     }
-    _write(settings.out, result, dense.pixels, sparse.pixels)
-    console.print(_table(result))
+    _write(settings.out, result, paired, dense.pixels, sparse.pixels)
+    console.print(_table(result, paired))
+    if (warning := paired.warning()) is not None:
+        console.print(warning, style="yellow")
     console.print(f"written to {settings.out}: {', '.join(sorted(path.name for path in settings.out.iterdir()))}")
     return result
 
@@ -144,12 +149,12 @@ def _in_turns(
     return generate_in_turns(pipeline, (dense, sparse), video, after_step)
 
 
-def _write(out: Path, result: dict[str, Any], dense: Tensor, sparse: Tensor) -> None:
+def _write(out: Path, result: dict[str, Any], paired: PairedSteps, dense: Tensor, sparse: Tensor) -> None:
     (out / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     write_video(out / "dense.mp4", dense)
     write_video(out / "sparse.mp4", sparse)
     title = (
-        f"{result['tokens']} tokens: sparse step {result['step_speedup']:.2f}× faster, density "
+        f"{result['tokens']} tokens: a sparse step {paired.said_of_step()} faster, density "
         f"{100 * (result['density'] or 0):.0f} %, PSNR {result['psnr_db']:.1f} dB to dense"
     )
     strip = frame_strip(dense, {"sparse": sparse}, title)
@@ -158,7 +163,7 @@ def _write(out: Path, result: dict[str, Any], dense: Tensor, sparse: Tensor) -> 
     (out / "density.png").write_bytes(to_bytes(densities))
 
 
-def _table(result: dict[str, Any]) -> Any:
+def _table(result: dict[str, Any], paired: PairedSteps) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{result['tokens']} tokens, {result['environment']['device']}")
@@ -166,8 +171,9 @@ def _table(result: dict[str, Any]) -> Any:
         table.add_column(column, justify="left" if not column else "right")
     seconds = (f"{result['dense_step_seconds']:.2f} s", f"{result['sparse_step_seconds']:.2f} s")
     table.add_row("time per step", *seconds)
-    table.add_row("step speed-up", "1", f"{result['step_speedup']:.2f}×")
-    table.add_row("generation speed-up, dense steps included", "1", f"{result['generation_speedup']:.2f}×")
+    table.add_row("step speed-up, of steps side by side", "1", paired.said_of_step())
+    table.add_row("generation speed-up, dense steps included", "1", paired.said_of_generation())
+    table.add_row("spread of the dense steps", f"{100 * paired.dense_spread:.0f} %", "")
     table.add_row(
         "compile time", f"{result['dense_compile_seconds']:.0f} s", f"{result['sparse_compile_seconds']:.0f} s"
     )

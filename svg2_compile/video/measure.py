@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -63,7 +63,7 @@ class Request(Protocol):
 class Video:
     """What to generate with the tiny Wan."""
 
-    prompt: str = "rabbit_stretches"
+    prompt: str = field(default_factory=lambda: tiny_wan.example_prompts()[0])
     frames: int = 16
     height: int = 128
     width: int = 256
@@ -86,11 +86,11 @@ class Video:
 
     def pixels(self, pipeline: Any, *, on_step_end: Any = None) -> Tensor:
         """Denoise and decode."""
-        return tiny_wan.decode_pixels(self.latents(pipeline, on_step_end=on_step_end))
+        return tiny_wan.decode_pixels(self.latents(pipeline, on_step_end=on_step_end), tiny_wan.folder_of(pipeline))
 
     def rehearse(self, pipeline: Any) -> Tensor:
         """Return the pixels that a single step gives."""
-        return tiny_wan.decode_pixels(self.latents(pipeline, steps=1))
+        return tiny_wan.decode_pixels(self.latents(pipeline, steps=1), tiny_wan.folder_of(pipeline))
 
     def lean(self) -> Video:
         """Return the video without guidance: the tiny Wan's branches run one after the other."""

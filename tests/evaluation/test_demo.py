@@ -28,6 +28,10 @@ def test_demo_writes_videos_pictures_and_a_report(tmp_path):
     assert len(report["density_by_layer_and_step"]) == 6
     assert all(first is None and 0 < second < 1 for first, second in report["density_by_layer_and_step"].values())
     assert "step speed-up" in done.output
+    (ratio,) = report["step_speedups"]
+    assert ratio == report["step_speedup"]
+    said = " ".join(done.output.split())
+    assert ("The machine is busy" in said) == report["machine_is_busy"] == (report["dense_step_spread"] > 0.15)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +42,7 @@ def test_demo_writes_videos_pictures_and_a_report(tmp_path):
         (("--frames", "0"), "frames must be at least 1, got 0"),
         (("--steps", "1", "--dense-steps", "1.0"), "at least one step must be sparse"),
         (("--device", "tpu"), "device must be auto, cpu or cuda, got 'tpu'"),
-        (("--prompt", "a cat", "--frames", "8", "--width", "128"), "prompt must be one of"),
+        (("--prompt", "a cat", "--frames", "8", "--width", "128"), "got 'a cat'"),
     ],
 )
 def test_bad_input_is_refused_with_a_clear_message(tmp_path, arguments, message):
