@@ -94,6 +94,11 @@ class SparseConfig:
     every one of its queries, which finds better blocks and costs time (not the paper's); or every one of its keys (not
     the paper's, experimental). The other side goes by its centroid."""
 
+    compensate: Literal["none", "centroids"] = "none"
+    """What stands in for the key clusters that a query cluster drops: nothing (the paper's), or ``centroids``, one
+    pseudo-key each, the mean of its keys with the weight of all of them and the mean of its values (not the paper's).
+    Nothing changes where everything is kept. Recall stays the share that is attended to exactly."""
+
     q_clusters: int | Literal["auto"] = "auto"
     """Query clusters per head, 1 to 1024; ``auto`` takes one per 600 tokens, 16 at least."""
 
@@ -175,6 +180,7 @@ class SparseConfig:
             advice = "as an int it is a count; use a float in [0, 1] for a share"
             check_integer("dense_steps", self.dense_steps, 0, None, advice)
         check_choice("estimate_by", self.estimate_by, ("centroids", "queries", "keys"))
+        check_choice("compensate", self.compensate, ("none", "centroids"))
         check_choice("lowering", self.lowering, ("inductor", "eager", "tensorrt"))
         check_choice("on_unsupported", self.on_unsupported, ("dense", "error"))
 

@@ -14,7 +14,9 @@ from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.records import AttentionSite, StateSpec
 from svg2_compile.passes.stages.attend import Attend
+from svg2_compile.passes.stages.average_clusters import AverageClusters
 from svg2_compile.passes.stages.cluster import Cluster
+from svg2_compile.passes.stages.compensate import Compensate
 from svg2_compile.passes.stages.estimate_by_keys import EstimateByKeys
 from svg2_compile.passes.stages.estimate_by_queries import EstimateByQueries
 from svg2_compile.passes.stages.guard_heads import GuardHeads
@@ -58,6 +60,8 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
         stages.append(MeasureRecall(is_final=not is_guarded))
     if is_guarded:
         stages.append(GuardHeads())
+    if config.compensate == "centroids":
+        stages += AverageClusters(), Compensate()
     stages.append(Attend())
     if site.is_mask_checked:
         stages.append(RedoDensely(refuses=config.on_unsupported == "error"))

@@ -29,6 +29,8 @@ SCHEMAS = {
     "block_masses": "(Tensor q, Tensor q_order, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale) -> "
     "Tensor",
     "block_masses_by_keys": "(Tensor q_centroids, Tensor k, Tensor k_sizes, float scale) -> Tensor",
+    "cluster_means": "(Tensor x, Tensor sizes) -> Tensor",
+    "log_dropped_sizes": "(Tensor runs, Tensor counts, Tensor k_sizes) -> Tensor",
     "select_blocks": "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, "
     "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None) -> (Tensor, Tensor)",
     "keep_dense_heads_": "(Tensor runs, Tensor counts, Tensor q_sizes, Tensor k_sizes, Tensor dense_heads, "
@@ -39,7 +41,8 @@ SCHEMAS = {
     "judge_heads_": "(Tensor found, Tensor k_calls, Tensor(a!) dense_heads, float min_recall) -> Tensor",
     "block_sparse_attention": "(Tensor q, Tensor k, Tensor v, Tensor q_sizes, Tensor runs, Tensor counts, "
     "Tensor? context_k, Tensor? context_v, Tensor? context_mask, Tensor? q_order, float scale, "
-    "str implementation='auto', int[]? tiles=None, bool autotune=False) -> (Tensor, Tensor)",
+    "str implementation='auto', int[]? tiles=None, bool autotune=False, Tensor? pseudo_k=None, "
+    "Tensor? pseudo_v=None, Tensor? pseudo_bias=None) -> (Tensor, Tensor)",
     "context_attention": "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale) -> Tensor",
     "dense_attention": "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
     "float? scale, bool enable_gqa) -> Tensor",

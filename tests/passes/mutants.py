@@ -136,8 +136,8 @@ MUTANTS = (
     Mutant(
         "autotuning not passed to the attention",
         "passes/stages/attend.py",
-        "_tiles(site), site.kernel.autotune]",
-        "_tiles(site), False]",
+        "_tiles(site), site.kernel.autotune, *pseudo]",
+        "_tiles(site), False, *pseudo]",
         REWRITE,
     ),
     Mutant(

@@ -16,6 +16,7 @@ ADVICE = {
     "top_p": ("(0, 1]", "0.9 is a good start"),
     "min_keep_ratio": ("[0, 1]", "0.1 is the paper's setting"),
     "estimate_by": ("'centroids', 'queries', 'keys'", "must be one of"),
+    "compensate": ("'none', 'centroids'", "must be one of"),
     "max_context_ratio": ("[0, 1]", "0.5 is the default"),
     "q_clusters": ("[1, 1024]", '"auto"'),
     "k_clusters": ("[1, 1024]", '"auto"'),
@@ -81,7 +82,7 @@ def bad_value(name: str) -> st.SearchStrategy[object]:
             st.sampled_from(pairs).map(lambda pair: (pair,)),
             st.sampled_from(["5:2", "0", "0:333,400:500", "a:b", "0:3/", "::"]),
         ]
-    if name in ("estimate_by", "lowering", "on_unsupported"):
+    if name in ("estimate_by", "compensate", "lowering", "on_unsupported"):
         values = [
             st.one_of(st.text(), st.integers(), st.none()).filter(lambda value: repr(value) not in ADVICE[name][0])
         ]
