@@ -1,6 +1,7 @@
 """Importing this module registers every ``torch.ops.svg2`` operator and completes ``CARDS``."""
 
 from svg2_compile.kernels import (  # noqa: F401
+    block_errors,
     block_masses,
     block_masses_by_keys,
     block_sparse_attention,

@@ -42,7 +42,7 @@ HEADS = 2
 CONTEXT = 17
 ROWS = 19
 MOVED_TOKENS = 1037
-MAY_BE_ABSENT = ("context_k", "context_mask", "masses", "pseudo_k")
+MAY_BE_ABSENT = ("context_k", "context_mask", "masses", "errors", "pseudo_k")
 """Arguments that kernels are compiled with and without."""
 # Queries of one cluster.
 MORE_THAN_A_TILE = 140
@@ -331,13 +331,15 @@ def check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
     q_means = _random(0, kind.q_clusters, kind.dim, torch.float32)
     k_means = _random(1, kind.k_clusters, kind.dim, torch.float32)
     numbers = (kind.dim**-0.5, 0.7, 0.1)
-    masses = _random(2, kind.q_clusters, kind.k_clusters, torch.float32).softmax(-1) if "masses" in kind.given else None
+    given = [_random(seed, kind.q_clusters, kind.k_clusters, torch.float32) for seed in (2, 3)]
+    masses = given[0].softmax(-1) if "masses" in kind.given else None
+    choosing = [masses, given[1]] if "errors" in kind.given else [masses]
     on_device = _zeros(kind, kind.q_clusters, len(STATISTICS))
     statistics = on_device.cpu().clone()
     got = call(
-        *_on(kind.device, (q_means, k_means, q_sizes, k_sizes)), *numbers, on_device, *_on(kind.device, [masses])
+        *_on(kind.device, (q_means, k_means, q_sizes, k_sizes)), *numbers, on_device, *_on(kind.device, choosing)
     )
-    wanted = select_blocks_reference(q_means, k_means, q_sizes, k_sizes, *numbers, statistics, masses)
+    wanted = select_blocks_reference(q_means, k_means, q_sizes, k_sizes, *numbers, statistics, *choosing)
     runs, counts = (each.cpu() for each in got)
     keep = kept_keys(runs, counts, kind.tokens), kept_keys(*wanted, kind.tokens)
     other = float((keep[0] != keep[1]).float().mean())

@@ -67,6 +67,8 @@ class Flow:
     """[B, G, C_k, D], the mean of the visible keys of every cluster."""
     v_means: Node | None = None
     """[B, G, C_k, D], the mean of their values."""
+    errors: Node | None = None
+    """Fp32 [B, H, C_q, C_k], ln of what the mean of a cluster would do wrong in its place; None: masses choose."""
     statistics: Node | None = None
     """Where the selection has added its statistics to."""
     runs: Node | None = None

@@ -6,12 +6,20 @@ ATTENTION = "kernels/block_sparse_attention.py"
 MEANS = "kernels/cluster_means.py"
 DROPPED = "kernels/log_dropped_sizes.py"
 PSEUDO_KEYS = "kernels/pseudo_keys_triton.py"
+ERRORS = "kernels/block_errors.py"
+ERRORS_KERNEL = "kernels/block_errors_triton.py"
+SELECTION = "kernels/select_blocks.py"
+SELECTION_KERNEL = "kernels/select_blocks_triton.py"
 
 PSEUDO = ("tests/kernels/test_pseudo_keys.py",)
 PSEUDO_TRITON = ("tests/kernels/test_pseudo_keys_triton.py",)
 MEANS_TESTS = ("tests/kernels/test_cluster_means.py",)
 DROPPED_TESTS = ("tests/kernels/test_log_dropped_sizes.py",)
 TRITON = ("tests/kernels/test_cluster_means_triton.py",)
+ERRORS_TESTS = ("tests/kernels/test_block_errors.py",)
+ERRORS_TRITON = ("tests/kernels/test_block_errors_triton.py",)
+ROUTE = ("tests/kernels/test_route_by_error.py",)
+SELECT_TRITON = ("tests/kernels/test_select_blocks_triton.py",)
 
 MUTANTS = (
     Mutant(
@@ -160,5 +168,117 @@ MUTANTS = (
         "(starts[:, None] < last_key[None, :])",
         "(starts[:, None] <= last_key[None, :])",
         TRITON,
+    ),
+    Mutant(
+        "the mean of a cluster makes no error of its own",
+        ERRORS,
+        "sums += k_sizes[b, g] * of_mean.square() * v_mean.square().sum(-1)",
+        "sums += of_mean.square() * v_mean.square().sum(-1)",
+        ERRORS_TESTS,
+    ),
+    Mutant(
+        "errors of weights instead of errors of what they bring",
+        ERRORS,
+        "values.square().sum(-1)\n",
+        "torch.ones_like(values[:, 0])\n",
+        ERRORS_TESTS,
+    ),
+    Mutant(
+        "errors beside the largest weight of their block are comparable",
+        ERRORS,
+        "LEAST_ERROR).log() + 2 * highest",
+        "LEAST_ERROR).log() + highest",
+        ERRORS_TESTS,
+    ),
+    Mutant(
+        "hidden values count",
+        ERRORS,
+        ".masked_fill(hidden.unsqueeze(-1), 0)",
+        "",
+        ERRORS_TESTS,
+    ),
+    Mutant(
+        "kernel: weights before a larger one keep their square",
+        ERRORS_KERNEL,
+        "squares = squares * decay * decay +",
+        "squares = squares * decay +",
+        ERRORS_TRITON,
+    ),
+    Mutant(
+        "kernel: the weight of the mean is not beside the largest",
+        ERRORS_KERNEL,
+        "mean_weight = tl.exp2(of_mean - highest)",
+        "mean_weight = tl.exp2(of_mean)",
+        ERRORS_TRITON,
+    ),
+    Mutant(
+        "kernel: values of the next cluster in the last tile",
+        ERRORS_KERNEL,
+        'tl.where(valid[None, :], scores_of(q, k) * scale_log2, -float("inf"))',
+        "scores_of(q, k) * scale_log2",
+        ERRORS_TRITON,
+    ),
+    Mutant(
+        "errors of whole clusters compared, whatever they cost",
+        SELECTION,
+        "(errors - sizes.clamp(min=1).log())",
+        "errors",
+        ROUTE,
+    ),
+    Mutant(
+        "errors keep one cluster more than there is room for",
+        SELECTION,
+        "taken = ranked.cumsum(-1) - ranked < budget",
+        "taken = ranked.cumsum(-1) - 2 * ranked < budget",
+        ROUTE,
+    ),
+    Mutant(
+        "nothing is kept for its mass",
+        SELECTION,
+        ".scatter(-1, likeliest, math.inf)",
+        "",
+        ROUTE,
+    ),
+    Mutant(
+        "the whole floor goes by mass",
+        SELECTION,
+        "guaranteed = max(1, math.floor(min_keep_ratio * keep.shape[3] / 2))",
+        "guaranteed = max(1, math.floor(min_keep_ratio * keep.shape[3]))",
+        ROUTE,
+    ),
+    Mutant(
+        "mass of what the masses would have kept",
+        SELECTION,
+        "mass = (logits.softmax(-1) * keep).sum(-1)",
+        "mass = mass",
+        ROUTE,
+    ),
+    Mutant(
+        "kernel: as many keys are not enough",
+        SELECTION_KERNEL,
+        "_sizes(_again(edges_ptrs))) - 0.5",
+        "_sizes(_again(edges_ptrs)))",
+        SELECT_TRITON,
+    ),
+    Mutant(
+        "kernel: errors of whole clusters compared",
+        SELECTION_KERNEL,
+        "logs = errors * LOG2_E - tl.log2(tl.maximum(sizes, 1).to(tl.float32))[None, :]",
+        "logs = errors * LOG2_E",
+        SELECT_TRITON,
+    ),
+    Mutant(
+        "kernel: the likeliest are not kept in any case",
+        SELECTION_KERNEL,
+        "highest[None, :, None], errors)",
+        "errors, errors)",
+        SELECT_TRITON,
+    ),
+    Mutant(
+        "kernel: masses of what the masses would have kept",
+        SELECTION_KERNEL,
+        "mass, _ = _mass_and_count(errors > low[None, :, None], weights)",
+        "mass, _ = _mass_and_count(logits > low[None, :, None], weights)",
+        SELECT_TRITON,
     ),
 )

@@ -29,10 +29,13 @@ SCHEMAS = {
     "block_masses": "(Tensor q, Tensor q_order, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale) -> "
     "Tensor",
     "block_masses_by_keys": "(Tensor q_centroids, Tensor k, Tensor k_sizes, float scale) -> Tensor",
+    "block_errors": "(Tensor q_centroids, Tensor k, Tensor v, Tensor k_means, Tensor v_means, Tensor k_sizes, "
+    "float scale) -> Tensor",
     "cluster_means": "(Tensor x, Tensor sizes) -> Tensor",
     "log_dropped_sizes": "(Tensor runs, Tensor counts, Tensor k_sizes) -> Tensor",
     "select_blocks": "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, "
-    "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None) -> (Tensor, Tensor)",
+    "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None, Tensor? errors=None) -> "
+    "(Tensor, Tensor)",
     "keep_dense_heads_": "(Tensor runs, Tensor counts, Tensor q_sizes, Tensor k_sizes, Tensor dense_heads, "
     "Tensor call_statistics, Tensor(a!) statistics) -> (Tensor, Tensor)",
     "measure_recall": "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, "

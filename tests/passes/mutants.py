@@ -344,7 +344,7 @@ MUTANTS = (
     Mutant(
         "estimated masses not given to the selection",
         "passes/stages/keep_top_p.py",
-        "*([] if flow.masses is None else [flow.masses])",
+        "*([] if flow.masses is None and flow.errors is None else [flow.masses])",
         "*[]",
         ("tests/api/test_estimate_by.py", "tests/passes/test_stages.py"),
     ),

@@ -8,8 +8,8 @@ MUTANTS = (
     Mutant(
         "compensation that nobody asked for",
         "passes/plan.py",
-        'config.compensate == "centroids"',
-        'config.compensate != "centroids"',
+        'if config.compensate != "none":',
+        'if config.compensate == "none":',
         COMPENSATE,
     ),
     Mutant(
@@ -32,5 +32,26 @@ MUTANTS = (
         "(writer.emit(average, x, flow.k_sizes) for x in",
         "(writer.emit(average, x, flow.k_sizes) for x in (flow.k, flow.v) or",
         COMPENSATE,
+    ),
+    Mutant(
+        "routing by errors that nobody asked for",
+        "passes/plan.py",
+        'config.route == "error"',
+        'config.compensate == "centroids"',
+        COMPENSATE,
+    ),
+    Mutant(
+        "errors taken for masses",
+        "passes/stages/keep_top_p.py",
+        "*([] if flow.masses is None and flow.errors is None else [flow.masses]),",
+        "*([] if flow.masses is None else [flow.masses]),",
+        COMPENSATE,
+    ),
+    Mutant(
+        "errors without means accepted",
+        "passes/config.py",
+        'if self.route == "error" and self.compensate == "none":',
+        'if self.route == "error" and self.compensate is None:',
+        ("tests/passes/test_config.py",),
     ),
 )
