@@ -81,3 +81,14 @@ def test_a_way_is_run_and_everything_kept_is_dense(compensation):
     assert everything.density == 1.0 and everything.psnr_db > 60
     less = bench.sparse(compensation.WAYS["routing"], 0.3, video, dense)
     assert 0 < less.density < 1 and less.psnr_db < everything.psnr_db
+
+
+def test_the_cost_is_timed_beside_dense_attention(monkeypatch):
+    for folder in (BENCHMARKS, *BENCHMARKS.glob("*/")):
+        monkeypatch.syspath_prepend(str(folder))
+    cost = importlib.import_module("compensation_cost")
+    shape = cost.Shape("small", 2, 300, 16, ((3, 9),))
+    found = cost.table(shape, 1, 257, (3, 9), torch.float32, 1)
+    assert "small: 1 heads, 257 tokens of 16, torch.float32, 3 / 9 clusters" in found
+    for name in ("dense attention", "the same with means", "**compensation, altogether**", "**routing by error, alto"):
+        assert f"| {name}" in found
