@@ -18,7 +18,7 @@ from svg2_compile.kernels.checks import (
 )
 from svg2_compile.kernels.launch_attention import launch_attention
 from svg2_compile.kernels.masked_attention import masked_attention
-from svg2_compile.kernels.op import define
+from svg2_compile.kernels.op import define, function_of
 from svg2_compile.kernels.permute import (
     empty_token_major,
     permute_tokens_cpu,
@@ -46,6 +46,9 @@ def _check(
     q_order: Tensor | None,
     implementation: str,
     tiles: list[int] | None,
+    pseudo_k: Tensor | None,
+    pseudo_v: Tensor | None,
+    pseudo_bias: Tensor | None,
 ) -> None:
     """Check the arguments of ``svg2::block_sparse_attention``."""
     for name, x, rank in (("q", q, 4), ("k", k, 4), ("q_sizes", q_sizes, 3), ("runs", runs, 5)):
@@ -80,6 +83,19 @@ def _check(
         (context_k is None) == (context_v is None) and (context_mask is None or context_k is not None),
         lambda: "context_k and context_v must be given together, and context_mask only with them",
     )
+    check_value(
+        (pseudo_k is None) == (pseudo_v is None) == (pseudo_bias is None),
+        lambda: "pseudo_k, pseudo_v and pseudo_bias must be given together",
+    )
+    if pseudo_k is not None and pseudo_v is not None and pseudo_bias is not None:
+        check_rank("pseudo_k", pseudo_k, 4)
+        pseudo = pseudo_k.shape[2]
+        check_shape("pseudo_k", pseudo_k, (batch, k_heads, pseudo, dim))
+        check_shape("pseudo_v", pseudo_v, (batch, k_heads, pseudo, dim))
+        check_shape("pseudo_bias", pseudo_bias, (batch, heads, q_clusters, pseudo))
+        check_dtype("pseudo_k", pseudo_k, q.dtype)
+        check_dtype("pseudo_v", pseudo_v, q.dtype)
+        check_dtype("pseudo_bias", pseudo_bias, torch.float32)
     if context_k is None or context_v is None:
         return
     check_rank("context_k", context_k, 4)
@@ -110,11 +126,15 @@ def block_sparse_attention_reference(
     implementation: str = "auto",
     tiles: list[int] | None = None,
     autotune: bool = False,
+    pseudo_k: Tensor | None = None,
+    pseudo_v: Tensor | None = None,
+    pseudo_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return exact attention over the kept blocks, renormalised, and its log-sum-exp.
 
     Section 1.4: O'_r = softmax over the keys k' in the runs of cluster(r) of scale * Q'_r . K'_k', times V'.
-    Section 1.6: context keys are visible to every query.
+    Section 1.6: context keys are visible to every query. Not the paper's: pseudo-keys, such as means of the clusters
+    that are dropped, enter the same softmax with scale * q . k + bias; a bias of -inf leaves one out.
 
     Args:
         q: fp16, bf16, fp32 or fp64 [B, H, N, D], any strides; clusters contiguous and in order, unless ``q_order``
@@ -134,6 +154,9 @@ def block_sparse_attention_reference(
         implementation: which CUDA kernel computes it: ``auto``, or one of ``ATTENTIONS``; the CPU has only one.
         tiles: query rows and keys of a tile, warps, stages, for a CUDA kernel that is named; None takes the tuned ones.
         autotune: whether a CUDA kernel may time its candidate tiles at the first call of every kind.
+        pseudo_k: [B, G, P, D] in the dtype of ``q``, or None; its rows are finite for this reference.
+        pseudo_v: [B, G, P, D] in the dtype of ``q``, likewise.
+        pseudo_bias: fp32 [B, H, C_q, P], what is added to the scores of the queries of a cluster; below inf.
 
     Returns:
         out: [B, H, N, D] in the dtype of ``q``, contiguous, or with ``q_order`` stored as (B, N, H, D); 0 for a row
@@ -142,27 +165,35 @@ def block_sparse_attention_reference(
 
     Raises:
         TypeError: a dtype other than the above.
-        ValueError: shapes disagree, H is no multiple of G, or the context arguments are incomplete.
+        ValueError: shapes disagree, H is no multiple of G, or the context or pseudo-key arguments are incomplete.
 
     Promises:
         Deterministic (on the CPU, for a given number of threads), no aliasing. In the CPU op and the CUDA kernels, keys
-        outside the runs and masked context keys cannot influence the result, not even with NaN.
+        outside the runs, masked context keys and pseudo-keys with a bias of -inf cannot influence the result, not even
+        with NaN. Where every bias is -inf, the bits are those without pseudo-keys.
     """
-    _check(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, implementation, tiles)
+    pseudo = (pseudo_k, pseudo_v, pseudo_bias)
+    _check(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, implementation, tiles, *pseudo)
     if q_order is not None:
         rows = permute_tokens_reference(q, q_order)
         clustered = (rows, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, None, scale)
-        out, lse = block_sparse_attention_reference(*clustered)
+        out, lse = block_sparse_attention_reference(*clustered, "auto", None, False, *pseudo)
         return _in_token_order(out, lse, q_order)
     batch, heads, tokens, _ = q.shape
     b = torch.arange(batch, device=q.device, dtype=torch.int64)[:, None, None]
     h = torch.arange(heads, device=q.device, dtype=torch.int64)[:, None]
-    mask = kept_keys(runs, counts, k.shape[2])[b, h, _cluster_of_tokens(q_sizes, tokens)]  # [B, H, N, N_k]
+    cluster = _cluster_of_tokens(q_sizes, tokens)
+    mask = kept_keys(runs, counts, k.shape[2])[b, h, cluster]  # [B, H, N, N_k]
     if context_k is not None and context_v is not None:
         k, v = torch.cat((k, context_k), dim=2), torch.cat((v, context_v), dim=2)
         visible = mask.new_ones((1, 1, 1, context_k.shape[2])) if context_mask is None else context_mask
         mask = torch.cat((mask, visible.expand(batch, heads, tokens, -1)), dim=-1)
-    return masked_attention(q, k, v, mask, scale)
+    if pseudo_k is None or pseudo_v is None or pseudo_bias is None:
+        return masked_attention(q, k, v, mask, scale)
+    biases = pseudo_bias[b, h, cluster]  # [B, H, N, P]
+    k, v = torch.cat((k, pseudo_k), dim=2), torch.cat((v, pseudo_v), dim=2)
+    bias = torch.cat((biases.new_zeros(mask.shape), biases), dim=-1)  # [B, H, N, N_k + M + P]
+    return masked_attention(q, k, v, torch.cat((mask, biases > -math.inf), dim=-1), scale, bias)
 
 
 def _cluster_of_tokens(sizes: Tensor, tokens: int) -> Tensor:
@@ -186,12 +217,17 @@ def block_sparse_attention_cpu(
     implementation: str = "auto",
     tiles: list[int] | None = None,
     autotune: bool = False,
+    pseudo_k: Tensor | None = None,
+    pseudo_v: Tensor | None = None,
+    pseudo_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``block_sparse_attention_reference`` in time proportional to the kept blocks.
 
-    Query clusters that keep the same keys share one call of PyTorch's CPU flash attention, on the gathered keys.
+    Query clusters that keep the same keys, and add the same to the scores of pseudo-keys, share one call of PyTorch's
+    CPU flash attention, on the gathered keys.
     """
-    _check(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, implementation, tiles)
+    pseudo = (pseudo_k, pseudo_v, pseudo_bias)
+    _check(q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order, implementation, tiles, *pseudo)
     _check_sizes(q_sizes, q.shape[2])
     # The flash attention reads rows of unit stride, whatever it is given.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -208,19 +244,29 @@ def block_sparse_attention_cpu(
             keys = torch.cat((keys, context_k[b][:, visible]), dim=1)
             values = torch.cat((values, context_v[b][:, visible]), dim=1)
         context = torch.arange(k.shape[2], keys.shape[1], dtype=torch.int64, device=k.device)
+        before = keys.shape[1]
+        if pseudo_k is not None and pseudo_v is not None:
+            keys, values = torch.cat((keys, pseudo_k[b]), dim=1), torch.cat((values, pseudo_v[b]), dim=1)
         # One buffer for every gather: it stays in the cache, fresh memory would cost a page fault every few rows.
         gathered_keys, gathered_values = keys.new_empty((2, *keys.shape[1:]))
         for h in range(q.shape[1]):
             g = h // repeats
-            for rows, kept in _selections(q_sizes[b, h], runs[b, h], counts[b, h, :, 0]):
+            biases = None if pseudo_bias is None else pseudo_bias[b, h].contiguous()
+            for rows, kept, bias in _selections(q_sizes[b, h], runs[b, h], counts[b, h, :, 0], biases):
                 kept = torch.cat((kept, context))
+                if bias is not None:
+                    pseudo_keys = (bias > -math.inf).nonzero()[:, 0]
+                    # without any, the same call as without pseudo-keys
+                    bias = torch.cat((bias.new_zeros(len(kept)), bias[pseudo_keys])) if len(pseudo_keys) else None
+                    kept = torch.cat((kept, before + pseudo_keys))
                 if len(kept) == 0:
                     continue
                 head_keys, head_values = keys[g], values[g]
                 if len(kept) < keys.shape[1]:
                     head_keys = torch.index_select(head_keys, 0, kept, out=gathered_keys[: len(kept)])
                     head_values = torch.index_select(head_values, 0, kept, out=gathered_values[: len(kept)])
-                out[b, h, rows], lse[b, h, rows] = _flash_attention(q[b, h, rows], head_keys, head_values, scale)
+                attended = _flash_attention(q[b, h, rows], head_keys, head_values, scale, bias)
+                out[b, h, rows], lse[b, h, rows] = attended
     return (out, lse) if q_order is None else _in_token_order(out, lse, q_order)
 
 
@@ -229,24 +275,38 @@ def _in_token_order(out: Tensor, lse: Tensor, q_order: Tensor) -> tuple[Tensor, 
     return unpermute_tokens_reference(out, q_order), torch.empty_like(lse).scatter_(2, q_order.long(), lse)
 
 
-def _selections(q_sizes: Tensor, runs: Tensor, num_runs: Tensor) -> list[tuple[slice, Tensor]]:
-    """Return, for one head, the stretches of query rows that share a selection, each with the keys it keeps."""
+def _selections(
+    q_sizes: Tensor, runs: Tensor, num_runs: Tensor, biases: Tensor | None
+) -> list[tuple[slice, Tensor, Tensor | None]]:
+    """Return, for one head, the stretches of query rows that share a selection, each with the keys it keeps.
+
+    And with their bias of the pseudo-keys, where there are any.
+    """
     is_run = torch.arange(runs.shape[1], dtype=torch.int64, device=runs.device) < num_runs.unsqueeze(-1)
     ranges = (runs * is_run.unsqueeze(-1))[q_sizes > 0].long()
-    ranges, stretch = torch.unique_consecutive(ranges, dim=0, return_inverse=True)
+    told_apart = ranges.flatten(1)
+    if biases is not None:
+        biases = biases[q_sizes > 0]
+        told_apart = torch.cat((told_apart, biases.view(torch.int32)), dim=-1)
+    _, stretch = torch.unique_consecutive(told_apart, dim=0, return_inverse=True)
+    first = (torch.nn.functional.pad(stretch, (1, 0), value=-1).diff() > 0).nonzero()[:, 0]
+    ranges = ranges[first]
     row_counts = q_sizes.new_zeros(len(ranges)).index_add_(0, stretch, q_sizes[q_sizes > 0]).tolist()
     starts, stops = ranges.unbind(-1)
     lengths = (stops - starts).flatten()
     before = lengths.cumsum(0) - lengths
     keys = (starts.flatten() - before).repeat_interleave(lengths)
     keys = keys + torch.arange(len(keys), dtype=torch.int64, device=runs.device)
-    kept = keys.split((stops - starts).sum(-1).tolist())
+    kept = keys.split((stops - starts).sum(-1).tolist())  # type: ignore[no-untyped-call]
     edges = [0, *itertools.accumulate(row_counts)]
-    return [(slice(*edge), keys) for edge, keys in zip(itertools.pairwise(edges), kept, strict=True)]
+    added: list[Tensor | None] = [None] * len(kept) if biases is None else list(biases[first])
+    return [(slice(*edge), keys, bias) for edge, keys, bias in zip(itertools.pairwise(edges), kept, added, strict=True)]
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the attention of one head's rows [N, D] over its keys [M, D], and the log-sum-exp [N].
+
+    ``bias`` [M], if given, is added to the scores.
 
     The rows are dealt to the threads in equal parts, posing as heads. Left alone, the flash attention deals blocks of
     up to 256 rows, which at the size of a cluster leaves threads idle.
@@ -255,7 +315,8 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Ten
     parts = min(torch.get_num_threads(), max(1, rows // MIN_ROWS_PER_PART))
     q_parts = torch.nn.functional.pad(q, (0, 0, 0, -rows % parts)).view(1, parts, -1, dim)
     k_parts, v_parts = k.expand(1, parts, -1, -1), v.expand(1, parts, -1, -1)
-    out, lse = flash_attention_for_cpu(q_parts, k_parts, v_parts, scale=scale)
+    added = None if bias is None else bias.to(accumulation_dtype(q)).view(1, 1, 1, -1)
+    out, lse = flash_attention_for_cpu(q_parts, k_parts, v_parts, attn_mask=added, scale=scale)
     return out.reshape(-1, dim)[:rows], lse.reshape(-1)[:rows]
 
 
@@ -282,15 +343,23 @@ def _block_sparse_attention_cuda(
     implementation: str = "auto",
     tiles: list[int] | None = None,
     autotune: bool = False,
+    pseudo_k: Tensor | None = None,
+    pseudo_v: Tensor | None = None,
+    pseudo_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     arguments = (q, k, v, q_sizes, runs, counts, context_k, context_v, context_mask, q_order)
-    _check(*arguments, implementation, tiles)
+    _check(*arguments, implementation, tiles, pseudo_k, pseudo_v, pseudo_bias)
     sizes = {"dim": q.shape[3], "clusters": max(runs.shape[2:4]), "keys": k.shape[2]}
     rows = k.shape[0] * k.shape[1] * k.shape[2]
     choice = choose_attention(q.device, q.dtype, **sizes, rows=rows, implementation=implementation)
     if choice.implementation == "reference":
-        return block_sparse_attention_reference(*arguments, scale)
-    return launch_attention(choice.implementation, arguments, scale, tiles, autotune)
+        pseudo = (pseudo_k, pseudo_v, pseudo_bias)
+        return block_sparse_attention_reference(*arguments, scale, "auto", None, False, *pseudo)
+    out, lse = launch_attention(choice.implementation, arguments, scale, tiles, autotune)
+    if pseudo_k is not None and pseudo_v is not None and pseudo_bias is not None:
+        attend_further = function_of("pseudo_keys_triton:attend_pseudo_keys")
+        attend_further(out, lse, q, q_sizes, q_order, pseudo_k, pseudo_v, pseudo_bias, scale)
+    return out, lse
 
 
 def _empty(q: Tensor, q_order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -318,6 +387,7 @@ define(
             "block_sparse_attention_gluon",
             "block_sparse_attention_descriptor",
             "block_sparse_attention_pointer",
+            "pseudo_keys_triton",
             "work_list_triton",
         ),
     ),

@@ -1,9 +1,11 @@
 """Importing this module registers every ``torch.ops.svg2`` operator and completes ``CARDS``."""
 
 from svg2_compile.kernels import (  # noqa: F401
+    block_errors,
     block_masses,
     block_masses_by_keys,
     block_sparse_attention,
+    cluster_means,
     cluster_tokens,
     context_attention,
     dense_attention,
@@ -12,6 +14,7 @@ from svg2_compile.kernels import (  # noqa: F401
     keep_dense_heads,
     key_mask,
     kmeans,
+    log_dropped_sizes,
     measure_recall,
     permute,
     redo_densely,

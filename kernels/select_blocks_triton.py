@@ -7,6 +7,9 @@ A program first writes the logits of its query clusters to its own part of a scr
 one query cluster at a time: each of its 32 lanes holds a stretch of the key clusters, so that what runs along the
 clusters stays within a thread but for one step. Tiles are therefore [T, ROWS, 32], T clusters to each lane, and the
 scratch tensor has that order too: key cluster ``lane * T + t`` is at position ``t * 32 + lane`` of a row.
+
+Where errors choose, bisection is done three times: by mass, which says how many keys; by mass again, for the clusters
+that are kept in any case; and by error per key, with keys in the place of mass.
 """
 
 # Triton has no types.
@@ -33,6 +36,7 @@ NUM_WARPS = 4  # and rows of a tile
 NUM_STAGES = 3
 # Most registers of a thread, by the padded number of key clusters. Told none, the assembler stores some on the stack.
 MAX_REGISTERS = {64: 64, 128: 96, 256: 128}
+MAX_REGISTERS_BY_ERRORS = {64: 64, 128: 128, 256: 128, 512: 168}
 LANES = tl.constexpr(32)
 UNALIGNED = ["logits_ptr", "edges_ptr", "runs_ptr"]
 # Halving the range of values isolates one of a thousand clusters in about a dozen steps; equal and nearly equal ones
@@ -45,6 +49,8 @@ ROUNDS = tl.constexpr(17)
 LARGEST = tl.constexpr(3.0e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(LEAST_MASS)
+# Bounds of errors, to base 2: so near to 0 that one more is another number.
+LARGEST_ERROR = tl.constexpr(1.0e6)
 SHORT, MEDIUM, LONG = (tl.constexpr(piece) for piece in PIECES)
 PIECES_PER_TILE = tl.constexpr(TILE_KEYS // PIECES[0])
 COUNT_COLUMNS, STATISTIC_COLUMNS = tl.constexpr(len(COUNTS)), tl.constexpr(len(STATISTICS))
@@ -187,6 +193,34 @@ def _write_logs(
 
 
 @triton.jit
+def _write_errors(
+    errors_ptr,
+    k_sizes_ptr,
+    scratch_ptr,
+    q_rows,
+    k_clusters,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write the logarithms of errors per key, to base 2; those of empty and absent clusters are -inf."""
+    TURNS: tl.constexpr = BLOCK_K // LANES
+    offs_q = tl.arange(0, BLOCK_Q)
+    for block in range(0, BLOCK_K, BLOCK_N):
+        position = block + tl.arange(0, BLOCK_N)
+        cluster = position % LANES * TURNS + position // LANES
+        is_k = cluster < k_clusters
+        mask = (offs_q < q_rows)[:, None] & is_k[None, :]
+        errors = tl.load(errors_ptr + offs_q[:, None] * k_clusters + cluster[None, :], mask=mask, other=0.0)
+        sizes = tl.load(k_sizes_ptr + cluster, mask=is_k, other=0)
+        logs = errors * LOG2_E - tl.log2(tl.maximum(sizes, 1).to(tl.float32))[None, :]
+        # What is no number is not above the least.
+        logs = tl.minimum(tl.where(logs > -LARGEST_ERROR, logs, -LARGEST_ERROR), LARGEST_ERROR)
+        logs = tl.where((sizes > 0)[None, :], logs, float("-inf"))
+        tl.store(scratch_ptr + offs_q[:, None] * BLOCK_K + position[None, :], logs)
+
+
+@triton.jit
 def _per_row(x):
     """Return the sum over the key clusters of every row of a tile [T, ROWS, LANES]."""
     return tl.sum(tl.sum(x, 0), 1)
@@ -254,6 +288,56 @@ def _threshold(
             mass_above_low = tl.where(is_enough, mass, mass_above_low)
         logits = tl.where(is_tied & (cluster > last[None, :, None]), float("-inf"), logits)
     return low, mass_above_low, logits
+
+
+@triton.jit
+def _again(pointers):
+    """Load once more what was loaded before: it need not lie in registers through a threshold."""
+    return tl.load(pointers, volatile=True)
+
+
+@triton.jit
+def _sizes(edges):
+    return ((edges >> 32).to(tl.int32) - edges.to(tl.int32)).to(tl.float32)
+
+
+@triton.jit
+def _by_errors(
+    logits,
+    low,
+    logits_ptrs,
+    errors_ptrs,
+    edges_ptrs,
+    cluster,
+    smallest,
+    largest,
+    total,
+    filled,
+    guaranteed,
+    BLOCK_K: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+):
+    """Return a threshold of errors, the mass above it, and the errors.
+
+    Above it are as many keys as in the clusters whose ``logits`` are above ``low``; the likeliest ``guaranteed``
+    clusters, whose errors are raised, are always among them.
+    """
+    # A half less: sums of sizes are whole numbers, and as many keys are enough.
+    budget = _per_row((logits > low[None, :, None]).to(tl.float32) * _sizes(_again(edges_ptrs))) - 0.5
+    logits = _again(logits_ptrs)
+    weights = tl.exp2(logits - largest[None, :, None])
+    low, _, logits = _threshold(
+        logits, weights, cluster, smallest, largest, total, filled, 0.0, guaranteed, BLOCK_K, INDEX_BITS
+    )
+    errors = tl.load(errors_ptrs)
+    highest = tl.max(tl.max(errors, 0), 1) + 1.0
+    errors = tl.where(logits > low[None, :, None], highest[None, :, None], errors)
+    lowest = tl.min(tl.min(tl.where(errors > float("-inf"), errors, LARGEST), 0), 1)
+    sizes = _sizes(_again(edges_ptrs))
+    low, _, errors = _threshold(errors, sizes, cluster, lowest, highest, budget, filled, 1.0, 1, BLOCK_K, INDEX_BITS)
+    weights = tl.exp2(_again(logits_ptrs) - largest[None, :, None])
+    mass, _ = _mass_and_count(errors > low[None, :, None], weights)
+    return low, mass, errors
 
 
 @triton.jit
@@ -346,7 +430,7 @@ def _add_statistics(pointers, is_row, q_sizes, q_tokens, k_tokens, kept_keys, ma
 # neighbours. Pointers known to be aligned would give a lane four of them. `max_contiguous` tells in which order to take
 # the axes, where versions of Triton differ; nothing else follows from it, as the pointers are not aligned.
 @triton.jit(
-    do_not_specialize=["min_keep", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"],
+    do_not_specialize=["min_keep", "guaranteed", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def select_kernel(
@@ -360,9 +444,11 @@ def select_kernel(
     counts_ptr,
     statistics_ptr,
     masses_ptr,
+    errors_ptr,
     scale,
     top_p,
     min_keep,
+    guaranteed,
     repeats,
     q_clusters,
     k_clusters,
@@ -383,7 +469,9 @@ def select_kernel(
     head = program // blocks
     group = head // repeats
     first_row = (program % blocks).to(tl.int32) * BLOCK_Q
-    logits_ptr += program * (BLOCK_Q * BLOCK_K)
+    # With errors, these have a part of their own behind that of the logits.
+    PARTS: tl.constexpr = 1 if errors_ptr is None else 2
+    logits_ptr += program * (PARTS * BLOCK_Q * BLOCK_K)
     edges_ptr += program * BLOCK_K
     k_sizes_ptr += group * k_clusters
     q_sizes_ptr += head * q_clusters
@@ -408,6 +496,18 @@ def select_kernel(
             BLOCK_N,
             BLOCK_D,
         )
+    if errors_ptr is not None:
+        errors_ptr += (head * q_clusters + first_row) * k_clusters
+        _write_errors(
+            errors_ptr,
+            k_sizes_ptr,
+            logits_ptr + BLOCK_Q * BLOCK_K,
+            q_clusters - first_row,
+            k_clusters,
+            BLOCK_Q,
+            BLOCK_K,
+            BLOCK_N,
+        )
     q_tokens = sum_of(q_sizes_ptr, q_clusters, 128)
     # What a thread reads now, others have written.
     tl.debug_barrier()
@@ -429,6 +529,22 @@ def select_kernel(
             logits, weights, cluster, smallest, largest, total, filled, top_p, min_keep, BLOCK_K, INDEX_BITS
         )
         edges_ptrs = edges_ptr + (offs_r * stride_edges_r)[None, :, None] + lane
+        if errors_ptr is not None:
+            low, mass, logits = _by_errors(
+                logits,
+                low,
+                tl.max_contiguous(logits_ptrs + offs_t * LANES, [1, 2, LANES]),
+                tl.max_contiguous(logits_ptrs + BLOCK_Q * BLOCK_K + offs_t * LANES, [1, 2, LANES]),
+                tl.max_contiguous(edges_ptrs + offs_t * LANES, [1, 2, LANES]),
+                cluster,
+                smallest,
+                largest,
+                total,
+                filled,
+                guaranteed,
+                BLOCK_K,
+                INDEX_BITS,
+            )
         edges = tl.load(tl.max_contiguous(edges_ptrs + offs_t * LANES, [1, 2, LANES]))
         kept_keys, runs, full_pieces = _write_runs(
             logits > low[None, :, None],
@@ -463,12 +579,15 @@ def select_blocks_triton(
     min_keep_ratio: float,
     statistics: Tensor,
     masses: Tensor | None = None,
+    errors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``select_blocks_reference`` for at most ``MAX_CLUSTERS`` clusters on either side.
 
     Scores, sums and logarithms round differently: a cluster may differ from the reference's where the mass before it is
-    within rounding of ``top_p``, or where two probabilities are within rounding of each other.
+    within rounding of ``top_p``, or where two probabilities, or two errors per key, are within rounding of each other.
     """
+    if top_p >= 1:
+        errors = None  # everything is kept
     batch, heads, q_clusters, dim = q_centroids.shape
     k_clusters = k_centroids.shape[2]
     run_slots = max_runs(k_clusters)
@@ -476,7 +595,8 @@ def select_blocks_triton(
     counts = q_sizes.new_empty((batch, heads, q_clusters, len(COUNTS)))
     shape = _constexprs(dim, k_clusters)
     programs = batch * heads * cdiv(q_clusters, BLOCK_Q)
-    logits = q_sizes.new_empty((programs, BLOCK_Q, shape["BLOCK_K"]), dtype=torch.float32)
+    parts = 1 if errors is None else 2
+    logits = q_sizes.new_empty((programs, parts * BLOCK_Q, shape["BLOCK_K"]), dtype=torch.float32)
     edges = q_sizes.new_empty((programs, shape["BLOCK_K"]), dtype=torch.int64)
     sums = statistics.contiguous()
     with torch.cuda.device_of(q_centroids):
@@ -491,9 +611,11 @@ def select_blocks_triton(
             counts,
             sums,
             None if masses is None else masses.contiguous(),
+            None if errors is None else errors.contiguous(),
             scale,
             top_p,
             k_clusters if top_p >= 1 else math.floor(min_keep_ratio * k_clusters),
+            max(1, math.floor(min_keep_ratio * k_clusters / 2)),
             heads // k_centroids.shape[1],
             q_clusters,
             k_clusters,
@@ -502,7 +624,7 @@ def select_blocks_triton(
             0,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
-            maxnreg=MAX_REGISTERS.get(shape["BLOCK_K"]),
+            maxnreg=(MAX_REGISTERS if errors is None else MAX_REGISTERS_BY_ERRORS).get(shape["BLOCK_K"]),
             **shape,
         )
     if sums is not statistics:
@@ -529,26 +651,32 @@ def aot_variants(capability: int) -> list[AotVariant]:
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
     signature |= dict.fromkeys(("q_sizes_ptr", "k_sizes_ptr"), "*i32")
     signature |= {"logits_ptr": "*fp32", "edges_ptr": "*i64", "runs_ptr": "*i64", "counts_ptr": "*i32"}
-    signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "scale": "fp32", "top_p": "fp32"}
+    signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "errors_ptr": "*fp32"}
+    signature |= {"scale": "fp32", "top_p": "fp32"}
     signature |= dict.fromkeys(
-        ("min_keep", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"), "i32"
+        ("min_keep", "guaranteed", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"), "i32"
     )
     variants = []
+    counts = (32, 100, 200, 512, 1024)
     for dim, clusters, given in (
-        *((dim, clusters, False) for dim in (64, 80, 128, 256) for clusters in (32, 100, 200, 512, 1024)),
-        *((128, clusters, True) for clusters in (32, 100, 200, 512, 1024)),
+        *((dim, clusters, ()) for dim in (64, 80, 128, 256) for clusters in counts),
+        *((128, clusters, ("masses",)) for clusters in counts),
+        *((128, clusters, ("masses", "errors")) for clusters in counts),
     ):
-        types = {name: kind for name, kind in signature.items() if given or name != "masses_ptr"}
+        absent: dict[str, object] = {f"{name}_ptr": None for name in ("masses", "errors") if name not in given}
+        types = {name: kind for name, kind in signature.items() if name not in absent}
         variants.append(
             AotVariant(
-                name=f"select_kernel_d{dim}_c{clusters}" + ("_given_masses" if given else ""),
+                name="_".join((f"select_kernel_d{dim}_c{clusters}", *(f"given_{name}" for name in given))),
                 fn=select_kernel,
                 signature=types,
-                constexprs=_constexprs(dim, clusters) | ({} if given else {"masses_ptr": None}),
+                constexprs={**_constexprs(dim, clusters), **absent},
                 num_warps=NUM_WARPS,
                 num_stages=NUM_STAGES,
                 divisible_by_16=tuple(name for name, kind in types.items() if kind[0] == "*" and name not in UNALIGNED),
-                max_registers=MAX_REGISTERS.get(_constexprs(dim, clusters)["BLOCK_K"]),
+                max_registers=(MAX_REGISTERS_BY_ERRORS if "errors" in given else MAX_REGISTERS).get(
+                    _constexprs(dim, clusters)["BLOCK_K"]
+                ),
             )
         )
     return variants

@@ -18,6 +18,8 @@ from torch import Tensor
 from svg2_compile.kernels.block_masses import block_masses_reference
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
 from svg2_compile.kernels.card import Kernels
+from svg2_compile.kernels.cluster_means import cluster_means_reference
+from svg2_compile.kernels.log_dropped_sizes import log_dropped_sizes_reference
 from svg2_compile.kernels.measure_recall import measure_recall_reference
 from svg2_compile.kernels.op import function_of
 from svg2_compile.kernels.ops import CARDS
@@ -40,7 +42,7 @@ HEADS = 2
 CONTEXT = 17
 ROWS = 19
 MOVED_TOKENS = 1037
-MAY_BE_ABSENT = ("context_k", "context_mask", "masses")
+MAY_BE_ABSENT = ("context_k", "context_mask", "masses", "errors", "pseudo_k")
 """Arguments that kernels are compiled with and without."""
 # Queries of one cluster.
 MORE_THAN_A_TILE = 140
@@ -329,13 +331,15 @@ def check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
     q_means = _random(0, kind.q_clusters, kind.dim, torch.float32)
     k_means = _random(1, kind.k_clusters, kind.dim, torch.float32)
     numbers = (kind.dim**-0.5, 0.7, 0.1)
-    masses = _random(2, kind.q_clusters, kind.k_clusters, torch.float32).softmax(-1) if "masses" in kind.given else None
+    given = [_random(seed, kind.q_clusters, kind.k_clusters, torch.float32) for seed in (2, 3)]
+    masses = given[0].softmax(-1) if "masses" in kind.given else None
+    choosing = [masses, given[1]] if "errors" in kind.given else [masses]
     on_device = _zeros(kind, kind.q_clusters, len(STATISTICS))
     statistics = on_device.cpu().clone()
     got = call(
-        *_on(kind.device, (q_means, k_means, q_sizes, k_sizes)), *numbers, on_device, *_on(kind.device, [masses])
+        *_on(kind.device, (q_means, k_means, q_sizes, k_sizes)), *numbers, on_device, *_on(kind.device, choosing)
     )
-    wanted = select_blocks_reference(q_means, k_means, q_sizes, k_sizes, *numbers, statistics, masses)
+    wanted = select_blocks_reference(q_means, k_means, q_sizes, k_sizes, *numbers, statistics, *choosing)
     runs, counts = (each.cpu() for each in got)
     keep = kept_keys(runs, counts, kind.tokens), kept_keys(*wanted, kind.tokens)
     other = float((keep[0] != keep[1]).float().mean())
@@ -365,10 +369,17 @@ def check_attention(call: Callable[..., Any], kind: Kind) -> str | None:
         )
     arguments = (q, k, v, q_sizes, kept.runs, kept.counts, context_k, context_v, mask, q_order)
     scale = 4 * kind.dim**-0.5  # a few keys weigh most, so that a wrong one shows
-    got = call(*_on(kind.device, arguments), scale, *([kind.attention] if kind.attention != "auto" else []))
-    exact: list[Any] = [each.double() if each is not None and each.is_floating_point() else each for each in arguments]
+    further: tuple[Any, ...] = (kind.attention,) if kind.attention != "auto" else ()
+    pseudo: tuple[Tensor, ...] = ()
+    if "pseudo_k" in kind.given:
+        means = (cluster_means_reference(each, k_sizes) for each in (k, v))
+        pseudo = (*means, log_dropped_sizes_reference(kept.runs, kept.counts, k_sizes))
+        further = (kind.attention, None, False)
+    got = call(*_on(kind.device, arguments), scale, *further, *_on(kind.device, pseudo))
+    exact: list[Any] = [_in_fp64(each) for each in arguments]
     reference: Callable[..., tuple[Tensor, Tensor]] = block_sparse_attention_reference
-    out, lse = reference(*exact, scale)
+    in_order = ("auto", None, False, *map(_in_fp64, pseudo[:2]), *pseudo[2:]) if pseudo else ()
+    out, lse = reference(*exact, scale, *in_order)
     tolerance = max(ROUNDINGS * torch.finfo(kind.dtype).eps, MIN_TOLERANCE)
     return _far(got[0], out, tolerance) or _far(got[1], lse, 10 * MIN_TOLERANCE)
 
@@ -386,6 +397,10 @@ def check_measure_recall(call: Callable[..., Any], kind: Kind) -> str | None:
     numbers = (4 * kind.dim**-0.5, ROWS, 1, 0)
     got = call(*_on(kind.device, arguments), *numbers)
     return _far(got, measure_recall_reference(*arguments, *numbers), 10 * MIN_TOLERANCE)
+
+
+def _in_fp64(x: Tensor | None) -> Tensor | None:
+    return x.double() if x is not None and x.is_floating_point() else x
 
 
 def _on(device: torch.device, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -14,9 +14,12 @@ from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.records import AttentionSite, StateSpec
 from svg2_compile.passes.stages.attend import Attend
+from svg2_compile.passes.stages.average_clusters import AverageClusters
 from svg2_compile.passes.stages.cluster import Cluster
+from svg2_compile.passes.stages.compensate import Compensate
 from svg2_compile.passes.stages.estimate_by_keys import EstimateByKeys
 from svg2_compile.passes.stages.estimate_by_queries import EstimateByQueries
+from svg2_compile.passes.stages.estimate_errors import EstimateErrors
 from svg2_compile.passes.stages.guard_heads import GuardHeads
 from svg2_compile.passes.stages.keep_top_p import KeepTopP
 from svg2_compile.passes.stages.measure_recall import MeasureRecall
@@ -52,12 +55,18 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
         stages.append(EstimateByQueries())
     if config.estimate_by == "keys":
         stages.append(EstimateByKeys())
+    if config.compensate == "centroids":
+        stages.append(AverageClusters())
+    if config.route == "error":
+        stages.append(EstimateErrors())
     is_guarded = config.min_recall > 0
     stages.append(KeepTopP(is_final=not is_guarded))
     if config.measured_rows:
         stages.append(MeasureRecall(is_final=not is_guarded))
     if is_guarded:
         stages.append(GuardHeads())
+    if config.compensate != "none":
+        stages.append(Compensate())
     stages.append(Attend())
     if site.is_mask_checked:
         stages.append(RedoDensely(refuses=config.on_unsupported == "error"))

@@ -2,8 +2,9 @@
 
     out, lse = block_sparse_attention(q, k', v', q_sizes, runs, counts, context_k, context_v, context_mask, q_order)
 
-The op gathers its queries and scatters its results itself: that saves writing and reading either once. Keys and values
-stay permuted, because an attention reads them many times.
+Where a stage before it compensates for what is dropped, ``k_means, v_means, pseudo_bias`` come last. The op gathers its
+queries and scatters its results itself: that saves writing and reading either once. Keys and values stay permuted,
+because an attention reads them many times.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Attend(Stage):
             flow.context_mask,
             flow.q_order,
             writer.site.scale,
-            *_kernel_arguments(writer.site),
+            *_last_arguments(writer.site, flow),
             count=2,
         )
         return replace(flow, out=out, lse=lse)
@@ -53,10 +54,11 @@ class Attend(Stage):
         return Work(pair_flops=4.0 * site.batch * site.q_heads * site.token_hint**2 * site.head_dim)
 
 
-def _kernel_arguments(site: SitePlan) -> list[Any]:
+def _last_arguments(site: SitePlan, flow: Flow) -> list[Any]:
     """Return the last arguments of the attention, up to the last one that is not the default."""
-    arguments: list[Any] = [site.kernel.attention, _tiles(site), site.kernel.autotune]
-    defaults = ["auto", None, False]
+    pseudo = [None] * 3 if flow.pseudo_bias is None else [flow.k_means, flow.v_means, flow.pseudo_bias]
+    arguments: list[Any] = [site.kernel.attention, _tiles(site), site.kernel.autotune, *pseudo]
+    defaults = ["auto", None, False, None, None, None]
     while arguments and arguments[-1] == defaults[len(arguments) - 1]:
         arguments.pop()
     return arguments

@@ -63,12 +63,20 @@ class Flow:
     v_clustered: Node | None = None
     masses: Node | None = None
     """Fp32 [B, H, C_q, C_k], the estimated attention mass of every block; None: by the centroids."""
+    k_means: Node | None = None
+    """[B, G, C_k, D], the mean of the visible keys of every cluster."""
+    v_means: Node | None = None
+    """[B, G, C_k, D], the mean of their values."""
+    errors: Node | None = None
+    """Fp32 [B, H, C_q, C_k], ln of what the mean of a cluster would do wrong in its place; None: masses choose."""
     statistics: Node | None = None
     """Where the selection has added its statistics to."""
     runs: Node | None = None
     """Int32 [B, H, C_q, R, 2], the ranges of keys that each query cluster attends to."""
     counts: Node | None = None
     """Int32 [B, H, C_q, 4], how many there are."""
+    pseudo_bias: Node | None = None
+    """Fp32 [B, H, C_q, C_k], ln of how many keys the mean of a cluster stands for; -inf for none, None: no means."""
     recall: Node | None = None
     """Fp32 [B, H, 2], the recall of every head that this call has measured."""
     out: Node | None = None

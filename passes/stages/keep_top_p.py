@@ -2,7 +2,8 @@
 
     runs, counts = select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics)
 
-Where a stage before it has estimated the masses, they come last among the arguments.
+Where a stage before it has estimated the masses, they come last among the arguments; where one has estimated errors,
+these come after them and choose instead, as many keys as the masses would.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class KeepTopP(Stage):
             site.top_p,
             site.min_keep_ratio,
             statistics,
-            *([] if flow.masses is None else [flow.masses]),
+            *([] if flow.masses is None and flow.errors is None else [flow.masses]),
+            *([] if flow.errors is None else [flow.errors]),
             count=2,
         )
         return replace(flow, runs=runs, counts=counts, statistics=statistics)

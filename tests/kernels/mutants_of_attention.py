@@ -16,8 +16,8 @@ MUTANTS = (
     Mutant(
         "last row of a query cluster is forgotten",
         ATTENTION,
-        "return [(slice(*edge), keys) for edge",
-        "return [(slice(edge[0], edge[1] - 1), keys) for edge",
+        "return [(slice(*edge), keys, bias) for edge",
+        "return [(slice(edge[0], edge[1] - 1), keys, bias) for edge",
         REFERENCE_AND_CPU,
     ),
     Mutant(
@@ -93,8 +93,8 @@ MUTANTS = (
     Mutant(
         "scale forgotten in the attention",
         ATTENTION,
-        "flash_attention_for_cpu(q_parts, k_parts, v_parts, scale=scale)",
-        "flash_attention_for_cpu(q_parts, k_parts, v_parts)",
+        "flash_attention_for_cpu(q_parts, k_parts, v_parts, attn_mask=added, scale=scale)",
+        "flash_attention_for_cpu(q_parts, k_parts, v_parts, attn_mask=added)",
         REFERENCE_AND_CPU,
     ),
     Mutant(

@@ -94,6 +94,14 @@ def test_query_tiles_spill_nothing_on_ampere_and_hopper(tmp_path):
     assert_spills_nothing(kernels)
 
 
+def test_what_compensates_spills_nothing_on_ampere_and_blackwell(tmp_path):
+    modules = ("pseudo_keys_triton", "cluster_means_triton", "log_dropped_sizes_triton")
+    chosen = () if EVERYTHING else ("--match", "^(?!.*(fp32_d256|fp16|bf16_d256|c100)).*$")
+    kernels = resources(tmp_path / "kernels.json", "--modules", *modules, "--arch", "80", "100", *chosen)
+    assert_fits(kernels)
+    assert_spills_nothing(kernels)
+
+
 @pytest.mark.parametrize("module", [name for name in kernel_modules() if name not in EXAMINED_ABOVE])
 def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_path):
     chosen = () if EVERYTHING else ("--match", "^(?!.*(fp32|fp16|256)).*$")

@@ -27,11 +27,17 @@ SCHEMAS = {
     "cluster_tokens_": "(Tensor q, Tensor k, Tensor v, Tensor(a!) q_centroids, Tensor(b!) k_centroids, "
     "Tensor(c!) q_calls, Tensor(d!) k_calls, int iters_init, int iters_step, int seed) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gram": "(Tensor centroids, int k_heads) -> Tensor",
     "block_masses": "(Tensor q, Tensor q_order, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale) -> "
     "Tensor",
     "block_masses_by_keys": "(Tensor q_centroids, Tensor k, Tensor k_sizes, float scale) -> Tensor",
+    "block_errors": "(Tensor q_centroids, Tensor k, Tensor v, Tensor k_means, Tensor v_means, Tensor k_sizes, "
+    "float scale) -> Tensor",
+    "cluster_means": "(Tensor x, Tensor sizes) -> Tensor",
+    "log_dropped_sizes": "(Tensor runs, Tensor counts, Tensor k_sizes) -> Tensor",
     "select_blocks": "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, "
-    "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None) -> (Tensor, Tensor)",
+    "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None, Tensor? errors=None) -> "
+    "(Tensor, Tensor)",
     "keep_dense_heads_": "(Tensor runs, Tensor counts, Tensor q_sizes, Tensor k_sizes, Tensor dense_heads, "
     "Tensor call_statistics, Tensor(a!) statistics) -> (Tensor, Tensor)",
     "measure_recall": "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, "
@@ -40,7 +46,8 @@ SCHEMAS = {
     "judge_heads_": "(Tensor found, Tensor k_calls, Tensor(a!) dense_heads, float min_recall) -> Tensor",
     "block_sparse_attention": "(Tensor q, Tensor k, Tensor v, Tensor q_sizes, Tensor runs, Tensor counts, "
     "Tensor? context_k, Tensor? context_v, Tensor? context_mask, Tensor? q_order, float scale, "
-    "str implementation='auto', int[]? tiles=None, bool autotune=False) -> (Tensor, Tensor)",
+    "str implementation='auto', int[]? tiles=None, bool autotune=False, Tensor? pseudo_k=None, "
+    "Tensor? pseudo_v=None, Tensor? pseudo_bias=None) -> (Tensor, Tensor)",
     "context_attention": "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale) -> Tensor",
     "dense_attention": "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, bool is_causal, "
     "float? scale, bool enable_gqa) -> Tensor",

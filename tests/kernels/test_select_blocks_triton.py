@@ -8,7 +8,7 @@ from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
-from svg2_compile.kernels.select_blocks import select_blocks_reference
+from svg2_compile.kernels.select_blocks import routed_clusters, select_blocks_reference
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 
@@ -48,12 +48,12 @@ def random_case(q_clusters, k_clusters, repeats, dim, sharpness=1.0, kind="uneve
     return [tensor.to(DEVICE) for tensor in (q, k, q_sizes, k_sizes)]
 
 
-def select(case, top_p, min_keep_ratio=0.0, scale=0.125, masses=None):
+def select(case, top_p, min_keep_ratio=0.0, scale=0.125, masses=None, errors=None):
     """Return the runs, the counts and the statistics."""
     from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
 
     statistics = torch.zeros(*case[2].shape, len(STATISTICS), device=DEVICE)
-    return *select_blocks_triton(*case, scale, top_p, min_keep_ratio, statistics, masses), statistics
+    return *select_blocks_triton(*case, scale, top_p, min_keep_ratio, statistics, masses, errors), statistics
 
 
 def used(runs, counts):
@@ -142,6 +142,73 @@ def test_given_masses_take_the_place_of_the_centroids(shape):
     strided = select(case, 0.9, masses=masses.transpose(1, 2).contiguous().transpose(1, 2))
     assert torch.equal(used(*strided[:2]), used(runs, counts))
     assert torch.equal(strided[2], statistics)
+
+
+def random_errors(case, spread=30.0):
+    generator = torch.Generator().manual_seed(case[1].shape[2])
+    return (spread * torch.randn(*case[2].shape, case[1].shape[2], generator=generator)).to(DEVICE)
+
+
+def check_routing(case, errors, top_p, min_keep_ratio, masses=None):
+    """Assert that errors keep what the rule says, given what the kernel itself keeps by mass."""
+    runs, counts, statistics = select(case, top_p, min_keep_ratio, masses=masses, errors=errors)
+    keep = kept(case, runs, counts)
+    of_keep = kept_runs_reference(keep, case[3])
+    assert torch.equal(counts, of_keep.counts)
+    assert torch.equal(used(runs, counts), of_keep.runs)
+    by_mass = kept(case, *select(case, top_p, min_keep_ratio, masses=masses)[:2])
+    sizes, probability = (
+        per_query_head(case, case[3]),
+        probability_of(case) if masses is None else shares_of(case, masses),
+    )
+    logits = probability.log()
+    wanted = routed_clusters(by_mass, logits, errors, sizes, min_keep_ratio) & (sizes > 0).unsqueeze(2)
+    assert torch.equal(keep, wanted)
+    rows = case[2].float() / case[2].sum(-1, keepdim=True)
+    mass = rows * (probability.float() * keep).sum(-1)
+    column = STATISTICS.index("kept_mass_sum")
+    torch.testing.assert_close(statistics[..., column], mass, rtol=1e-4, atol=tolerance_of(case))
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", ["uneven", "giant", "singletons"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_errors_choose_as_many_keys_as_the_masses_would(shape, kind):
+    case = random_case(*shape, kind=kind)
+    for top_p, min_keep_ratio in ((0.3, 0.0), (0.9, 0.2)):
+        check_routing(case, random_errors(case), top_p, min_keep_ratio)
+
+
+@runs_kernels
+def test_errors_choose_beside_given_masses_and_for_grouped_heads():
+    case = random_case(3, 40, 2, 16, batch=2, groups=2)
+    masses = torch.rand(*case[2].shape, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    check_routing(case, random_errors(case), 0.6, 0.1, masses)
+
+
+@runs_kernels
+def test_of_equal_errors_per_key_the_lowest_indices_are_kept():
+    case = random_case(3, 65, 1, 16, kind="singletons")
+    check_routing(case, torch.zeros_like(random_errors(case)), 0.5, 0.1)
+
+
+@runs_kernels
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38])
+def test_errors_that_are_no_number_still_keep_enough_keys_within_bounds(value):
+    case = random_case(3, 40, 1, 16)
+    by_mass = kept(case, *select(case, 0.5)[:2])
+    errors = torch.full_like(random_errors(case), value)
+    runs, counts, _ = select(case, 0.5, errors=errors)
+    sizes = per_query_head(case, case[3]).unsqueeze(2)
+    assert ((kept(case, runs, counts) * sizes).sum(-1) >= (by_mass * sizes).sum(-1)).all()
+    assert (used(runs, counts) <= sizes.sum()).all()
+
+
+@runs_kernels
+def test_where_everything_is_kept_errors_choose_nothing():
+    case = random_case(3, 40, 1, 16)
+    for got, wanted in zip(select(case, 1.0, errors=random_errors(case)), select(case, 1.0)):
+        assert torch.equal(got, wanted)
 
 
 @runs_kernels

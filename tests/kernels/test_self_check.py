@@ -23,7 +23,9 @@ CPU_KIND = Kind(torch.device("cpu"), torch.float32, 16, q_clusters=3, k_clusters
 ON_GPU = Kind(GPU, torch.bfloat16, 128, q_clusters=100, k_clusters=500)
 WITH_KERNELS = [card.name for card in CARDS.values() if card.kernels is not None]
 every_op = pytest.mark.parametrize("op", WITH_KERNELS)
-GIVEN_CONTEXT, GIVEN_MASSES = frozenset({"context_k"}), frozenset({"masses"})
+GIVEN_CONTEXT, GIVEN_MASSES, GIVEN_ERRORS, GIVEN_PSEUDO_KEYS = (
+    frozenset({name}) for name in ("context_k", "masses", "errors", "pseudo_k")
+)
 
 
 def name_of(changes):
@@ -44,6 +46,8 @@ def test_the_kernels_pass_under_the_interpreter():
         {"dtype": torch.float16, "dim": 64, "given": GIVEN_CONTEXT},
         {"q_clusters": 1, "k_clusters": 1},
         {"given": GIVEN_MASSES},
+        {"given": GIVEN_CONTEXT | GIVEN_PSEUDO_KEYS, "dtype": torch.float16},
+        {"given": GIVEN_ERRORS},
         {"dim": 128, "q_clusters": 60, "k_clusters": 300, "dtype": torch.bfloat16},
     ],
     ids=name_of,
@@ -120,6 +124,17 @@ WRONG = [
     ("block_masses_by_keys", with_argument(2, lambda arguments: arguments[2].flip(-1))),
     ("block_masses_by_keys", with_argument(1, lambda arguments: arguments[1].nan_to_num(0).roll(1, 2))),
     ("block_masses_by_keys", with_result(0, set_at(LAST, math.nan))),
+    ("block_errors", with_argument(6, lambda arguments: 1.1 * arguments[6])),
+    ("block_errors", with_argument(5, lambda arguments: arguments[5].flip(-1))),
+    ("block_errors", with_argument(2, lambda arguments: arguments[2].nan_to_num(0).roll(1, 2))),
+    ("block_errors", with_argument(4, lambda arguments: torch.zeros_like(arguments[4]))),
+    ("block_errors", with_result(0, set_at(LAST, math.nan))),
+    ("cluster_means", with_argument(1, lambda arguments: arguments[1].flip(-1))),
+    ("cluster_means", with_argument(0, lambda arguments: arguments[0].nan_to_num(0).roll(1, 2))),
+    ("cluster_means", with_result(0, set_at(LAST, math.nan))),
+    ("log_dropped_sizes", with_argument(1, lambda arguments: (arguments[1] - 1).clamp(min=0))),
+    ("log_dropped_sizes", with_argument(2, lambda arguments: arguments[2].clamp(max=1))),
+    ("log_dropped_sizes", with_result(0, lambda logs: logs.add_(1e-3))),
     ("block_sparse_attention", with_argument(10, lambda arguments: 1.1 * arguments[10])),
     ("block_sparse_attention", with_argument(5, lambda arguments: (arguments[5] - 1).clamp(min=0))),
     ("block_sparse_attention", with_argument(2, lambda arguments: arguments[2].roll(1, 2))),
@@ -134,6 +149,20 @@ WRONG = [
 def test_a_wrong_selection_of_given_masses_is_found():
     plant = with_argument(8, lambda arguments: None if arguments[8] is None else arguments[8].flip(-1))
     assert why_wrong("select_blocks", dataclasses.replace(CPU_KIND, given=GIVEN_MASSES), plant("select_blocks"))
+
+
+def test_a_wrong_selection_by_errors_is_found():
+    plant = with_argument(9, lambda arguments: None if len(arguments) < 10 else -arguments[9])
+    assert why_wrong("select_blocks", dataclasses.replace(CPU_KIND, given=GIVEN_ERRORS), plant("select_blocks"))
+
+
+def test_a_wrong_weight_of_pseudo_keys_is_found():
+    def forgets(*arguments):
+        return svg2.block_sparse_attention(*arguments[:14], *arguments[14:16], arguments[16] - 0.1)
+
+    kind = dataclasses.replace(CPU_KIND, given=GIVEN_PSEUDO_KEYS)
+    assert why_wrong("block_sparse_attention", kind) is None
+    assert why_wrong("block_sparse_attention", kind, forgets).startswith("off by ")
 
 
 @pytest.mark.parametrize(("op", "plant"), WRONG, ids=[f"{op}{i}" for i, (op, _) in enumerate(WRONG)])
@@ -168,11 +197,14 @@ def test_a_kernel_that_fails_is_wrong_and_memory_that_is_out_is_not():
 @every_op
 def test_the_kernels_are_right(op):
     from svg2_compile.kernels import (
+        block_errors_triton,
         block_masses_by_keys_triton,
         block_masses_triton,
         block_sparse_attention_pointer,
+        cluster_means_triton,
         cluster_tokens_triton,
         kmeans_triton,
+        log_dropped_sizes_triton,
         measure_recall_triton,
         permute_triton,
         select_blocks_triton,
@@ -185,8 +217,11 @@ def test_the_kernels_are_right(op):
         "sort_labels": sort_labels_triton.sort_labels_triton,
         "permute_tokens": permute_triton.permute_tokens_triton,
         "unpermute_tokens": permute_triton.unpermute_tokens_triton,
+        "block_errors": block_errors_triton.block_errors_triton,
         "block_masses": block_masses_triton.block_masses_triton,
         "block_masses_by_keys": block_masses_by_keys_triton.block_masses_by_keys_triton,
+        "cluster_means": cluster_means_triton.cluster_means_triton,
+        "log_dropped_sizes": log_dropped_sizes_triton.log_dropped_sizes_triton,
         "select_blocks": select_blocks_triton.select_blocks_triton,
         "block_sparse_attention": block_sparse_attention_pointer.block_sparse_attention_pointer,
         "measure_recall": measure_recall_triton.measure_recall_triton,
@@ -194,6 +229,8 @@ def test_the_kernels_are_right(op):
     kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, given=GIVEN_CONTEXT)
     assert why_wrong(op, kind, launchers[op]) is None
     assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_MASSES), launchers[op]) is None
+    if op == "select_blocks":
+        assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_ERRORS), launchers[op]) is None
 
 
 @pytest.mark.gpu
@@ -206,6 +243,8 @@ def test_nothing_is_wrong_on_this_gpu(dtype, dim, monkeypatch):
     kind = Kind(GPU, dtype, dim, q_clusters=100, k_clusters=500, given=GIVEN_CONTEXT | {"context_mask"})
     check_kernels([(op, kind) for op in WITH_KERNELS])
     check_kernels([("select_blocks", dataclasses.replace(kind, given=GIVEN_MASSES))])
+    check_kernels([("select_blocks", dataclasses.replace(kind, given=GIVEN_ERRORS))])
+    check_kernels([("block_sparse_attention", dataclasses.replace(kind, given=GIVEN_PSEUDO_KEYS))])
     assert why_not.wrong_kernels == {}
     assert {key[0] for key in self_check._checked} == set(WITH_KERNELS)
 

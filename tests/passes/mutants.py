@@ -143,8 +143,8 @@ MUTANTS = (
     Mutant(
         "autotuning not passed to the attention",
         "passes/stages/attend.py",
-        "_tiles(site), site.kernel.autotune]",
-        "_tiles(site), False]",
+        "_tiles(site), site.kernel.autotune, *pseudo]",
+        "_tiles(site), False, *pseudo]",
         REWRITE,
     ),
     Mutant(
@@ -351,7 +351,7 @@ MUTANTS = (
     Mutant(
         "estimated masses not given to the selection",
         "passes/stages/keep_top_p.py",
-        "*([] if flow.masses is None else [flow.masses])",
+        "*([] if flow.masses is None and flow.errors is None else [flow.masses])",
         "*[]",
         ("tests/api/test_estimate_by.py", "tests/passes/test_stages.py"),
     ),

@@ -17,6 +17,8 @@ ADVICE = {
     "min_keep_ratio": ("[0, 1]", "0.1 is the paper's setting"),
     "estimate_by": ("'centroids', 'queries', 'keys'", "must be one of"),
     "cluster_metric": ("'tokens', 'queries'", "must be one of"),
+    "compensate": ("'none', 'centroids'", "must be one of"),
+    "route": ("'mass', 'error'", "must be one of"),
     "max_context_ratio": ("[0, 1]", "0.5 is the default"),
     "q_clusters": ("[1, 1024]", '"auto"'),
     "k_clusters": ("[1, 1024]", '"auto"'),
@@ -82,7 +84,7 @@ def bad_value(name: str) -> st.SearchStrategy[object]:
             st.sampled_from(pairs).map(lambda pair: (pair,)),
             st.sampled_from(["5:2", "0", "0:333,400:500", "a:b", "0:3/", "::"]),
         ]
-    if name in ("estimate_by", "cluster_metric", "lowering", "on_unsupported"):
+    if name in ("estimate_by", "cluster_metric", "compensate", "route", "lowering", "on_unsupported"):
         values = [
             st.one_of(st.text(), st.integers(), st.none()).filter(lambda value: repr(value) not in ADVICE[name][0])
         ]
@@ -181,3 +183,11 @@ def test_a_config_is_frozen_hashable_and_takes_no_stray_attribute():
         config.top_p = 0.5
     assert hash(config) == hash(SparseConfig()) and config == SparseConfig()
     assert not hasattr(config, "__dict__")
+
+
+def test_errors_of_means_choose_only_where_means_stand_in():
+    with pytest.raises(
+        ConfigError, match=r"route='error' must come with compensate='centroids', got compensate='none'"
+    ):
+        SparseConfig(route="error")
+    assert SparseConfig(route="error", compensate="centroids").route == "error"

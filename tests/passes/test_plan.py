@@ -51,6 +51,15 @@ def test_a_plan_is_its_site_and_what_the_config_says():
         ({"estimate_by": "queries"}, "Cluster EstimateByQueries KeepTopP Attend"),
         ({"estimate_by": "keys"}, "Cluster EstimateByKeys KeepTopP Attend"),
         ({"recall_rows": 4}, "Cluster KeepTopP MeasureRecall Attend"),
+        ({"compensate": "centroids"}, "Cluster AverageClusters KeepTopP Compensate Attend"),
+        (
+            {"compensate": "centroids", "min_recall": 0.8},
+            "Cluster AverageClusters KeepTopP MeasureRecall GuardHeads Compensate Attend",
+        ),
+        (
+            {"compensate": "centroids", "route": "error", "estimate_by": "queries"},
+            "Cluster EstimateByQueries AverageClusters EstimateErrors KeepTopP Compensate Attend",
+        ),
         ({"min_recall": 0.8}, "Cluster KeepTopP MeasureRecall GuardHeads Attend"),
         (
             {"min_recall": 0.8, "recall_rows": 4, "estimate_by": "queries"},

@@ -148,7 +148,8 @@ def test_the_attention_is_told_of_kernels_only_what_is_not_the_default(kernel_co
     plan = sparsify(gm, DENSE, kernel_config)
     schema = torch.ops.svg2.block_sparse_attention.default._schema
     first = [argument.name for argument in schema.arguments].index("scale") + 1
-    assert [argument.name for argument in schema.arguments[first:]] == ["implementation", "tiles", "autotune"]
+    pseudo = ["pseudo_k", "pseudo_v", "pseudo_bias"]
+    assert [argument.name for argument in schema.arguments[first:]] == ["implementation", "tiles", "autotune", *pseudo]
     attentions = [node for node in plan.gm.graph.nodes if target_name(node) == "block_sparse_attention"]
     assert [node.args[first:] for node in attentions] == [arguments] * len(plan.sites)
     assert_equal_within_rounding(run(plan, inputs, zeros(plan)), expected, len(plan.sites))

@@ -1,0 +1,94 @@
+"""What means weigh in the comparison of ways to stand in for dropped clusters, and its arithmetic."""
+
+import importlib
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from svg2_compile import tiny_wan
+from svg2_compile.video.measure import TINY_OPTIONS, Video
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SCALE = 0.25
+
+
+@pytest.fixture
+def compensation(monkeypatch):
+    for folder in (BENCHMARKS, *BENCHMARKS.glob("*/")):
+        monkeypatch.syspath_prepend(str(folder))
+    return importlib.import_module("compensation")
+
+
+@pytest.fixture
+def clusters():
+    """Mean queries of two heads, keys of one, their means and sizes, an empty cluster among them, and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 3, 8, generator=generator), 2 * torch.randn(1, 1, 40, 8, generator=generator)
+    k_sizes = torch.tensor([[[10, 0, 29, 1]]], dtype=torch.int32)
+    bias = torch.randn(1, 2, 3, 4, generator=generator)
+    bias[..., 1] = -torch.inf
+    return bias, q, k, torch.ops.svg2.cluster_means(k, k_sizes), k_sizes
+
+
+def scores_of(clusters):
+    """Return the scores of the keys of every cluster that has some, and of its mean."""
+    _, q, k, k_means, k_sizes = clusters
+    first = 0
+    for cluster, size in enumerate(k_sizes[0, 0].tolist()):
+        if size:
+            yield cluster, q @ k[:, :, first : first + size].mT * SCALE, q @ k_means[:, :, cluster, :, None] * SCALE
+        first += size
+
+
+def test_the_exact_weight_is_that_of_all_keys_for_the_mean_query(compensation, clusters):
+    found = compensation.by_exact_weight(*clusters, SCALE) - clusters[0]
+    for cluster, scores, of_mean in scores_of(clusters):
+        wanted = scores.exp().mean(-1).log() - of_mean[..., 0]
+        torch.testing.assert_close(found[..., cluster], wanted, rtol=1e-4, atol=1e-5)
+        assert (found[..., cluster] >= -1e-5).all()
+
+
+def test_the_second_order_is_half_the_variance_of_the_scores(compensation, clusters):
+    found = compensation.by_variance(*clusters, SCALE) - clusters[0]
+    for cluster, scores, _ in scores_of(clusters):
+        wanted = scores.var(-1, correction=0) / 2
+        torch.testing.assert_close(found[..., cluster], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_left_out_stays_left_out(compensation, clusters):
+    for weigh in (compensation.by_variance, compensation.by_exact_weight):
+        assert torch.equal(weigh(*clusters, SCALE) == -torch.inf, clusters[0] == -torch.inf)
+
+
+def test_a_gain_is_read_at_the_density_of_the_other_way_and_nowhere_else(compensation):
+    def curve(way, points):
+        return [{"way": way, "top_p": 0.0, **asdict(compensation.Point(*each, 1.0, 0.0))} for each in points]
+
+    video = {"points": curve("plain", [(20.0, 0.1), (30.0, 0.4)]) + curve("other", [(25.0, 0.05), (29.0, 0.2)])}
+    assert compensation.gain(video, "plain", "other", 0) == pytest.approx(7.0)
+    assert compensation.gain(video, "plain", "other", 1) is None
+
+
+def test_a_way_is_run_and_everything_kept_is_dense(compensation):
+    pipeline = tiny_wan.load_pipeline()
+    options = {**TINY_OPTIONS, "q_clusters": 4, "k_clusters": 16, "dense_steps": 0.35, "min_tokens": 64}
+    bench = compensation.Bench(pipeline, options)
+    video = Video(frames=2, height=64, width=64, steps=2)
+    dense = bench.dense(video)
+    everything = bench.sparse(compensation.WAYS["exact weight"], 1.0, video, dense)
+    assert everything.density == 1.0 and everything.psnr_db > 60
+    less = bench.sparse(compensation.WAYS["routing"], 0.3, video, dense)
+    assert 0 < less.density < 1 and less.psnr_db < everything.psnr_db
+
+
+def test_the_cost_is_timed_beside_dense_attention(monkeypatch):
+    for folder in (BENCHMARKS, *BENCHMARKS.glob("*/")):
+        monkeypatch.syspath_prepend(str(folder))
+    cost = importlib.import_module("compensation_cost")
+    shape = cost.Shape("small", 2, 300, 16, ((3, 9),))
+    found = cost.table(shape, 1, 257, (3, 9), torch.float32, 1)
+    assert "small: 1 heads, 257 tokens of 16, torch.float32, 3 / 9 clusters" in found
+    for name in ("dense attention", "the same with means", "**compensation, altogether**", "**routing by error, alto"):
+        assert f"| {name}" in found
