@@ -179,6 +179,22 @@ def test_a_setting_finds_places_for_as_many_sizes_as_the_one_before(limit):
                 assert run(model, tokens).density
 
 
+def test_a_default_that_the_options_give_drops_no_graphs(graphs):
+    with configure(**BASE):
+        run(by_blocks(made()))  # whose concern it is
+    graphs()
+    model = whole(made(), options={**BASE, "top_p": 0.5}, dynamic=False)
+    first, second = sizes(2)
+    for tokens in (first, second):
+        run(model, tokens)
+    with configure(seed=1):
+        run(model, first)
+        assert graphs() == 3
+        # it has no place left now, and one size less in this setting than in the one before
+        with torch._dynamo.config.patch(recompile_limit=3), configure(top_p=0.8):
+            assert run(model, first).density and not graphs()
+
+
 def test_what_ran_is_told_after_its_graphs_were_dropped(limit):
     model = whole(made(), dynamic=False)
     for top_p in (0.2, 0.3, 0.4, 0.5):
