@@ -29,8 +29,8 @@ def test_it_is_the_logarithm_of_what_is_dropped(case):
 def test_slots_past_the_runs_may_hold_anything(case):
     runs, counts, k_sizes = dropped_arguments(case)
     unused = torch.arange(runs.shape[3]) >= counts[..., :1]
-    for anything in (-1, 0, 2**31 - 1):
-        other = runs.masked_fill(unused.unsqueeze(-1), anything)
+    for anything in ((-1, -1), (0, 2**31 - 1), (0, 1)):
+        other = torch.where(unused.unsqueeze(-1), torch.tensor(anything, dtype=torch.int32), runs)
         assert torch.equal(
             svg2.log_dropped_sizes(other, counts, k_sizes), svg2.log_dropped_sizes(*dropped_arguments(case))
         )
