@@ -13,7 +13,7 @@ keys are sorted behind the last cluster, as if there were one more:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +34,7 @@ PRODUCT_RATE_RATIO = 0.7
 class Cluster(Stage):
     """Centroids are the state; a counter of calls, which starts at 0 in each generation, says whether they are used."""
 
-    metric: str = "tokens"
+    metric: str = field(default="tokens", kw_only=True)
     """In what keys are alike, as ``SparseConfig.cluster_metric``."""
 
     def state(self, site: SitePlan) -> tuple[StateSpec, ...]:

@@ -194,7 +194,7 @@ class WordVectors:
     @classmethod
     def drawn(cls, vocabulary: Vocabulary, dimension: int, seed: int = 0) -> WordVectors:
         """Return normal vectors that depend on ``seed`` alone."""
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         count = len(vocabulary.entries)
         both = torch.randn(count + PROMPT_ROWS, dimension, generator=generator, dtype=torch.float32, device="cpu")
         return cls(vocabulary, both[:count].clone(), both[count:].clone())
