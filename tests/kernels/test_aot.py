@@ -16,6 +16,7 @@ from svg2_compile.kernels.ahead_of_time import kernel_modules
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "kernel_resources.py"
 # `SVG2_AOT=all` compiles every kernel for every architecture; by default one of each kind, for time.
 EVERYTHING = os.environ.get("SVG2_AOT") == "all"
+pytestmark = pytest.mark.slow
 ATTENTION = "^attention_(bf16_(64|128)_context|fp16_128)$"
 EXAMINED_ABOVE = (
     "block_sparse_attention_triton",
@@ -104,7 +105,7 @@ def test_what_compensates_spills_nothing_on_ampere_and_blackwell(tmp_path):
 
 @pytest.mark.parametrize("module", [name for name in kernel_modules() if name not in EXAMINED_ABOVE])
 def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_path):
-    chosen = () if EVERYTHING else ("--match", "^(?!.*(fp32|fp16|256)).*$")
+    chosen = () if EVERYTHING else ("--match", "^(?!.*(fp32|fp16|256|kernel_d80|c(100|200)_given)).*$")
     kernels = resources(tmp_path / "kernels.json", "--modules", module, "--arch", "90", *chosen)
     assert_fits(kernels)
     assert_spills_nothing(kernels)
@@ -112,7 +113,13 @@ def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_pa
 
 def test_selection_among_up_to_256_clusters_spills_nothing_on_ampere(tmp_path):
     kernels = resources(
-        tmp_path / "kernels.json", "--modules", "select_blocks_triton", "--arch", "86", "--match", "_c(32|200)$"
+        tmp_path / "kernels.json",
+        "--modules",
+        "select_blocks_triton",
+        "--arch",
+        "86",
+        "--match",
+        "_d(64|128)_c(32|200)$",
     )
     assert_fits(kernels)
     assert_spills_nothing(kernels)
