@@ -149,13 +149,6 @@ MUTANTS = (
         PSEUDO_TRITON,
     ),
     Mutant(
-        "kernel: rows that drop nothing are rounded again",
-        PSEUDO_KEYS,
-        'if tl.max(highest, 0) == -float("inf"):\n        return\n\n    offs_d',
-        "offs_d",
-        PSEUDO_TRITON,
-    ),
-    Mutant(
         "kernel: the last tile of a cluster reaches into the next one",
         "kernels/cluster_means_triton.py",
         "first + offs_n < size, offs_d",
