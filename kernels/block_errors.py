@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from svg2_compile.kernels.block_masses_by_keys import check_centroids_and_keys
 from svg2_compile.kernels.card import FAST_DTYPES, MAX_HEAD_DIM, Kernels, Limits, same_dtype
-from svg2_compile.kernels.checks import (
-    FLOATING,
-    accumulation_dtype,
-    check_dtype,
-    check_head_groups,
-    check_rank,
-    check_shape,
-    check_value,
-)
+from svg2_compile.kernels.checks import check_dtype, check_shape
 from svg2_compile.kernels.cluster_means import cluster_means_reference
 from svg2_compile.kernels.op import define
 from svg2_compile.kernels.sort_labels import sort_labels_reference
@@ -36,26 +29,11 @@ MORE_THAN_A_TILE, HIDDEN_KEYS, TOLERANCE = 140, 5, 1e-2
 
 def _check(q_centroids: Tensor, k: Tensor, v: Tensor, k_means: Tensor, v_means: Tensor, k_sizes: Tensor) -> None:
     """Check the arguments of ``svg2::block_errors``."""
-    check_rank("q_centroids", q_centroids, 4)
-    check_rank("k", k, 4)
-    check_rank("k_sizes", k_sizes, 3)
-    batch, heads, q_clusters, dim = q_centroids.shape
-    k_heads, k_clusters = k_sizes.shape[1:]
-    check_head_groups(heads, k_heads)
-    check_shape("k", k, (batch, k_heads, k.shape[2], dim))
-    check_shape("v", v, k.shape)
-    check_shape("k_sizes", k_sizes, (batch, k_heads, k_clusters))
-    check_shape("k_means", k_means, (batch, k_heads, k_clusters, dim))
-    check_shape("v_means", v_means, (batch, k_heads, k_clusters, dim))
-    check_dtype("k", k, *FLOATING)
-    for name, x in (("v", v), ("k_means", k_means), ("v_means", v_means)):
+    check_centroids_and_keys(q_centroids, k, k_sizes)
+    means = (*k_sizes.shape, k.shape[3])
+    for name, x, shape in (("v", v, k.shape), ("k_means", k_means, means), ("v_means", v_means, means)):
+        check_shape(name, x, shape)
         check_dtype(name, x, k.dtype)
-    check_dtype("q_centroids", q_centroids, accumulation_dtype(k))
-    check_dtype("k_sizes", k_sizes, torch.int32)
-    check_value(
-        q_clusters >= 1 and k_clusters >= 1,
-        lambda: f"there must be at least 1 cluster on either side, got {q_clusters} and {k_clusters}",
-    )
 
 
 def block_errors_reference(

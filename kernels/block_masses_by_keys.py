@@ -31,8 +31,8 @@ MAX_SCORES = 2**24
 MORE_THAN_A_TILE, HIDDEN_KEYS, TOLERANCE = 140, 5, 1e-3
 
 
-def _check(q_centroids: Tensor, k: Tensor, k_sizes: Tensor) -> None:
-    """Check the arguments of ``svg2::block_masses_by_keys``."""
+def check_centroids_and_keys(q_centroids: Tensor, k: Tensor, k_sizes: Tensor) -> None:
+    """Check mean queries, keys in the order of their clusters, and the sizes of these."""
     check_rank("q_centroids", q_centroids, 4)
     check_rank("k", k, 4)
     check_rank("k_sizes", k_sizes, 3)
@@ -75,7 +75,7 @@ def block_masses_by_keys_reference(q_centroids: Tensor, k: Tensor, k_sizes: Tens
     Promises:
         Deterministic, no device synchronisation. Hidden keys cannot influence the result, whatever they hold.
     """
-    _check(q_centroids, k, k_sizes)
+    check_centroids_and_keys(q_centroids, k, k_sizes)
     dtype, device = q_centroids.dtype, k.device
     batch, heads, q_clusters = q_centroids.shape[:3]
     keys, k_clusters, repeats = k.shape[2], k_sizes.shape[2], heads // k_sizes.shape[1]
@@ -127,7 +127,7 @@ define(
     block_masses_by_keys_reference,
     name="block_masses_by_keys",
     part="selection",
-    check=_check,
+    check=check_centroids_and_keys,
     fake=lambda q_centroids, k_sizes: q_centroids.new_empty((*q_centroids.shape[:3], k_sizes.shape[2])),
     kernels=Kernels(
         limits=Limits(FAST_DTYPES, MAX_HEAD_DIM),

@@ -297,7 +297,7 @@ def _selections(
     before = lengths.cumsum(0) - lengths
     keys = (starts.flatten() - before).repeat_interleave(lengths)
     keys = keys + torch.arange(len(keys), dtype=torch.int64, device=runs.device)
-    kept = keys.split((stops - starts).sum(-1).tolist())  # type: ignore[no-untyped-call]
+    kept = torch.split(keys, (stops - starts).sum(-1).tolist())
     edges = [0, *itertools.accumulate(row_counts)]
     added: list[Tensor | None] = [None] * len(kept) if biases is None else list(biases[first])
     return [(slice(*edge), keys, bias) for edge, keys, bias in zip(itertools.pairwise(edges), kept, added, strict=True)]

@@ -121,6 +121,13 @@ def _upper(x):
 
 
 @triton.jit
+def _clusters_at(first, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return some places of a row of the scratch memory, and the key clusters that lie there."""
+    position = first + tl.arange(0, BLOCK_N)
+    return position, position % LANES * (BLOCK_K // LANES) + position // LANES
+
+
+@triton.jit
 def _write_logits(
     q_ptr,
     k_ptr,
@@ -136,12 +143,10 @@ def _write_logits(
     BLOCK_D: tl.constexpr,
 ):
     """Write the logits of a program's query clusters, to base 2; those of empty and absent clusters are -inf."""
-    TURNS: tl.constexpr = BLOCK_K // LANES
     offs_q = tl.arange(0, BLOCK_Q)
     is_q = offs_q < q_rows
     for block in range(0, BLOCK_K, BLOCK_N):
-        position = block + tl.arange(0, BLOCK_N)
-        cluster = position % LANES * TURNS + position // LANES
+        position, cluster = _clusters_at(block, BLOCK_K, BLOCK_N)
         is_k = cluster < k_clusters
         scores = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
         for first in range(0, DIM, BLOCK_D):
@@ -177,11 +182,9 @@ def _write_logs(
     BLOCK_N: tl.constexpr,
 ):
     """Write the logarithms of given masses where ``_write_logits`` would write its own."""
-    TURNS: tl.constexpr = BLOCK_K // LANES
     offs_q = tl.arange(0, BLOCK_Q)
     for block in range(0, BLOCK_K, BLOCK_N):
-        position = block + tl.arange(0, BLOCK_N)
-        cluster = position % LANES * TURNS + position // LANES
+        position, cluster = _clusters_at(block, BLOCK_K, BLOCK_N)
         is_k = cluster < k_clusters
         mask = (offs_q < q_rows)[:, None] & is_k[None, :]
         masses = tl.load(masses_ptr + offs_q[:, None] * k_clusters + cluster[None, :], mask=mask, other=0.0)
@@ -204,11 +207,9 @@ def _write_errors(
     BLOCK_N: tl.constexpr,
 ):
     """Write the logarithms of errors per key, to base 2; those of empty and absent clusters are -inf."""
-    TURNS: tl.constexpr = BLOCK_K // LANES
     offs_q = tl.arange(0, BLOCK_Q)
     for block in range(0, BLOCK_K, BLOCK_N):
-        position = block + tl.arange(0, BLOCK_N)
-        cluster = position % LANES * TURNS + position // LANES
+        position, cluster = _clusters_at(block, BLOCK_K, BLOCK_N)
         is_k = cluster < k_clusters
         mask = (offs_q < q_rows)[:, None] & is_k[None, :]
         errors = tl.load(errors_ptr + offs_q[:, None] * k_clusters + cluster[None, :], mask=mask, other=0.0)
