@@ -14,17 +14,14 @@ from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 import torch
+import torch._dynamo.eval_frame
 import torch._inductor.config
 from torch import Tensor
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo import mark_static_address
 from torch._dynamo.cache_size import exceeds_recompile_limit
 from torch._dynamo.convert_frame import ConvertFrameAssert
-from torch._dynamo.eval_frame import (
-    _get_cache_entries_for_region,
-    _get_total_cache_entry_count,
-    innermost_backend,
-)
+from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -69,6 +66,9 @@ COMPILED_CALL = "compile_wrapper"
 
 MODULE_CALLS = ("_call_impl", "_wrapped_call_impl")
 """The functions that call a module's forward, with its ``args`` and ``kwargs``. Read in torch 2.13.0."""
+
+NO_REGION = -1
+"""Of code that ``torch.compile`` compiles without ``isolate_recompiles``. Read in torch 2.13.0."""
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -169,8 +169,9 @@ class CompiledCode:
         """Args: ``convert_frame`` is the call in which Dynamo compiles the code."""
         variables = convert_frame.f_locals
         self._code: weakref.ref[CodeType] = weakref.ref(variables["code"])
-        self._own_limit: int | None = variables["self"]._recompile_limit
-        self._region: int = variables["isolate_recompiles_id"]
+        # torch 2.11 knows neither
+        self._own_limit: int | None = getattr(variables["self"], "_recompile_limit", None)
+        self._region: int = variables.get("isolate_recompiles_id", NO_REGION)
         self._compiling = variables["cache_size"], variables["compile_id"]
         self.name = str(variables["code"].co_name)
         self.root: type[torch.nn.Module] | None = None
@@ -201,9 +202,9 @@ class CompiledCode:
         if code is None:
             return None
         own, total = self._limit("recompile_limit"), self._limit("accumulated_recompile_limit")
-        if len(_get_cache_entries_for_region(code, self._region)) + more > own.value:
+        if len(_kept_graphs(code, self._region)) + more > own.value:
             return own
-        return total if _get_total_cache_entry_count(code) + more > total.value else None
+        return total if _count_of_kept_graphs(code) + more > total.value else None
 
     @property
     def compilation(self) -> str:
@@ -213,7 +214,7 @@ class CompiledCode:
     def compilations(self) -> set[str]:
         """Return the compilations whose graphs Dynamo keeps."""
         code = self.code
-        entries = [] if code is None else _get_cache_entries_for_region(code, self._region)
+        entries = [] if code is None else _kept_graphs(code, self._region)
         return {str(entry.compile_id) for entry in entries}
 
     def forget(self) -> None:
@@ -225,6 +226,20 @@ class CompiledCode:
         if name == "recompile_limit" and self._own_limit is not None:
             return Limit("torch.compile(recompile_limit=...)", self._own_limit)
         return Limit(f"torch._dynamo.config.{name}", getattr(torch._dynamo.config, name))
+
+
+def _kept_graphs(code: CodeType, region: int) -> list[Any]:
+    """Return Dynamo's graphs of a piece of code in a region (torch 2.13.0); all of them where it has none (2.11)."""
+    if hasattr(torch._dynamo.eval_frame, "_get_cache_entries_for_region"):
+        return list(torch._dynamo.eval_frame._get_cache_entries_for_region(code, region))
+    return list(torch._dynamo.eval_frame._debug_get_cache_entry_list(code))
+
+
+def _count_of_kept_graphs(code: CodeType) -> int:
+    """Return how many graphs of a piece of code Dynamo keeps, in all regions (torch 2.13.0)."""
+    if hasattr(torch._dynamo.eval_frame, "_get_total_cache_entry_count"):
+        return int(torch._dynamo.eval_frame._get_total_cache_entry_count(code))
+    return len(_kept_graphs(code, NO_REGION))
 
 
 def code_under_compilation() -> CompiledCode | None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
@@ -47,15 +48,16 @@ def table(shape: Shape, heads: int, tokens: int, clusters: tuple[int, int], dtyp
     """Return the times of one size as a table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = SparseConfig()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device=device).manual_seed(0)
     size = (1, heads, tokens, shape.dim)
-    centres = 2 * torch.randn(1, heads, CENTRES, shape.dim, generator=generator)
-    which = torch.randint(CENTRES, (2, 1, heads, tokens, 1), generator=generator)
-    q, k = (
-        (centres.gather(2, each.expand(size)) + torch.randn(size, generator=generator)).to(dtype).to(device)
-        for each in which
-    )
-    v = torch.randn(size, generator=generator).to(dtype).to(device)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    centres = 2 * normal(1, heads, CENTRES, shape.dim)
+    which = torch.randint(CENTRES, (2, 1, heads, tokens, 1), generator=generator, device=device)
+    q, k = ((centres.gather(2, each.expand(size)) + normal(*size)).to(dtype) for each in which)
+    v = normal(*size).to(dtype)
     state = [torch.zeros(1, heads, count, shape.dim, device=device) for count in clusters]
     calls = [torch.zeros(1, dtype=torch.int32, device=device) for _ in clusters]
     scale, iterations = shape.dim**-0.5, (config.kmeans_iters_init, config.kmeans_iters_step, config.seed)

@@ -1,12 +1,16 @@
 """What stands in for dropped key clusters, and what is kept beside it: ways side by side on the trained tiny Wan.
 
     python -P benchmarks/method/compensation.py --out docs/images --seeds 3
+    python -P benchmarks/method/compensation.py --join runs/one.json runs/other.json --out docs/images
 
 Every way has a curve over ``top_p`` for every video, and is read where the density is that of plain SVG2 at the same
-``top_p``, video by video (``at_density``). ``centroids``, ``queries``, ``compensation`` and ``routing`` are options of
-the backend. The others give the means another weight than ln n: ``second order`` adds half the variance of the scores
-of the cluster for the mean query, ``exact weight`` takes what all keys of the cluster weigh for the mean query.
-Writes ``compensation.json`` after every video; prints tables.
+``top_p``, video by video (``at_density``). ``centroids``, ``queries``, ``compensation``, ``routing`` and ``keys as
+queries see them`` are options of the backend; ``oracle`` is ``centroids`` with the exact masses. Two give the means
+another weight than ln n: ``second order`` adds half the variance of the scores of the cluster for the mean query,
+``exact weight`` takes what all keys of the cluster weigh for the mean query.
+
+Videos are the model's examples by default, eight of them or more. Writes ``compensation.json``, or a file of another
+``--name``, after every point; prints tables. Ways can be measured by several processes; ``--join`` puts them together.
 """
 
 from __future__ import annotations
@@ -23,10 +27,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.extend(str(folder) for folder in Path(__file__).resolve().parents[:2])
 
-from swapped_ops import Judge, as_function, at_density, judge, membership
+from swapped_ops import (
+    Judge,
+    Select,
+    SwappedSelection,
+    as_function,
+    at_density,
+    blocks_of,
+    by_true_mass,
+    judge,
+    membership,
+)
 
 import svg2_compile
 from svg2_compile import tiny_wan
@@ -37,12 +52,13 @@ from svg2_compile.passes.plan import stages_of
 from svg2_compile.passes.records import AttentionSite
 from svg2_compile.passes.stages.compensate import Compensate
 from svg2_compile.passes.stages.flow import Flow, SiteWriter
+from svg2_compile.passes.stages.keep_top_p import KeepTopP
 from svg2_compile.passes.stages.stage import Stage
+from svg2_compile.tiny_wan import model
 from svg2_compile.video.measure import TINY_OPTIONS, Video, generate
-from svg2_compile.video.quality import psnr
+from svg2_compile.video.quality import psnr, ssim
 
 TOP_P = (0.3, 0.6, 0.9)
-PROMPTS = ("rabbit_stretches", "passenger_talks")
 Weigh = Callable[..., Tensor]
 """Returns a bias in place of ``log_dropped_sizes``; takes it, the mean queries, keys, their means, sizes and scale."""
 
@@ -53,6 +69,20 @@ class Way:
 
     options: dict[str, Any]
     weigh: Weigh | None = None
+    select: Select | None = None
+    """In place of the backend's own selection."""
+
+    def stages(self, config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
+        """Return the stages of a site."""
+        return tuple(self._changed(stage) for stage in stages_of(config, site))
+
+    def _changed(self, stage: Stage) -> Stage:
+        if self.weigh is not None and isinstance(stage, Compensate):
+            return WeighOtherwise(self.weigh)
+        if self.select is not None and isinstance(stage, KeepTopP):
+            select = self.select
+            return SwappedSelection(call=lambda *arguments: select(blocks_of(*arguments)))
+        return stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +143,8 @@ WAYS = {
     "routing": Way(COMPENSATED | {"route": "error"}),
     "second order": Way(COMPENSATED, by_variance),
     "exact weight": Way(COMPENSATED, by_exact_weight),
+    "oracle": Way({}, select=by_true_mass),
+    "keys as queries see them": Way(COMPENSATED | {"cluster_metric": "queries"}),
 }
 
 
@@ -121,6 +153,7 @@ class Point:
     """One sparse video beside the dense one; the last three are means over the sparse calls and heads."""
 
     psnr_db: float
+    ssim: float
     density: float
     weight: float
     """What was attended to weighs, pseudo-keys included, over what all keys weigh, a mean over sampled queries."""
@@ -129,38 +162,38 @@ class Point:
 
 
 class Bench:
-    """The pipeline, one dense video, and one way at a time."""
+    """The pipeline, its videos, and one way at a time."""
 
-    def __init__(self, pipeline: Any, options: dict[str, Any]) -> None:
-        self.pipeline, self.eager, self.options = pipeline, pipeline.transformer, options
+    def __init__(self, pipeline: Any, videos: list[Video], options: dict[str, Any]) -> None:
+        self.pipeline, self.eager, self.options, self.videos = pipeline, pipeline.transformer, options, videos
+        self.dense = [generate(pipeline, video).pixels for video in videos]
         self.found: list[Tensor] = []
 
-    def dense(self, video: Video) -> Tensor:
-        """Return the pixels that dense attention gives."""
-        self.pipeline.transformer = self.eager
-        return generate(self.pipeline, video).pixels
+    def floor(self) -> list[float]:
+        """Return the PSNR of each dense video to itself with another rounding: attention as two matrix products."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return [psnr(generate(self.pipeline, video).pixels, dense) for video, dense in zip(self.videos, self.dense)]
 
-    def sparse(self, way: Way, top_p: float, video: Video, dense: Tensor) -> Point:
-        """Return how far a way is from dense attention."""
+    def sparse(self, way: Way, top_p: float) -> list[Point]:
+        """Return how far a way is from dense attention, for every video."""
         torch._dynamo.reset()
-        svg2_compile.reset()
         options = {**self.options, **way.options, "top_p": top_p, "lowering": "eager"}
 
         def stages(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
-            usual = stages_of(config, site)
-            if way.weigh is not None:
-                changed = WeighOtherwise(way.weigh)
-                usual = tuple(changed if isinstance(stage, Compensate) else stage for stage in usual)
-            return *usual, Judge(self._judge)
+            return *way.stages(config, site), Judge(self._judge)
 
         def backend(gm: Any, inputs: list[Any]) -> Any:
             return svg2_compile.svg2_backend(gm, inputs, options=options, stages=stages)
 
         self.pipeline.transformer = torch.compile(self.eager, backend=backend, fullgraph=True)
-        self.found = []
-        pixels = generate(self.pipeline, video).pixels
-        density, weight, _, error = torch.stack(self.found).mean(0).tolist()
-        return Point(psnr(pixels, dense), density, weight, error)
+        points = []
+        for video, dense in zip(self.videos, self.dense):
+            svg2_compile.reset()
+            self.found = []
+            pixels = generate(self.pipeline, video).pixels
+            density, weight, _, error = torch.stack(self.found).mean(0).tolist()
+            points.append(Point(psnr(pixels, dense), ssim(pixels, dense), density, weight, error))
+        return points
 
     def _judge(self, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
         q, k, v, q_sizes, runs, counts, *_, scale = arguments
@@ -171,7 +204,10 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
-    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--name", default="compensation", help="of the file")
+    parser.add_argument("--folder", type=Path, default=model.FOLDER, help="of the model; the shipped one by default")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--prompts", nargs="+", help="the model's examples by default")
     parser.add_argument("--seeds", type=int, default=1, help="videos of a prompt")
     parser.add_argument("--frames", type=int, default=Video().frames)
     parser.add_argument("--height", type=int, default=Video().height)
@@ -180,33 +216,63 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, nargs="+", default=TOP_P)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--option", action="append", default=[], help="name=value of SparseConfig, repeatable")
+    parser.add_argument("--join", type=Path, nargs="+", help="put these files of the same videos together, and stop")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.name}.json"
+    if arguments.join:
+        result = joined([json.loads(each.read_text()) for each in arguments.join])
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    else:
+        result = measured(arguments, path)
+    print(table(result))
+
+
+def measured(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Measure every way of the command line, and write what there is after each point."""
     extra = {name: json.loads(value) for name, value in (each.split("=", 1) for each in arguments.option)}
     options = {**TINY_OPTIONS, "dense_steps": 0.35, **extra}
     size = {name: getattr(arguments, name) for name in ("frames", "height", "width", "steps")}
-    videos = [
-        Video(prompt=prompt, seed=seed, **size) for seed in range(arguments.seeds) for prompt in arguments.prompts
-    ]
-    bench = Bench(tiny_wan.load_pipeline(device="cuda" if torch.cuda.is_available() else "cpu"), options)
+    prompts = arguments.prompts or tiny_wan.example_prompts(arguments.folder)
+    videos = [Video(prompt=prompt, seed=seed, **size) for seed in range(arguments.seeds) for prompt in prompts]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = tiny_wan.load_pipeline(getattr(torch, arguments.dtype), device, arguments.folder)
+    bench = Bench(pipeline, videos, options)
     result: dict[str, Any] = {
         "environment": describe_environment(),
         "date": time.strftime("%Y-%m-%d"),
         "tokens": videos[0].tokens,
+        "dtype": arguments.dtype,
         "options": options,
-        "videos": [],
+        "videos": [
+            {"video": asdict(video), "floor_db": floor, "points": []} for video, floor in zip(videos, bench.floor())
+        ],
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for video in videos:
-        dense = bench.dense(video)
-        points = [
-            {"way": name, "top_p": top_p, **asdict(bench.sparse(WAYS[name], top_p, video, dense))}
-            for name in arguments.ways
-            for top_p in arguments.top_p
-        ]
-        result["videos"].append({"video": asdict(video), "points": points})
-        (arguments.out / "compensation.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{video.prompt}, seed {video.seed}", flush=True)
-    print(table(result))
+    for name in arguments.ways:
+        for top_p in arguments.top_p:
+            for record, point in zip(result["videos"], bench.sparse(WAYS[name], top_p)):
+                record["points"].append({"way": name, "top_p": top_p, **asdict(point)})
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{name}, {top_p}", flush=True)
+    return result
+
+
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one result with the points of all.
+
+    Raises:
+        SystemExit: they are of other videos or options.
+
+    """
+    first = results[0]
+    alike = ("tokens", "dtype", "options")
+    of_videos = [[video["video"] for video in result["videos"]] for result in results]
+    for result, videos in zip(results, of_videos):
+        if videos != of_videos[0] or any(result[name] != first[name] for name in alike):
+            raise SystemExit("the files must be of the same videos, type and options; measure one of them again")
+    for number, video in enumerate(first["videos"]):
+        video["points"] = [point for result in results for point in result["videos"][number]["points"]]
+    return first
 
 
 def points_of(video: dict[str, Any], way: str) -> list[Any]:
@@ -224,23 +290,24 @@ def table(result: dict[str, Any]) -> str:
     ways = list(dict.fromkeys(each["way"] for each in videos[0]["points"]))
     shares = list(dict.fromkeys(each["top_p"] for each in videos[0]["points"]))
     lines = [
-        f"{result['tokens']} tokens, {len(videos)} videos, {videos[0]['video']['steps']} steps, {result['options']}; "
+        f"{result['tokens']} tokens, {len(videos)} videos, {videos[0]['video']['steps']} steps, {result['dtype']}, "
+        f"{result['options']}; noise floor {min(video['floor_db'] for video in videos):.1f} dB at least; "
         f"{environment['device']}, torch {environment['torch']}, {result['date']}",
         "",
-        "| way | top_p | density | PSNR, dB | least | weight seen | error of the results |",
+        "| way | top_p | density | PSNR, dB: mean ± standard deviation (least) | SSIM | weight seen | error |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for way in ways:
         for index, top_p in enumerate(shares):
             points = [points_of(video, way)[index] for video in videos]
-            density, weight, error = (
-                100 * statistics.mean(getattr(point, name) for point in points)
-                for name in ("density", "weight", "output_error")
+            density, weight, error, similarity = (
+                statistics.mean(getattr(point, name) for point in points)
+                for name in ("density", "weight", "output_error", "ssim")
             )
             levels = [point.psnr_db for point in points]
             lines.append(
-                f"| {way} | {top_p} | {density:.1f} % | {statistics.mean(levels):.1f} | {min(levels):.1f} "
-                f"| {weight:.1f} % | {error:.1f} % |"
+                f"| {way} | {top_p} | {density:.1%} | {statistics.mean(levels):.1f} ± {spread(levels):.1f} "
+                f"({min(levels):.1f}) | {similarity:.3f} | {weight:.1%} | {error:.1%} |"
             )
     lines += ["", f"Gain over `{ways[0]}` at its own density, dB: mean ± standard deviation (least to most)", ""]
     lines += [f"| way |{''.join(f' {top_p} |' for top_p in shares)}", "| --- |" + " --- |" * len(shares)]
@@ -249,14 +316,19 @@ def table(result: dict[str, Any]) -> str:
         for index in range(len(shares)):
             gains = [gain(video, ways[0], way, index) for video in videos]
             known = [each for each in gains if each is not None]
-            spread = statistics.stdev(known) if len(known) > 1 else 0.0
             cells.append(
-                f"{statistics.mean(known):+.1f} ± {spread:.1f} ({min(known):+.1f} to {max(known):+.1f}), {len(known)}"
+                f"{statistics.mean(known):+.1f} ± {spread(known):.1f} "
+                f"({min(known):+.1f} to {max(known):+.1f}), {len(known)}"
                 if known
                 else "off the curve"
             )
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def spread(values: list[float]) -> float:
+    """Return the standard deviation of a sample, zero of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def gain(video: dict[str, Any], base: str, way: str, index: int) -> float | None:

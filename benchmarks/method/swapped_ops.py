@@ -116,11 +116,11 @@ class SwappedOps:
     def _cluster(self, *arguments: Any) -> Clustered:
         return self.cluster(*arguments)
 
-    def _select(self, q: Tensor, q_order: Tensor, k: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, scale, top_p, min_keep_ratio, statistics = arguments
-        top_p = top_p if self.top_p is None else self.top_p
-        floor = min_keep_ratio if self.min_keep_ratio is None else self.min_keep_ratio
-        return self.select(Blocks(q, q_order, k, *tensors, scale, top_p, floor, statistics))
+    def _select(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        blocks = blocks_of(*arguments)
+        top_p = blocks.top_p if self.top_p is None else self.top_p
+        floor = blocks.min_keep_ratio if self.min_keep_ratio is None else self.min_keep_ratio
+        return self.select(replace(blocks, top_p=top_p, min_keep_ratio=floor))
 
     def _judge(self, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
         """Add to the means; the arguments are those of ``svg2::block_sparse_attention``."""
@@ -128,6 +128,12 @@ class SwappedOps:
         self._sums = self._sums.to(out.device) + judge(q, k, v, q_sizes, runs, counts, out, lse, scale)
         self.calls += 1
         return out
+
+
+def blocks_of(q: Tensor, q_order: Tensor, k: Tensor, *arguments: Any) -> Blocks:
+    """Return what a ``SwappedSelection`` gives to its function."""
+    *tensors, scale, top_p, min_keep_ratio, statistics = arguments
+    return Blocks(q, q_order, k, *tensors, scale, top_p, min_keep_ratio, statistics)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+FLASH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""PyTorch's own attention kernels, in order of preference."""
+
 
 class LinearPatchEmbedding(nn.Conv3d):
     """The patch embedding as a matrix product: the same weights and result, without the slow bf16 3-D convolution."""
@@ -42,18 +45,17 @@ def compile_blocks(transformer: nn.Module) -> None:
 
 def attention_backends(device: torch.device, heads: int, head_dim: int, console: Console) -> list[SDPBackend]:
     """Return the attention kernels in order of preference: cuDNN first where it works and is faster than flash."""
-    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if device.type != "cuda":
-        return others
+        return FLASH
     candidates = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
     try:
         times = {one: _attention_ms(one, device, heads, head_dim) for one in candidates}
     except RuntimeError as error:
         console.print(f"cuDNN attention does not work here: {error}")
-        return others
+        return FLASH
     console.print(", ".join(f"{one.name.lower()} {ms:.2f} ms" for one, ms in times.items()), "forward and backward")
     cudnn_wins = times[SDPBackend.CUDNN_ATTENTION] < times[SDPBackend.FLASH_ATTENTION]
-    return [SDPBackend.CUDNN_ATTENTION, *others] if cudnn_wins else others
+    return [SDPBackend.CUDNN_ATTENTION, *FLASH] if cudnn_wins else FLASH
 
 
 def _attention_ms(backend: SDPBackend, device: torch.device, heads: int, head_dim: int) -> float:

@@ -31,7 +31,7 @@ from torch.nn.attention import sdpa_kernel
 sys.path.append(str(Path(__file__).resolve().parent))
 
 from configurations import CONFIGURATIONS, EXAMPLES, Configuration, Size
-from fast_training import attention_backends, compile_blocks, use_linear_patch_embedding
+from fast_training import FLASH, attention_backends, compile_blocks, use_linear_patch_embedding
 from loss_log import LossLog, final_loss, keep_log_until
 from made_video import HELD_OUT, PHOTOGRAPHS, Pictures, Plan, Shape, draw_plan, render
 
@@ -135,6 +135,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         " coarse channels stay stronger and come out of the noise first")  # fmt: skip
     add("--seed", type=int, default=0, help="of weights, noise and videos")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    add("--attention", default="fastest", choices=("fastest", "flash"), help="of PyTorch's, on a GPU")
     add("--no-compile", action="store_true", help="leave the blocks to eager PyTorch")
     add("--export", type=Path, help="write the fp16 moving average as a model folder")
     return parser.parse_args(arguments)
@@ -154,7 +155,8 @@ def train(options: argparse.Namespace) -> bool:
     progressed.runs += 1
     if not options.no_compile and device.type == "cuda":
         compile_blocks(training.transformer)
-    backends = attention_backends(device, configuration.heads, configuration.head_dim, console)
+    fastest = options.attention == "fastest"
+    backends = attention_backends(device, configuration.heads, configuration.head_dim, console) if fastest else FLASH
     console.print(f"{options.configuration} on {device}, {backends[0].name.lower()}, from step {progressed.steps}")
     if device.type == "cuda":
         tell_render_time(training, configuration)

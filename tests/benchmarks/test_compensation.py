@@ -64,7 +64,8 @@ def test_what_is_left_out_stays_left_out(compensation, clusters):
 
 def test_a_gain_is_read_at_the_density_of_the_other_way_and_nowhere_else(compensation):
     def curve(way, points):
-        return [{"way": way, "top_p": 0.0, **asdict(compensation.Point(*each, 1.0, 0.0))} for each in points]
+        points = [compensation.Point(level, 1.0, density, 1.0, 0.0) for level, density in points]
+        return [{"way": way, "top_p": 0.0, **asdict(point)} for point in points]
 
     video = {"points": curve("plain", [(20.0, 0.1), (30.0, 0.4)]) + curve("other", [(25.0, 0.05), (29.0, 0.2)])}
     assert compensation.gain(video, "plain", "other", 0) == pytest.approx(7.0)
@@ -74,13 +75,26 @@ def test_a_gain_is_read_at_the_density_of_the_other_way_and_nowhere_else(compens
 def test_a_way_is_run_and_everything_kept_is_dense(compensation):
     pipeline = tiny_wan.load_pipeline()
     options = {**TINY_OPTIONS, "q_clusters": 4, "k_clusters": 16, "dense_steps": 0.35, "min_tokens": 64}
-    bench = compensation.Bench(pipeline, options)
-    video = Video(frames=2, height=64, width=64, steps=2)
-    dense = bench.dense(video)
-    everything = bench.sparse(compensation.WAYS["exact weight"], 1.0, video, dense)
-    assert everything.density == 1.0 and everything.psnr_db > 60
-    less = bench.sparse(compensation.WAYS["routing"], 0.3, video, dense)
-    assert 0 < less.density < 1 and less.psnr_db < everything.psnr_db
+    videos = [Video(frames=2, height=64, width=64, steps=2, seed=seed) for seed in (0, 1)]
+    bench = compensation.Bench(pipeline, videos, options)
+    assert all(floor > 60 for floor in bench.floor())
+    everything = bench.sparse(compensation.WAYS["exact weight"], 1.0)
+    assert all(point.density == 1.0 and point.psnr_db > 60 for point in everything)
+    for way in ("routing", "oracle"):
+        less = bench.sparse(compensation.WAYS[way], 0.3)
+        assert all(0 < point.density < 1 for point in less)
+        assert all(point.psnr_db < whole.psnr_db for point, whole in zip(less, everything))
+
+
+def test_ways_measured_apart_are_put_together(compensation):
+    def measured(way, prompt):
+        points = [{"way": way, "top_p": 0.5}]
+        return {"tokens": 64, "dtype": "float32", "options": {}, "videos": [{"video": prompt, "points": points}]}
+
+    both = compensation.joined([measured("centroids", "cat"), measured("queries", "cat")])
+    assert [point["way"] for point in both["videos"][0]["points"]] == ["centroids", "queries"]
+    with pytest.raises(SystemExit, match="same videos"):
+        compensation.joined([measured("centroids", "cat"), measured("queries", "dog")])
 
 
 def test_the_cost_is_timed_beside_dense_attention(monkeypatch):
