@@ -22,7 +22,7 @@ SLOT_ELEMENTS = 2048  # of the partial sums, added up by one program at a time
 START_CLUSTERS = 16  # clusters started by one program at a time
 WALK_COLUMNS = 16  # of all centroids of a head, compared at a time
 MOVE_COLUMNS = 8  # of the same, moved at a time
-METRIC_COLUMNS = 32  # of a metric, in a product at a time
+MOST_METRIC_COLUMNS = 32  # of a metric, in a product at a time
 MEAN_WARPS = 4
 
 
@@ -270,6 +270,11 @@ def columns_in_metric(centroids, metric_ptr, first, DIM: tl.constexpr, BLOCK_D: 
     return tl.dot(centroids, metric, input_precision="ieee")
 
 
+def metric_columns(block_d: int) -> int:
+    """Return how many columns of a metric a product takes at a time."""
+    return min(MOST_METRIC_COLUMNS, block_d)
+
+
 @triton.jit(do_not_specialize=["rows", "clusters"])
 def measure_kernel(
     q_centroids_ptr,
@@ -285,6 +290,8 @@ def measure_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Prepare an assignment by cosines in a metric: rounded M c / sqrt(c . M c), with nothing to subtract."""
+    # what does not fit into a row would be written into the next one, which another program writes
+    tl.static_assert(BLOCK_D % METRIC_COLUMNS == 0)
     offs_d = tl.arange(0, BLOCK_D)
     tiles = tl.cdiv(clusters, START_CLUSTERS)
     for tile in range(tl.program_id(0), rows * tiles, tl.num_programs(0)):
@@ -337,7 +344,8 @@ def aot_variants(capability: int) -> list[AotVariant]:
         suffix = f"{NAMES[dtype]}_d{dim}"
         variants.append(token_variant(f"start_kernel_{suffix}", start_kernel, dtype, start, MEAN_WARPS, 3))
         variants.append(token_variant(f"mean_kernel_{suffix}", mean_kernel, dtype, mean, MEAN_WARPS, 1))
-        measure = shape | {"START_CLUSTERS": START_CLUSTERS, "OPERAND_C": block_c, "METRIC_COLUMNS": METRIC_COLUMNS}
+        at_a_time = metric_columns(block_d)
+        measure = shape | {"START_CLUSTERS": START_CLUSTERS, "OPERAND_C": block_c, "METRIC_COLUMNS": at_a_time}
         variants.append(token_variant(f"measure_kernel_{suffix}", measure_kernel, dtype, measure, MEAN_WARPS, 1))
     columns = {"WALK_COLUMNS": WALK_COLUMNS, "MOVE_COLUMNS": MOVE_COLUMNS}
     for dtype, dim, block_c in (

@@ -23,13 +23,13 @@ from svg2_compile.kernels.assign_tile import GLUON_ASSIGN_C, assign_tile
 from svg2_compile.kernels.assign_triton import launch_assign
 from svg2_compile.kernels.centroids_triton import (
     MEAN_WARPS,
-    METRIC_COLUMNS,
     MOVE_COLUMNS,
     SLOT_ELEMENTS,
     START_CLUSTERS,
     WALK_COLUMNS,
     mean_kernel,
     measure_kernel,
+    metric_columns,
     order_kernel,
     order_registers,
     order_warps,
@@ -244,7 +244,7 @@ class Clustering:
             sides.q_clusters,
             START_CLUSTERS=START_CLUSTERS,
             OPERAND_C=self.operand_c,
-            METRIC_COLUMNS=METRIC_COLUMNS,
+            METRIC_COLUMNS=metric_columns(self._shape["BLOCK_D"]),
             **self._shape,
             num_warps=MEAN_WARPS,
             num_stages=1,

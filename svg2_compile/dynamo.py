@@ -96,6 +96,8 @@ def traced_function() -> tuple[CodeType, dict[str, Any]] | None:
         translator = InstructionTranslator.current_tx()
     except AttributeError:  # no translator is current
         return None
+    if translator is None:  # the same, in torch 2.11
+        return None
     return translator.f_code, translator.f_locals
 
 

@@ -41,12 +41,7 @@ NAMES = {
     "torch._dynamo.cache_size": ("exceeds_recompile_limit",),
     "torch._dynamo.config": ("recompile_limit", "accumulated_recompile_limit"),
     "torch._dynamo.convert_frame": ("ConvertFrameAssert",),
-    "torch._dynamo.eval_frame": (
-        "OptimizedModule",
-        "_get_cache_entries_for_region",
-        "_get_total_cache_entry_count",
-        "innermost_backend",
-    ),
+    "torch._dynamo.eval_frame": ("OptimizedModule", "innermost_backend"),
     "torch._dynamo.guards": ("GuardBuilder", "install_guard"),
     "torch._dynamo.source": ("AttrSource",),
     "torch._dynamo.symbolic_convert": ("InstructionTranslator",),
@@ -66,6 +61,23 @@ NAMES = {
     "torch.ops.higher_order": ("auto_functionalized_v2",),
     "torch.utils._python_dispatch": ("_disable_current_modes",),
 }
+
+
+KEPT_GRAPHS = ({"_get_cache_entries_for_region", "_get_total_cache_entry_count"}, {"_debug_get_cache_entry_list"})
+"""What lists Dynamo's graphs: where ``torch.compile`` can isolate recompilations, and where it cannot."""
+
+
+def test_dynamo_lists_the_graphs_that_it_keeps():
+    assert any(each <= vars(torch._dynamo.eval_frame).keys() for each in KEPT_GRAPHS)
+
+    def function(x):
+        return x + 1
+
+    torch._dynamo.reset()
+    torch.compile(function, backend="eager")(torch.ones(3))
+    torch.compile(function, backend="eager")(torch.ones(3, dtype=torch.float64))
+    code = function.__code__
+    assert len(dynamo._kept_graphs(code, dynamo.NO_REGION)) == dynamo._count_of_kept_graphs(code) == 2
 
 
 @pytest.mark.parametrize("module", NAMES)

@@ -81,6 +81,13 @@ MUTANTS = (
         ("tests/kernels/test_kmeans_triton.py",),
     ),
     Mutant(
+        "a product of the metric that is wider than a row",
+        "kernels/centroids_triton.py",
+        "return min(MOST_METRIC_COLUMNS, block_d)",
+        "return MOST_METRIC_COLUMNS",
+        ("tests/kernels/test_kmeans_triton.py",),
+    ),
+    Mutant(
         "empty cluster reset to zero",
         CLUSTERING,
         "sums / sizes.clamp(min=1), centroids)",
