@@ -15,6 +15,7 @@ from svg2_compile.kernels import (  # noqa: F401
     key_mask,
     kmeans,
     log_dropped_sizes,
+    log_dropped_weights,
     measure_recall,
     permute,
     redo_densely,

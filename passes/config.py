@@ -98,10 +98,12 @@ class SparseConfig:
     """In what two keys are alike when they are clustered: in themselves (the paper's), or in how the queries' centroids
     score them (SVOO's co-clustering), which puts keys together that the queries cannot tell apart."""
 
-    compensate: Literal["none", "centroids"] = "none"
-    """What stands in for the key clusters that a query cluster drops: nothing (the paper's), or ``centroids``, one
-    pseudo-key each, the mean of its keys with the weight of all of them and the mean of its values (not the paper's).
-    Nothing changes where everything is kept. Recall stays the share that is attended to exactly."""
+    compensate: Literal["none", "centroids", "keys"] = "none"
+    """What stands in for the key clusters that a query cluster drops: nothing (the paper's), or one pseudo-key each,
+    the mean of its keys and the mean of its values (not the paper's). With ``centroids`` it weighs as many keys as
+    there are; with ``keys`` it weighs for the mean query what these keys weigh, which is more faithful and takes one
+    product of the mean queries with all keys. Nothing changes where everything is kept. Recall stays the share that is
+    attended to exactly."""
 
     route: Literal["mass", "error"] = "mass"
     """What is kept: the key clusters with most mass (the paper's), or ``error``, as many keys, but where their mean
@@ -190,12 +192,12 @@ class SparseConfig:
             check_integer("dense_steps", self.dense_steps, 0, None, advice)
         check_choice("estimate_by", self.estimate_by, ("centroids", "queries", "keys"))
         check_choice("cluster_metric", self.cluster_metric, ("tokens", "queries"))
-        check_choice("compensate", self.compensate, ("none", "centroids"))
+        check_choice("compensate", self.compensate, ("none", "centroids", "keys"))
         check_choice("route", self.route, ("mass", "error"))
         if self.route == "error" and self.compensate == "none":
             raise ConfigError(
-                "route='error' must come with compensate='centroids', got compensate='none'; it keeps what the means "
-                "of the dropped clusters would get wrong, which nothing stands in for otherwise"
+                "route='error' must come with compensate='centroids' or 'keys', got compensate='none'; it keeps what "
+                "the means of the dropped clusters would get wrong, which nothing stands in for otherwise"
             )
         check_choice("lowering", self.lowering, ("inductor", "eager", "tensorrt"))
         check_choice("on_unsupported", self.on_unsupported, ("dense", "error"))

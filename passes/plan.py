@@ -55,7 +55,7 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
         stages.append(EstimateByQueries())
     if config.estimate_by == "keys":
         stages.append(EstimateByKeys())
-    if config.compensate == "centroids":
+    if config.compensate != "none":
         stages.append(AverageClusters())
     if config.route == "error":
         stages.append(EstimateErrors())
@@ -66,7 +66,7 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
     if is_guarded:
         stages.append(GuardHeads())
     if config.compensate != "none":
-        stages.append(Compensate())
+        stages.append(Compensate(asks_keys=config.compensate == "keys"))
     stages.append(Attend())
     if site.is_mask_checked:
         stages.append(RedoDensely(refuses=config.on_unsupported == "error"))

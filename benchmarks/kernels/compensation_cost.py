@@ -76,6 +76,7 @@ def table(shape: Shape, heads: int, tokens: int, clusters: tuple[int, int], dtyp
         "the same with means": lambda: svg2.block_sparse_attention(*attend, *means, bias),
         "means of keys and values": lambda: [svg2.cluster_means(each, k_sizes) for each in (keys, values)],
         "weights of the means": lambda: svg2.log_dropped_sizes(runs, counts, k_sizes),
+        "their weights by keys": lambda: svg2.log_dropped_weights(bias, state[0], keys, means[0], k_sizes, scale),
         "selection": lambda: svg2.select_blocks(*sides),
         "errors": lambda: svg2.block_errors(state[0], keys, values, *means, k_sizes, scale),
         "selection by errors": lambda: svg2.select_blocks(*sides, None, errors),
@@ -86,8 +87,10 @@ def table(shape: Shape, heads: int, tokens: int, clusters: tuple[int, int], dtyp
     ms = dict(zip(timed, found, strict=True))
     compensation = ms["the same with means"] - ms["sparse attention"]
     compensation += ms["means of keys and values"] + ms["weights of the means"]
+    by_keys = compensation + ms["their weights by keys"]
     routing = ms["errors"] + ms["selection by errors"] - ms["selection"]
-    rows = {**ms, "**compensation, altogether**": compensation, "**routing by error, altogether**": routing}
+    rows = {**ms, "**compensation, altogether**": compensation, "**with weights by keys**": by_keys}
+    rows["**routing by error, altogether**"] = routing
     lines = [
         "",
         f"{shape.name}: {heads} heads, {tokens} tokens of {shape.dim}, {dtype}, {clusters[0]} / {clusters[1]} "

@@ -4,10 +4,10 @@
     python -P benchmarks/method/compensation.py --join runs/one.json runs/other.json --out docs/images
 
 Every way has a curve over ``top_p`` for every video, and is read where the density is that of plain SVG2 at the same
-``top_p``, video by video (``at_density``). ``centroids``, ``queries``, ``compensation``, ``routing`` and ``keys as
-queries see them`` are options of the backend; ``oracle`` is ``centroids`` with the exact masses. Two give the means
-another weight than ln n: ``second order`` adds half the variance of the scores of the cluster for the mean query,
-``exact weight`` takes what all keys of the cluster weigh for the mean query.
+``top_p``, video by video (``at_density``). Most ways are options of the backend: ``compensation`` is
+``compensate="centroids"`` and ``keys`` is ``compensate="keys"``, both with ``estimate_by="queries"``; ``oracle`` is
+``centroids`` with the exact masses; ``second order`` adds half the variance of the scores of a cluster for the mean
+query to the weight of its mean.
 
 Videos are the model's examples by default, eight of them or more. Writes ``compensation.json``, or a file of another
 ``--name``, after every point; prints tables. Ways can be measured by several processes; ``--join`` puts them together.
@@ -115,17 +115,6 @@ def by_variance(bias: Tensor, q_means: Tensor, k: Tensor, k_means: Tensor, k_siz
     return bias + variance / 2
 
 
-def by_exact_weight(bias: Tensor, q_means: Tensor, k: Tensor, k_means: Tensor, k_sizes: Tensor, scale: float) -> Tensor:
-    """Let a mean weigh what all keys of its cluster weigh for the mean query; the arguments are the same."""
-    scores, members, sizes = _scores(q_means, k, k_sizes, scale)
-    of_mean = q_means @ per_query_head(k_means, q_means.shape[1]).float().mT * scale
-    cluster = members.argmax(-1)  # [B, H, N_k]
-    above = scores - of_mean.gather(-1, cluster.unsqueeze(2).expand_as(scores))
-    highest = torch.zeros_like(of_mean).scatter_reduce_(-1, cluster.unsqueeze(2).expand_as(above), above, "amax")
-    mean = (above - highest.gather(-1, cluster.unsqueeze(2).expand_as(above))).exp() @ members / sizes
-    return bias + torch.where(mean > 0, mean.log() + highest, 0)
-
-
 def _scores(q_means: Tensor, k: Tensor, k_sizes: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the scores of the mean queries with all keys, who is of which cluster, and the sizes, 1 at least."""
     heads = q_means.shape[1]
@@ -136,15 +125,18 @@ def _scores(q_means: Tensor, k: Tensor, k_sizes: Tensor, scale: float) -> tuple[
 
 BY_QUERIES = {"estimate_by": "queries"}
 COMPENSATED = BY_QUERIES | {"compensate": "centroids"}
+BY_KEYS = BY_QUERIES | {"compensate": "keys"}
 WAYS = {
     "centroids": Way({}),
     "queries": Way(BY_QUERIES),
     "compensation": Way(COMPENSATED),
     "routing": Way(COMPENSATED | {"route": "error"}),
     "second order": Way(COMPENSATED, by_variance),
-    "exact weight": Way(COMPENSATED, by_exact_weight),
+    "keys": Way(BY_KEYS),
+    "keys, routing": Way(BY_KEYS | {"route": "error"}),
     "oracle": Way({}, select=by_true_mass),
-    "keys as queries see them": Way(COMPENSATED | {"cluster_metric": "queries"}),
+    "metric of queries": Way(COMPENSATED | {"cluster_metric": "queries"}),
+    "keys, metric of queries": Way(BY_KEYS | {"cluster_metric": "queries"}),
 }
 
 
@@ -288,7 +280,7 @@ def table(result: dict[str, Any]) -> str:
     """Return two tables: means over the videos at every ``top_p``, and what a way gains at equal density."""
     environment, videos = result["environment"], result["videos"]
     ways = list(dict.fromkeys(each["way"] for each in videos[0]["points"]))
-    shares = list(dict.fromkeys(each["top_p"] for each in videos[0]["points"]))
+    shares = {way: [each["top_p"] for each in videos[0]["points"] if each["way"] == way] for way in ways}
     lines = [
         f"{result['tokens']} tokens, {len(videos)} videos, {videos[0]['video']['steps']} steps, {result['dtype']}, "
         f"{result['options']}; noise floor {min(video['floor_db'] for video in videos):.1f} dB at least; "
@@ -298,7 +290,7 @@ def table(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for way in ways:
-        for index, top_p in enumerate(shares):
+        for index, top_p in enumerate(shares[way]):
             points = [points_of(video, way)[index] for video in videos]
             density, weight, error, similarity = (
                 statistics.mean(getattr(point, name) for point in points)
@@ -310,10 +302,13 @@ def table(result: dict[str, Any]) -> str:
                 f"({min(levels):.1f}) | {similarity:.3f} | {weight:.1%} | {error:.1%} |"
             )
     lines += ["", f"Gain over `{ways[0]}` at its own density, dB: mean ± standard deviation (least to most)", ""]
-    lines += [f"| way |{''.join(f' {top_p} |' for top_p in shares)}", "| --- |" + " --- |" * len(shares)]
+    lines += [
+        f"| way |{''.join(f' {top_p} |' for top_p in shares[ways[0]])}",
+        "| --- |" + " --- |" * len(shares[ways[0]]),
+    ]
     for way in ways[1:]:
         cells = []
-        for index in range(len(shares)):
+        for index in range(len(shares[ways[0]])):
             gains = [gain(video, ways[0], way, index) for video in videos]
             known = [each for each in gains if each is not None]
             cells.append(

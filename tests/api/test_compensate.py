@@ -26,7 +26,10 @@ svg2 = torch.ops.svg2
 every_case = pytest.mark.parametrize("name", CASES)
 COMPENSATED = dataclasses.replace(SPARSE, compensate="centroids")
 ROUTED = dataclasses.replace(COMPENSATED, route="error")
-every_config = pytest.mark.parametrize("config", [COMPENSATED, ROUTED], ids=["compensated", "routed"])
+BY_KEYS = dataclasses.replace(COMPENSATED, compensate="keys")
+every_config = pytest.mark.parametrize(
+    "config", [COMPENSATED, ROUTED, BY_KEYS], ids=["compensated", "routed", "weighed by keys"]
+)
 
 
 @every_case
@@ -37,6 +40,14 @@ def test_it_adds_three_calls_a_site_and_everything_stays_fused(name):
     assert ops(compensated.gm) - ops(plain.gm) == {"cluster_means": 2 * sites, "log_dropped_sizes": sites}
     assert not ops(plain.gm) - ops(compensated.gm)
     assert [spec.name for spec in plain.state_specs] == [spec.name for spec in compensated.state_specs]
+
+
+@every_case
+def test_asking_the_keys_adds_one_more_op_a_site(name):
+    gm, _, _ = traced(name)
+    compensated, by_keys = sparsify(gm, COMPENSATED), sparsify(gm, BY_KEYS)
+    assert ops(by_keys.gm) - ops(compensated.gm) == {"log_dropped_weights": len(by_keys.sites)}
+    assert not ops(compensated.gm) - ops(by_keys.gm)
 
 
 @every_case
@@ -57,10 +68,11 @@ def test_keeping_everything_gives_the_same_bits(name, config):
     assert torch.equal(run(plain, inputs), run(compensated, inputs))
 
 
+@pytest.mark.parametrize("config", [COMPENSATED, BY_KEYS], ids=["centroids", "keys"])
 @every_case
-def test_it_is_nearer_to_dense_attention_and_keeps_no_more(name):
+def test_it_is_nearer_to_dense_attention_and_keeps_no_more(name, config):
     gm, inputs, expected = traced(name)
-    plans = [sparsify(gm, each) for each in (SPARSE, COMPENSATED)]
+    plans = [sparsify(gm, each) for each in (SPARSE, config)]
     states = [zeros(plan) for plan in plans]
     errors = [(run(plan, inputs, state) - expected).norm() for plan, state in zip(plans, states)]
     assert errors[1] < errors[0]
@@ -107,7 +119,7 @@ def test_a_hidden_value_is_in_no_mean():
     assert (out - dense).norm() < 0.5 * dense.norm()
 
 
-def by_hand(q, k, v, state, route):
+def by_hand(q, k, v, state, route, compensate):
     """Return the attention that the ops make of it, one by one."""
     means, counters, statistics = state
     scale = DIM**-0.5
@@ -116,15 +128,19 @@ def by_hand(q, k, v, state, route):
     errors = svg2.block_errors(means[0], keys, values, *pseudo, k_sizes, scale) if route == "error" else None
     runs, counts = svg2.select_blocks(*means, q_sizes, k_sizes, scale, 0.5, 0.0, statistics, None, errors)
     pseudo.append(svg2.log_dropped_sizes(runs, counts, k_sizes))
+    if compensate == "keys":
+        pseudo[-1] = svg2.log_dropped_weights(pseudo[-1], means[0], keys, pseudo[0], k_sizes, scale)
     arguments = (q, keys, values, q_sizes, runs, counts, None, None, None, q_order, scale)
     return svg2.block_sparse_attention(*arguments, "auto", None, False, *pseudo)[0]
 
 
-@pytest.mark.parametrize("route", ["mass", "error"])
+@pytest.mark.parametrize(
+    ("route", "compensate"), [("mass", "centroids"), ("error", "centroids"), ("mass", "keys"), ("error", "keys")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
-def test_a_compiled_model_does_it_step_by_step(lowering, dtype, route):
-    options = OPTIONS | {"lowering": lowering, "route": route}
+def test_a_compiled_model_does_it_step_by_step(lowering, dtype, route, compensate):
+    options = OPTIONS | {"lowering": lowering, "route": route, "compensate": compensate}
     model = torch.compile(Model(), backend="svg2", options=options, fullgraph=True)
     state = (
         [torch.zeros(1, 2, count, DIM, device=DEVICE) for count in (4, 8)],
@@ -135,7 +151,7 @@ def test_a_compiled_model_does_it_step_by_step(lowering, dtype, route):
         q, k, v = tokens(step, dtype)
         with denoise_step(step, 3):
             got = model(q, k, v)
-        assert torch.equal(got, by_hand(q, k, v, state, route))
+        assert torch.equal(got, by_hand(q, k, v, state, route, compensate))
     (site,) = svg2_compile.report(model).sites
     share = state[2][..., 1].sum(-1) / 3
     assert site.density_per_head == pytest.approx(share.flatten().tolist(), rel=1e-5)

@@ -18,6 +18,10 @@ DROPPED_TESTS = ("tests/kernels/test_log_dropped_sizes.py",)
 TRITON = ("tests/kernels/test_cluster_means_triton.py",)
 ERRORS_TESTS = ("tests/kernels/test_block_errors.py",)
 ERRORS_TRITON = ("tests/kernels/test_block_errors_triton.py",)
+WEIGHTS = "kernels/log_dropped_weights.py"
+WEIGHTS_KERNEL = "kernels/log_dropped_weights_triton.py"
+WEIGHTS_TESTS = ("tests/kernels/test_log_dropped_weights.py",)
+WEIGHTS_TRITON = ("tests/kernels/test_log_dropped_weights_triton.py",)
 ROUTE = ("tests/kernels/test_route_by_error.py",)
 SELECT_TRITON = ("tests/kernels/test_select_blocks_triton.py",)
 
@@ -217,6 +221,48 @@ MUTANTS = (
         "(errors - sizes.clamp(min=1).log())",
         "errors",
         ROUTE,
+    ),
+    Mutant(
+        "weights beside nothing in place of the mean",
+        WEIGHTS,
+        "(highest[:, :-1] - of_means)",
+        "highest[:, :-1]",
+        WEIGHTS_TESTS,
+    ),
+    Mutant(
+        "weights of clusters that are kept",
+        WEIGHTS,
+        "is_empty | (log_sizes == -math.inf)",
+        "is_empty",
+        WEIGHTS_TESTS,
+    ),
+    Mutant(
+        "hidden keys weigh in the last cluster",
+        WEIGHTS,
+        "torch.searchsorted(ends[b, g].long(), position, right=True)))",
+        "torch.searchsorted(ends[b, g].long(), position, right=True).clamp(max=k_clusters - 1)))",
+        WEIGHTS_TESTS,
+    ),
+    Mutant(
+        "kernel: the weight of the mean is not scaled",
+        WEIGHTS_KERNEL,
+        "k_mean.to(tl.float32)[None, :], 1) * scale_log2",
+        "k_mean.to(tl.float32)[None, :], 1)",
+        WEIGHTS_TRITON,
+    ),
+    Mutant(
+        "kernel: keys of a cluster that is kept are not stepped over",
+        WEIGHTS_KERNEL,
+        "        first_key += size\n",
+        "        first_key += tl.where(tl.max(is_dropped.to(tl.int32), 0) > 0, size, 0)\n",
+        WEIGHTS_TRITON,
+    ),
+    Mutant(
+        "kernel: keys of the next cluster in the last tile",
+        WEIGHTS_KERNEL,
+        "valid = first + offs_n < size",
+        "valid = first + offs_n < size + 1",
+        WEIGHTS_TRITON,
     ),
     Mutant(
         "errors keep one cluster more than there is room for",

@@ -35,6 +35,8 @@ SCHEMAS = {
     "float scale) -> Tensor",
     "cluster_means": "(Tensor x, Tensor sizes) -> Tensor",
     "log_dropped_sizes": "(Tensor runs, Tensor counts, Tensor k_sizes) -> Tensor",
+    "log_dropped_weights": "(Tensor log_sizes, Tensor q_centroids, Tensor k, Tensor k_means, Tensor k_sizes, "
+    "float scale) -> Tensor",
     "select_blocks": "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, "
     "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None, Tensor? errors=None) -> "
     "(Tensor, Tensor)",
