@@ -7,13 +7,13 @@ A test that launches a kernel is marked ``runs_kernels``, and its file also has:
         assert_passes_under_the_interpreter(__file__)
 """
 
-import functools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from quick_interpreter import quicken
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,38 +22,8 @@ runs_kernels = pytest.mark.skipif(
 )
 
 
-def replace_the_language_once_a_launch():
-    """Let the interpreter not look through Triton's language again for every call of a function within a kernel.
-
-    A launch replaces what kernels call by what NumPy computes, and each such call does it again: two fifths of the
-    time of these tests. What is replaced is still replaced then, except for ``tl.core`` at the first call. Read in
-    Triton 3.9; where another one has other names, its tests take longer and are the same.
-    """
-    from triton import language
-    from triton.runtime import interpreter
-
-    replace, scope = (getattr(interpreter, name, None) for name in ("_patch_lang", "_LangPatchScope"))
-    if replace is None or scope is None:
-        return
-    languages = (language, language.core)
-
-    @functools.cache
-    def languages_of(function):
-        seen = {id(value) for value in function.__globals__.values()}
-        return [each for each in languages if id(each) in seen]
-
-    def replace_if_needed(function):
-        # a launch undoes what it replaced, so that it is asked of the language itself
-        seen = languages_of(function)
-        if seen and not any(language.core.is_builtin(each.arange) for each in seen):
-            return scope()
-        return replace(function)
-
-    interpreter._patch_lang = replace_if_needed
-
-
 if INTERPRETED:
-    replace_the_language_once_a_launch()
+    quicken()
 
 
 def starts_the_interpreter(test):
