@@ -24,9 +24,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Let the collector not look through what imports made, again and again: it lives as long as the process."""
+    """Leave out what each test would pay for again: looking for garbage among what imports made, and timing guards."""
     gc.collect()
     gc.freeze()
+    guards = sys.modules.get("torch._dynamo.guards")
+    if hasattr(guards, "profile_guard_manager"):
+        # Dynamo empties the caches of the processor at each compilation, to say in a log how long guards take
+        guards.profile_guard_manager = lambda *arguments: 0.0
 
 
 def pytest_unconfigure():

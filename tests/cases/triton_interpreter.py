@@ -17,13 +17,14 @@ from quick_interpreter import quicken
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="run by test_the_kernels_pass_under_the_interpreter, in its own process"
-)
-
-
 if INTERPRETED:
     quicken()
+
+
+def runs_kernels(test):
+    """Mark a test that launches kernels."""
+    reason = "run by test_the_kernels_pass_under_the_interpreter, in its own process"
+    return pytest.mark.launches(pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason=reason)(test))
 
 
 def starts_the_interpreter(test):
@@ -34,10 +35,11 @@ def starts_the_interpreter(test):
 
 
 def assert_passes_under_the_interpreter(test_file):
-    """Run a file of tests in a process with the interpreter."""
+    """Run the tests of a file that launch kernels in a process with the interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
     # Triton decides at import whether to compile or to interpret, for the whole process.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", test_file]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-m", "launches", test_file]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
