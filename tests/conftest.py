@@ -51,7 +51,8 @@ def keep_pytest_off_torchs_trace():
     """Take away the handlers that pytest gives to each logger that does not propagate.
 
     Whatever handler torch's structured trace has, torch writes every graph, guard and event of every compilation for
-    it: an eighth of the time of tests that compile. ``TORCH_TRACE`` still has a handler of torch's own.
+    it. Without that and without looking through imports, tests that compile take a seventh less time. ``TORCH_TRACE``
+    still has a handler of torch's own.
     """
     trace = logging.getLogger("torch.__trace")
     for handler in [each for each in trace.handlers if type(each).__module__.startswith("_pytest")]:
