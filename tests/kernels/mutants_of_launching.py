@@ -66,10 +66,10 @@ MUTANTS = (
         SELF_CHECK,
     ),
     Mutant(
-        "wrong pseudo-keys run on",
-        "kernels/why_not.py",
-        "if reason is None and pseudo_keys and (wrong",
-        "if reason is None and not pseudo_keys and (wrong",
+        "a wrong kernel for pseudo-keys runs on",
+        "kernels/block_sparse_attention.py",
+        "has_pseudo_keys = pseudo_k is not None",
+        "has_pseudo_keys = False",
         SELF_CHECK,
     ),
     Mutant(

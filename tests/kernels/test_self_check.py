@@ -12,10 +12,16 @@ from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs
 import svg2_compile
 from svg2_compile import doctor, region
 from svg2_compile.doctor import Workload, diagnose
-from svg2_compile.kernels import self_check, why_not
+from svg2_compile.kernels import block_sparse_attention, self_check, why_not
 from svg2_compile.kernels.ops import CARDS
 from svg2_compile.kernels.self_check import Kind, check_kernels, kernel_of, kinds_of, why_wrong
-from svg2_compile.kernels.why_not import GLUON_ASSIGNMENT, PSEUDO_KEYS, choose_attention, why_not_triton
+from svg2_compile.kernels.why_not import (
+    GLUON_ASSIGNMENT,
+    PSEUDO_KEYS,
+    AttentionChoice,
+    choose_attention,
+    why_not_triton,
+)
 
 svg2 = torch.ops.svg2
 GPU = torch.device("cuda", 0)
@@ -174,6 +180,20 @@ def test_a_wrong_weight_of_pseudo_keys_is_found():
     kind = dataclasses.replace(CPU_KIND, given=GIVEN_PSEUDO_KEYS)
     assert why_wrong("block_sparse_attention", kind) is None
     assert why_wrong("block_sparse_attention", kind, forgets).startswith("off by ")
+
+
+def test_dispatch_asks_what_can_run_before_pseudo_keys_where_there_are_some(monkeypatch):
+    asked = []
+
+    def choose(*arguments, pseudo_keys, **others):
+        asked.append(pseudo_keys)
+        return AttentionChoice("reference")
+
+    monkeypatch.setattr(block_sparse_attention, "choose_attention", choose)
+    on_a_gpu = block_sparse_attention._block_sparse_attention_cuda
+    for given in (frozenset(), GIVEN_PSEUDO_KEYS):
+        assert why_wrong("block_sparse_attention", dataclasses.replace(CPU_KIND, given=given), on_a_gpu) is None
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize(("op", "plant"), WRONG, ids=[f"{op}{i}" for i, (op, _) in enumerate(WRONG)])
