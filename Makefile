@@ -15,8 +15,8 @@ QUIETLY := PYTHONWARNINGS='ignore:Editable installation'
 demo: $(INSTALLED)
 	$(BIN)/svg2 demo
 
-# Most of the time goes into Triton's interpreter, which runs the kernels on the CPU, one process for a file of tests; then
-# come the tests that compile whole models.
+# Most of the time goes into tests that compile whole models; then comes Triton's interpreter, which runs the kernels on
+# the CPU, one process for a file of tests.
 test: $(TESTABLE)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 

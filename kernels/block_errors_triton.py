@@ -17,11 +17,9 @@ from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.attention_steps import LN_2, LOG2_E, load_rows, scores_of
 from svg2_compile.kernels.block_errors import LEAST_ERROR
 from svg2_compile.kernels.cluster_sizes import sum_of
-from svg2_compile.kernels.launch import cdiv, padded_power_of_two, rows_of_unit_stride
+from svg2_compile.kernels.launch import padded_power_of_two, rows_of_unit_stride
+from svg2_compile.kernels.walk_clusters import constexprs_of, grid_of, place_of_program, usual_variants
 
-# Key clusters of a program, and sizes that it adds at a time to find the first of its keys.
-CLUSTERS = 8
-BLOCK_SIZES = 128
 LEAST = tl.constexpr(LEAST_ERROR)
 
 
@@ -63,12 +61,7 @@ def errors_kernel(
     CLUSTERS: tl.constexpr,
 ):
     """Write the logarithms of the errors of ``CLUSTERS`` key clusters; -inf where no key is."""
-    # Tiles of mean queries side by side: they read the same keys.
-    tiles = tl.cdiv(q_clusters, BLOCK_M)
-    offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_cluster = tl.program_id(0) // tiles * CLUSTERS
-    head = tl.program_id(1).to(tl.int64)
-    group = head // repeats
+    offs_m, first_cluster, head, group = place_of_program(q_clusters, repeats, BLOCK_M, CLUSTERS)
     k_heads = heads // repeats
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -125,46 +118,15 @@ def block_errors_triton(
     q = q_centroids.to(k.dtype).contiguous()
     errors = torch.empty((batch, heads, q_clusters, k_clusters), dtype=torch.float32, device=k.device)
     tile = _tile(k.dtype, dim, q_clusters)
-    programs = cdiv(q_clusters, tile["BLOCK_M"]) * cdiv(k_clusters, CLUSTERS)
     with torch.cuda.device_of(k):
-        errors_kernel[(programs, batch * heads)](
+        errors_kernel[grid_of(q_centroids, k_sizes, tile)](
             q, k, v, k_means.contiguous(), v_means.contiguous(), k_sizes, errors, *k.stride()[:3], *v.stride()[:3],
             scale * LOG2_E, heads, heads // groups, q_clusters, k_clusters,
-            DIM=dim, BLOCK_D=padded_power_of_two(dim), BLOCK_SIZES=BLOCK_SIZES, CLUSTERS=CLUSTERS, **tile,
+            **constexprs_of(dim), **tile,
         )  # fmt: skip
     return errors
 
 
 def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernel for the usual dtypes and head dims, few and many clusters."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    variants = []
-    for kind, dim, clusters in (
-        ("bf16", 128, 128),
-        ("bf16", 64, 128),
-        ("bf16", 128, 16),
-        ("bf16", 256, 64),
-        ("fp16", 80, 100),
-        ("fp32", 128, 128),
-        ("fp32", 256, 64),
-    ):
-        tile = _tile(dtypes[kind], dim, clusters)
-        warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-        blocks = {"BLOCK_D": padded_power_of_two(dim), "BLOCK_SIZES": BLOCK_SIZES, "CLUSTERS": CLUSTERS}
-        constexprs = {"DIM": dim} | blocks | tile
-        types = dict.fromkeys(errors_kernel.arg_names, "i32") | {"scale_log2": "fp32"}
-        types |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "k_means_ptr", "v_means_ptr"), f"*{kind}")
-        types |= {"k_sizes_ptr": "*i32", "errors_ptr": "*fp32"}
-        signature = {name: types[name] for name in errors_kernel.arg_names if name not in constexprs}
-        variants.append(
-            AotVariant(
-                name=f"errors_kernel_{kind}_d{dim}_c{clusters}",
-                fn=errors_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=warps,
-                num_stages=stages,
-                divisible_by_16=tuple(name for name in signature if name.startswith("stride") or name.endswith("_ptr")),
-            )
-        )
-    return variants
+    return usual_variants(errors_kernel, _tile, {"k_sizes_ptr": "*i32", "errors_ptr": "*fp32"})

@@ -351,7 +351,10 @@ def _block_sparse_attention_cuda(
     _check(*arguments, implementation, tiles, pseudo_k, pseudo_v, pseudo_bias)
     sizes = {"dim": q.shape[3], "clusters": max(runs.shape[2:4]), "keys": k.shape[2]}
     rows = k.shape[0] * k.shape[1] * k.shape[2]
-    choice = choose_attention(q.device, q.dtype, **sizes, rows=rows, implementation=implementation)
+    has_pseudo_keys = pseudo_k is not None
+    choice = choose_attention(
+        q.device, q.dtype, **sizes, rows=rows, pseudo_keys=has_pseudo_keys, implementation=implementation
+    )
     if choice.implementation == "reference":
         pseudo = (pseudo_k, pseudo_v, pseudo_bias)
         return block_sparse_attention_reference(*arguments, scale, "auto", None, False, *pseudo)

@@ -131,40 +131,12 @@ def measure_recall_reference(
         the kernel takes a byte for every row and key, and between two looks reads nothing. 1 where everything is kept,
         and for a row that attends to nothing. Hidden keys and values do not influence it.
     """
-    _check(
-        q,
-        k,
-        q_order,
-        q_sizes,
-        k_sizes,
-        runs,
-        counts,
-        context_k,
-        context_mask,
-        k_calls,
-        rows,
-        interval,
-    )
+    tensors = (q, k, q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls)
+    _check(*tensors, rows, interval)
     # a GPU would have to be waited for
     if not k_calls.is_cuda and not bool((k_calls - 1) % interval == 0):
         return q.new_zeros((*q.shape[:2], len(RECALL)), dtype=accumulation_dtype(q))
-    return measure_with(
-        key_masses_reference,
-        q,
-        k,
-        q_order,
-        q_sizes,
-        k_sizes,
-        runs,
-        counts,
-        context_k,
-        context_mask,
-        k_calls,
-        scale,
-        rows,
-        interval,
-        seed,
-    )
+    return measure_with(key_masses_reference, *tensors, scale, rows, interval, seed)
 
 
 def measure_with(

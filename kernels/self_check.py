@@ -9,7 +9,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.why_not import (
     GLUON_ASSIGNMENT,
+    PSEUDO_KEYS,
     choose_attention,
     report_wrong_kernel,
     why_not_gluon_assign,
@@ -42,7 +43,7 @@ HEADS = 2
 CONTEXT = 17
 ROWS = 19
 MOVED_TOKENS = 1037
-MAY_BE_ABSENT = ("context_k", "context_mask", "masses", "errors", "pseudo_k")
+MAY_BE_ABSENT = ("context_k", "context_mask", "masses", "errors", "pseudo_k", "metric")
 """Arguments that kernels are compiled with and without."""
 # Queries of one cluster.
 MORE_THAN_A_TILE = 140
@@ -140,6 +141,7 @@ def check_kernels(kinds: Iterable[tuple[str, Kind]]) -> None:
                 if reason is None:
                     _checked.add(key)
                 else:
+                    name = _suspect(op, kind, name)
                     report_wrong_kernel(name, kind.device, kind.dtype, reason)
                     message = "the kernel %r is wrong on %s with %s and will not be used: %s; please report this"
                     log.warning(message, name, kind.device, kind.dtype, reason)
@@ -153,13 +155,20 @@ def kernel_of(op: str, kind: Kind) -> str | None:
     device, dtype, dim, clusters = kind.device, kind.dtype, kind.dim, kind.clusters
     if op == "block_sparse_attention":
         sizes = {"dim": dim, "clusters": clusters, "keys": kind.tokens, "rows": HEADS * kind.tokens}
-        name = choose_attention(device, dtype, **sizes, implementation=kind.attention).implementation
-        return None if name == "reference" else name
+        further = "pseudo_k" in kind.given
+        choice = choose_attention(device, dtype, **sizes, pseudo_keys=further, implementation=kind.attention)
+        return None if choice.implementation == "reference" else choice.implementation
     if why_not_triton(op, device, dtype, dim=dim, clusters=clusters) is not None:
         return None
     kernels = CARDS[op].kernels
     assigns = kernels is not None and kernels.assigns
     return GLUON_ASSIGNMENT if assigns and why_not_gluon_assign(device, dtype, dim=dim) is None else op
+
+
+def _suspect(op: str, kind: Kind, name: str) -> str:
+    """Return the kernel to blame for a wrong result: an attention that is right alone, or ``PSEUDO_KEYS`` after it."""
+    alone = replace(kind, given=kind.given - {"pseudo_k"})
+    return name if alone == kind or why_wrong(op, alone) is not None else PSEUDO_KEYS
 
 
 def why_wrong(op: str, kind: Kind, call: Callable[..., Any] | None = None) -> str | None:
@@ -237,10 +246,17 @@ def _wrong_groups(labels: Tensor, centroids: Tensor, x: Tensor, group: Tensor) -
 def check_kmeans(call: Callable[..., Any], kind: Kind) -> str | None:
     """Return how a clustering is wrong: twice, from tokens and then from centroids."""
     x, group = _grouped_tokens(kind, kind.k_clusters)
+    metric: tuple[Tensor, ...] = ()
+    if "metric" in kind.given:
+        # where the metric does not look, tokens of a group are farther from each other than groups are
+        unseen = torch.linalg.qr(_random(2, kind.dim, max(1, kind.dim // 4), torch.float32)).Q  # [1, H, D, D / 4]
+        x = (x.float() + 16 * _random(3, kind.tokens, unseen.shape[3], torch.float32) @ unseen.mT).to(kind.dtype)
+        seen = torch.eye(kind.dim, dtype=torch.float32, device="cpu") - unseen @ unseen.mT
+        metric = (seen.to(kind.device),)
     centroids = _zeros(kind, kind.k_clusters, kind.dim)
     calls = torch.zeros(1, dtype=torch.int32, device=kind.device)
     for _ in range(2):  # from tokens, then from centroids
-        labels = call(x.to(kind.device), centroids, calls, 2, 1, 0)
+        labels = call(x.to(kind.device), centroids, calls, 2, 1, 0, *metric)
         if reason := _wrong_groups(labels.cpu(), centroids.cpu(), x, group):
             return reason
     return None

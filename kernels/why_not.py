@@ -21,7 +21,7 @@ wrong_kernels: dict[tuple[str, torch.device, torch.dtype], str] = {}
 
 
 def report_wrong_kernel(name: str, device: torch.device, dtype: torch.dtype, reason: str) -> None:
-    """Let nobody use a kernel: an op, one of ``ATTENTIONS``, or ``GLUON_ASSIGNMENT``."""
+    """Let nobody use a kernel: an op, one of ``ATTENTIONS``, ``GLUON_ASSIGNMENT`` or ``PSEUDO_KEYS``."""
     wrong_kernels[name, _with_index(device), dtype] = reason
 
 
@@ -148,6 +148,8 @@ def _why_no_module(name: str) -> str | None:
 
 ATTENTIONS = ("gluon", "descriptor", "pointer")
 """The attention kernels."""
+PSEUDO_KEYS = "pseudo-keys"
+"""The kernel that attends to pseudo-keys after each of them."""
 # Timed on an H100 (docs/lab, 11); elsewhere the other order is an expectation.
 HOPPERS_ORDER = ("gluon", "pointer", "descriptor")
 
@@ -171,6 +173,7 @@ def why_not_attention(
     clusters: int = 0,
     keys: int = 0,
     rows: int = 1,
+    pseudo_keys: bool = False,
 ) -> str | None:
     """Return why one of ``ATTENTIONS`` cannot take such tensors, or None where it can.
 
@@ -182,12 +185,16 @@ def why_not_attention(
         clusters: most clusters on either side.
         keys: keys of a head.
         rows: keys of all heads and batch elements together.
+        pseudo_keys: whether pseudo-keys are attended to afterwards.
     """
     reason = why_not_triton("block_sparse_attention", device, dtype, dim=dim, clusters=clusters, keys=keys)
     if reason is None and implementation != "pointer":
         why_not = {"gluon": why_not_gluon, "descriptor": why_not_descriptor}[implementation]
         reason = why_not(device, dtype, dim=dim, rows=rows)
-    return reason or _why_wrong(implementation, device, dtype)
+    reason = reason or _why_wrong(implementation, device, dtype)
+    if reason is None and pseudo_keys and (wrong := _why_wrong(PSEUDO_KEYS, device, dtype)) is not None:
+        reason = f"the kernel for pseudo-keys: {wrong}"
+    return reason
 
 
 def choose_attention(
@@ -198,6 +205,7 @@ def choose_attention(
     clusters: int,
     keys: int,
     rows: int,
+    pseudo_keys: bool = False,
     implementation: str = "auto",
 ) -> AttentionChoice:
     """Return the attention that runs for such tensors: the fastest that can, or the one that is named.
@@ -212,15 +220,16 @@ def choose_attention(
         raise ValueError(f"implementation must be 'auto' or one of {known}, got {implementation!r}")
     reasons: dict[str, str] = {}
     chosen = "reference"
+    sizes = {"dim": dim, "clusters": clusters, "keys": keys, "rows": rows}
     for name in _fastest_first(device):
-        reason = why_not_attention(name, device, dtype, dim=dim, clusters=clusters, keys=keys, rows=rows)
+        reason = why_not_attention(name, device, dtype, **sizes, pseudo_keys=pseudo_keys)
         if reason is None:
             chosen = name
             break
         reasons[name] = reason
     if implementation == "auto":
         return AttentionChoice(chosen, reasons)
-    reason = why_not_attention(implementation, device, dtype, dim=dim, clusters=clusters, keys=keys, rows=rows)
+    reason = why_not_attention(implementation, device, dtype, **sizes, pseudo_keys=pseudo_keys)
     if reason is not None:
         raise ValueError(
             f"the {implementation} attention cannot run: {reason}; leave the choice to 'auto', which takes {chosen!r}"

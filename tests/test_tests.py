@@ -1,7 +1,11 @@
-"""Tests stand alone: what several of them need is in ``tests/cases``."""
+"""Tests stand alone: what several of them need is in ``tests/cases``. And they do not pay for what none looks at."""
 
 import ast
+import gc
+import logging
 from pathlib import Path
+
+import torch
 
 TESTS = Path(__file__).resolve().parent
 TEST_MODULES = {path.stem: path for path in TESTS.rglob("test_*.py")}
@@ -21,3 +25,14 @@ def imported_by(path: Path) -> set[str]:
 def test_no_test_module_is_imported():
     wrong = {str(path.relative_to(TESTS)): imported_by(path) & set(TEST_MODULES) for path in TESTS.rglob("*.py")}
     assert not {path: names for path, names in wrong.items() if names}
+
+
+def test_torch_writes_no_trace_of_compilations_for_pytest():
+    """A handler of its logger, whatever it does, makes torch write one: see ``conftest.py``."""
+    assert torch.compile(torch.sin, backend="eager")(torch.zeros(1)) == 0
+    handlers = logging.getLogger("torch.__trace").handlers
+    assert not [each for each in handlers if type(each).__module__.startswith("_pytest")]
+
+
+def test_the_collector_does_not_look_through_imports():
+    assert gc.get_freeze_count() > 0

@@ -62,6 +62,9 @@ def nothing_of_other_tests():
     gc.freeze()
     yield
     gc.unfreeze()
+    # as it was: what imports made is not looked through either
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.mark.usefixtures("no_grad_and_a_fresh_start", "nothing_of_other_tests")

@@ -9,7 +9,8 @@ PSEUDO_KEYS = "kernels/pseudo_keys_triton.py"
 ERRORS = "kernels/block_errors.py"
 ERRORS_KERNEL = "kernels/block_errors_triton.py"
 SELECTION = "kernels/select_blocks.py"
-SELECTION_KERNEL = "kernels/select_blocks_triton.py"
+SELECTION_SCRATCH = "kernels/selection_scratch.py"
+SELECTION_THRESHOLD = "kernels/selection_threshold.py"
 
 PSEUDO = ("tests/kernels/test_pseudo_keys.py",)
 PSEUDO_TRITON = ("tests/kernels/test_pseudo_keys_triton.py",)
@@ -294,28 +295,28 @@ MUTANTS = (
     ),
     Mutant(
         "kernel: as many keys are not enough",
-        SELECTION_KERNEL,
+        SELECTION_THRESHOLD,
         "_sizes(_again(edges_ptrs))) - 0.5",
         "_sizes(_again(edges_ptrs)))",
         SELECT_TRITON,
     ),
     Mutant(
         "kernel: errors of whole clusters compared",
-        SELECTION_KERNEL,
+        SELECTION_SCRATCH,
         "logs = errors * LOG2_E - tl.log2(tl.maximum(sizes, 1).to(tl.float32))[None, :]",
         "logs = errors * LOG2_E",
         SELECT_TRITON,
     ),
     Mutant(
         "kernel: the likeliest are not kept in any case",
-        SELECTION_KERNEL,
+        SELECTION_THRESHOLD,
         "highest[None, :, None], errors)",
         "errors, errors)",
         SELECT_TRITON,
     ),
     Mutant(
         "kernel: masses of what the masses would have kept",
-        SELECTION_KERNEL,
+        SELECTION_THRESHOLD,
         "mass, _ = _mass_and_count(errors > low[None, :, None], weights)",
         "mass, _ = _mass_and_count(logits > low[None, :, None], weights)",
         SELECT_TRITON,

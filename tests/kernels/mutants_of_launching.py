@@ -59,6 +59,27 @@ MUTANTS = (
         CHOICE,
     ),
     Mutant(
+        "the attention is blamed for wrong pseudo-keys",
+        "kernels/self_check.py",
+        "return name if alone == kind or why_wrong(op, alone) is not None else PSEUDO_KEYS",
+        "return name",
+        SELF_CHECK,
+    ),
+    Mutant(
+        "a wrong kernel for pseudo-keys runs on",
+        "kernels/block_sparse_attention.py",
+        "has_pseudo_keys = pseudo_k is not None",
+        "has_pseudo_keys = False",
+        SELF_CHECK,
+    ),
+    Mutant(
+        "self-check of a clustering without its metric",
+        "kernels/self_check.py",
+        "metric = (seen.to(kind.device),)",
+        "metric = ()",
+        SELF_CHECK,
+    ),
+    Mutant(
         "rows of the attention not counted",
         "kernels/why_not.py",
         "reason = why_not(device, dtype, dim=dim, rows=rows)",

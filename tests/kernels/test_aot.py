@@ -4,11 +4,11 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from triton_interpreter import INTERPRETED
 
 from svg2_compile.kernels import ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.ahead_of_time import kernel_modules
@@ -27,14 +27,27 @@ EXAMINED_ABOVE = (
 )
 
 
-def resources(path, *arguments):
-    """Return one record per kernel and architecture, compiled in a process without Triton's interpreter."""
+@pytest.fixture
+def kernel_resources(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-P", str(SCRIPT), "--json", str(path), *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(path.read_text())["kernels"]
+    for folder in SCRIPT.parents[:2]:
+        monkeypatch.syspath_prepend(str(folder))
+    return importlib.import_module("kernel_resources")
+
+
+@pytest.fixture
+def resources(kernel_resources, monkeypatch, tmp_path):
+    """Return what compiles as the script's arguments say, in this process, and returns a record per kernel and GPU."""
+    if INTERPRETED:
+        pytest.skip("Triton interprets in this process; unset TRITON_INTERPRET to compile")
+
+    def run_script(*arguments):
+        path = tmp_path / "kernels.json"
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--json", str(path), *arguments])
+        kernel_resources.main()
+        return json.loads(path.read_text())["kernels"]
+
+    return run_script
 
 
 def assert_fits(kernels):
@@ -49,18 +62,16 @@ def assert_spills_nothing(kernels):
     assert [kernel for kernel in kernels if kernel["spilled_bytes"]] == []
 
 
-def test_attention_spills_nothing_on_ampere_and_hopper(tmp_path):
+def test_attention_spills_nothing_on_ampere_and_hopper(resources):
     chosen = () if EVERYTHING else ("--match", ATTENTION)
-    kernels = resources(
-        tmp_path / "kernels.json", "--modules", "block_sparse_attention_pointer", "--arch", "80", "90", *chosen
-    )
+    kernels = resources("--modules", "block_sparse_attention_pointer", "--arch", "80", "90", *chosen)
     assert_fits(kernels)
     assert_spills_nothing(kernels)
 
 
-def test_the_hopper_attention_computes_exponentials_while_tensor_cores_work(tmp_path):
+def test_the_hopper_attention_computes_exponentials_while_tensor_cores_work(resources):
     chosen = () if EVERYTHING else ("--match", "^attention_bf16_(64|128_context_mask)$")
-    kernels = resources(tmp_path / "kernels.json", "--modules", "block_sparse_attention_gluon", "--arch", "90", *chosen)
+    kernels = resources("--modules", "block_sparse_attention_gluon", "--arch", "90", *chosen)
     assert_fits(kernels)
     # The loop over full tiles, once for either group of warps; at head dimension 64 other groups' products overlap.
     assert {kernel["kernel"]: kernel["overlapped_loops"] >= 2 for kernel in kernels} == {
@@ -69,19 +80,17 @@ def test_the_hopper_attention_computes_exponentials_while_tensor_cores_work(tmp_
     assert_spills_nothing(kernels)
 
 
-def test_the_hopper_assignment_spills_nothing(tmp_path):
+def test_the_hopper_assignment_spills_nothing(resources):
     chosen = () if EVERYTHING else ("--match", "^assign_bf16_(64|128)$")
-    kernels = resources(tmp_path / "kernels.json", "--modules", "assign_gluon", "--arch", "90", *chosen)
+    kernels = resources("--modules", "assign_gluon", "--arch", "90", *chosen)
     assert_fits(kernels)
     assert_spills_nothing(kernels)
 
 
 @pytest.mark.parametrize("arch", ["90", "100", "120"])
-def test_the_attention_by_descriptors_spills_nothing_and_overlaps_its_exponentials(arch, tmp_path):
+def test_the_attention_by_descriptors_spills_nothing_and_overlaps_its_exponentials(arch, resources):
     chosen = () if EVERYTHING else ("--match", "^attention_bf16_(64|128_context)$")
-    kernels = resources(
-        tmp_path / "kernels.json", "--modules", "block_sparse_attention_descriptor", "--arch", arch, *chosen
-    )
+    kernels = resources("--modules", "block_sparse_attention_descriptor", "--arch", arch, *chosen)
     assert_fits(kernels)
     assert_spills_nothing(kernels)
     if arch == "90":
@@ -89,31 +98,30 @@ def test_the_attention_by_descriptors_spills_nothing_and_overlaps_its_exponentia
         assert {kernel["overlapped_loops"] for kernel in kernels} == {1}
 
 
-def test_query_tiles_spill_nothing_on_ampere_and_hopper(tmp_path):
-    kernels = resources(tmp_path / "kernels.json", "--modules", "work_list_triton", "--arch", "80", "90")
+def test_query_tiles_spill_nothing_on_ampere_and_hopper(resources):
+    kernels = resources("--modules", "work_list_triton", "--arch", "80", "90")
     assert_fits(kernels)
     assert_spills_nothing(kernels)
 
 
-def test_what_compensates_spills_nothing_on_ampere_and_blackwell(tmp_path):
+def test_what_compensates_spills_nothing_on_ampere_and_blackwell(resources):
     modules = ("pseudo_keys_triton", "cluster_means_triton", "log_dropped_sizes_triton")
     chosen = () if EVERYTHING else ("--match", "^(?!.*(fp32_d256|fp16|bf16_d256|c100)).*$")
-    kernels = resources(tmp_path / "kernels.json", "--modules", *modules, "--arch", "80", "100", *chosen)
+    kernels = resources("--modules", *modules, "--arch", "80", "100", *chosen)
     assert_fits(kernels)
     assert_spills_nothing(kernels)
 
 
 @pytest.mark.parametrize("module", [name for name in kernel_modules() if name not in EXAMINED_ABOVE])
-def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, tmp_path):
+def test_the_other_kernels_spill_nothing_at_usual_sizes_on_hopper(module, resources):
     chosen = () if EVERYTHING else ("--match", "^(?!.*(fp32|fp16|256|kernel_d80|c(100|200)_given)).*$")
-    kernels = resources(tmp_path / "kernels.json", "--modules", module, "--arch", "90", *chosen)
+    kernels = resources("--modules", module, "--arch", "90", *chosen)
     assert_fits(kernels)
     assert_spills_nothing(kernels)
 
 
-def test_selection_among_up_to_256_clusters_spills_nothing_on_ampere(tmp_path):
+def test_selection_among_up_to_256_clusters_spills_nothing_on_ampere(resources):
     kernels = resources(
-        tmp_path / "kernels.json",
         "--modules",
         "select_blocks_triton",
         "--arch",
@@ -123,14 +131,6 @@ def test_selection_among_up_to_256_clusters_spills_nothing_on_ampere(tmp_path):
     )
     assert_fits(kernels)
     assert_spills_nothing(kernels)
-
-
-@pytest.fixture
-def kernel_resources(monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    for folder in SCRIPT.parents[:2]:
-        monkeypatch.syspath_prepend(str(folder))
-    return importlib.import_module("kernel_resources")
 
 
 def test_the_table_in_the_docs_has_the_kernels_that_its_command_compiles(kernel_resources):
@@ -154,14 +154,14 @@ def test_a_spill_is_what_is_loaded_again(kernel_resources):
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="set SVG2_AOT=all to compile what autotuning would time")
-def test_no_candidate_of_the_autotuning_spills(tmp_path):
-    kernels = resources(tmp_path / "kernels.json", "--candidates", "--arch", "80", "86", "89", "90", "100", "120")
+def test_no_candidate_of_the_autotuning_spills(resources):
+    kernels = resources("--candidates", "--arch", "80", "86", "89", "90", "100", "120")
     assert_fits(kernels)
     assert_spills_nothing(kernels)
 
 
 @pytest.mark.skipif(not EVERYTHING, reason="set SVG2_AOT=all to compile everything for every architecture")
-def test_everything_compiles_everywhere_and_spills_nothing(tmp_path):
-    kernels = resources(tmp_path / "kernels.json", "--arch", "80", "86", "89", "90", "100", "120")
+def test_everything_compiles_everywhere_and_spills_nothing(resources):
+    kernels = resources("--arch", "80", "86", "89", "90", "100", "120")
     assert_fits(kernels)
     assert_spills_nothing(kernels)

@@ -12,10 +12,16 @@ from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs
 import svg2_compile
 from svg2_compile import doctor, region
 from svg2_compile.doctor import Workload, diagnose
-from svg2_compile.kernels import self_check, why_not
+from svg2_compile.kernels import block_sparse_attention, self_check, why_not
 from svg2_compile.kernels.ops import CARDS
 from svg2_compile.kernels.self_check import Kind, check_kernels, kernel_of, kinds_of, why_wrong
-from svg2_compile.kernels.why_not import GLUON_ASSIGNMENT, choose_attention, why_not_triton
+from svg2_compile.kernels.why_not import (
+    GLUON_ASSIGNMENT,
+    PSEUDO_KEYS,
+    AttentionChoice,
+    choose_attention,
+    why_not_triton,
+)
 
 svg2 = torch.ops.svg2
 GPU = torch.device("cuda", 0)
@@ -23,8 +29,8 @@ CPU_KIND = Kind(torch.device("cpu"), torch.float32, 16, q_clusters=3, k_clusters
 ON_GPU = Kind(GPU, torch.bfloat16, 128, q_clusters=100, k_clusters=500)
 WITH_KERNELS = [card.name for card in CARDS.values() if card.kernels is not None]
 every_op = pytest.mark.parametrize("op", WITH_KERNELS)
-GIVEN_CONTEXT, GIVEN_MASSES, GIVEN_ERRORS, GIVEN_PSEUDO_KEYS = (
-    frozenset({name}) for name in ("context_k", "masses", "errors", "pseudo_k")
+GIVEN_CONTEXT, GIVEN_MASSES, GIVEN_ERRORS, GIVEN_PSEUDO_KEYS, GIVEN_METRIC = (
+    frozenset({name}) for name in ("context_k", "masses", "errors", "pseudo_k", "metric")
 )
 
 
@@ -48,6 +54,8 @@ def test_the_kernels_pass_under_the_interpreter():
         {"given": GIVEN_MASSES},
         {"given": GIVEN_CONTEXT | GIVEN_PSEUDO_KEYS, "dtype": torch.float16},
         {"given": GIVEN_ERRORS},
+        {"given": GIVEN_METRIC, "dtype": torch.bfloat16},
+        {"given": GIVEN_METRIC, "dim": 64, "k_clusters": 300, "dtype": torch.float16},
         {"dim": 128, "q_clusters": 60, "k_clusters": 300, "dtype": torch.bfloat16},
     ],
     ids=name_of,
@@ -161,6 +169,15 @@ def test_a_wrong_selection_by_errors_is_found():
     assert why_wrong("select_blocks", dataclasses.replace(CPU_KIND, given=GIVEN_ERRORS), plant("select_blocks"))
 
 
+@pytest.mark.parametrize("metric", [lambda given: None, lambda given: given.flip(1)], ids=["none", "of another head"])
+def test_a_clustering_in_another_metric_is_found(metric):
+    plant = with_argument(6, lambda arguments: metric(arguments[6]))
+    for dim, k_clusters in ((16, 7), (64, 300)):
+        kind = dataclasses.replace(CPU_KIND, dim=dim, k_clusters=k_clusters, given=GIVEN_METRIC)
+        assert why_wrong("kmeans_", kind) is None
+        assert why_wrong("kmeans_", kind, plant("kmeans_")) is not None
+
+
 def test_a_wrong_weight_of_pseudo_keys_is_found():
     def forgets(*arguments):
         return svg2.block_sparse_attention(*arguments[:14], *arguments[14:16], arguments[16] - 0.1)
@@ -168,6 +185,20 @@ def test_a_wrong_weight_of_pseudo_keys_is_found():
     kind = dataclasses.replace(CPU_KIND, given=GIVEN_PSEUDO_KEYS)
     assert why_wrong("block_sparse_attention", kind) is None
     assert why_wrong("block_sparse_attention", kind, forgets).startswith("off by ")
+
+
+def test_dispatch_asks_what_can_run_before_pseudo_keys_where_there_are_some(monkeypatch):
+    asked = []
+
+    def choose(*arguments, pseudo_keys, **others):
+        asked.append(pseudo_keys)
+        return AttentionChoice("reference")
+
+    monkeypatch.setattr(block_sparse_attention, "choose_attention", choose)
+    on_a_gpu = block_sparse_attention._block_sparse_attention_cuda
+    for given in (frozenset(), GIVEN_PSEUDO_KEYS):
+        assert why_wrong("block_sparse_attention", dataclasses.replace(CPU_KIND, given=given), on_a_gpu) is None
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize(("op", "plant"), WRONG, ids=[f"{op}{i}" for i, (op, _) in enumerate(WRONG)])
@@ -238,6 +269,8 @@ def test_the_kernels_are_right(op):
     assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_MASSES), launchers[op]) is None
     if op == "select_blocks":
         assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_ERRORS), launchers[op]) is None
+    if op == "kmeans_":
+        assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_METRIC), launchers[op]) is None
 
 
 @pytest.mark.gpu
@@ -252,6 +285,7 @@ def test_nothing_is_wrong_on_this_gpu(dtype, dim, monkeypatch):
     check_kernels([("select_blocks", dataclasses.replace(kind, given=GIVEN_MASSES))])
     check_kernels([("select_blocks", dataclasses.replace(kind, given=GIVEN_ERRORS))])
     check_kernels([("block_sparse_attention", dataclasses.replace(kind, given=GIVEN_PSEUDO_KEYS))])
+    check_kernels([("kmeans_", dataclasses.replace(kind, given=GIVEN_METRIC))])
     assert why_not.wrong_kernels == {}
     assert {key[0] for key in self_check._checked} == set(WITH_KERNELS)
 
@@ -315,6 +349,56 @@ def test_a_named_attention_that_is_wrong_is_an_error_with_the_way_out(broken):
     broken[0].add("gluon")
     with pytest.raises(ValueError, match=r"gluon attention cannot run: its self-check failed: off by 1; .*'auto'"):
         check_kernels([(ATTENTION, dataclasses.replace(ON_GPU, attention="gluon"))])
+
+
+WITH_PSEUDO_KEYS = dataclasses.replace(ON_GPU, given=GIVEN_PSEUDO_KEYS)
+
+
+@pytest.fixture
+def broken_with_pseudo_keys(hopper):
+    """Return a set: the kernels that are wrong, of which that for pseudo-keys runs only where there are some."""
+    names = set()
+
+    def why_wrong(op, kind):
+        wrong = {kernel_of(op, kind), *([PSEUDO_KEYS] if kind.given else [])} & names
+        return "off by 1" if wrong else None
+
+    hopper.setattr(self_check, "why_wrong", why_wrong)
+    return names
+
+
+def test_a_wrong_kernel_for_pseudo_keys_is_blamed_and_not_the_attention_before_it(broken_with_pseudo_keys, caplog):
+    broken_with_pseudo_keys.add(PSEUDO_KEYS)
+    with caplog.at_level(logging.WARNING):
+        check_kernels([(ATTENTION, WITH_PSEUDO_KEYS)])
+    assert why_not.wrong_kernels == {(PSEUDO_KEYS, GPU, torch.bfloat16): "off by 1"}
+    assert [record.args[0] for record in caplog.records] == [PSEUDO_KEYS]
+    # without pseudo-keys the attention is as fast as ever
+    assert choose_attention(GPU, torch.bfloat16, **WAN).implementation == "gluon"
+    choice = choose_attention(GPU, torch.bfloat16, **WAN, pseudo_keys=True)
+    assert choice.implementation == "reference"
+    assert set(choice.why_not.values()) == {"the kernel for pseudo-keys: its self-check failed: off by 1"}
+
+
+def test_a_wrong_attention_before_pseudo_keys_is_blamed_itself(broken_with_pseudo_keys):
+    broken_with_pseudo_keys.add("gluon")
+    check_kernels([(ATTENTION, WITH_PSEUDO_KEYS)])
+    assert set(why_not.wrong_kernels) == {("gluon", GPU, torch.bfloat16)}
+    assert choose_attention(GPU, torch.bfloat16, **WAN, pseudo_keys=True).implementation == "pointer"
+
+
+def test_where_both_are_wrong_both_are_found(broken_with_pseudo_keys):
+    broken_with_pseudo_keys.update(["gluon", PSEUDO_KEYS])
+    check_kernels([(ATTENTION, WITH_PSEUDO_KEYS)])
+    assert set(why_not.wrong_kernels) == {(name, GPU, torch.bfloat16) for name in ("gluon", PSEUDO_KEYS)}
+
+
+def test_a_named_attention_before_a_wrong_kernel_for_pseudo_keys_is_an_error(broken_with_pseudo_keys):
+    broken_with_pseudo_keys.add(PSEUDO_KEYS)
+    with pytest.raises(
+        ValueError, match=r"gluon attention cannot run: the kernel for pseudo-keys: .*takes 'reference'"
+    ):
+        check_kernels([(ATTENTION, dataclasses.replace(WITH_PSEUDO_KEYS, attention="gluon"))])
 
 
 def test_a_wrong_assignment_is_replaced_before_its_op_is_suspected(broken):

@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -76,11 +77,18 @@ def guidance(name: str) -> str:
     """Return how diffusers' pipelines call a class for guidance, read from their sources."""
     forms: dict[str, None] = {}
     used = re.compile(rf"transformer\w*: [^\n]*\b{name}\b|\b{name}\b[^\n]*transformer")
-    for path in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
-        source = path.read_text(encoding="utf-8")
-        if used.search(source):
+    for source in pipeline_sources():
+        # the expression alone looks through every file for minutes, all classes together
+        if name in source and used.search(source):
             forms[_guidance_in(source)] = None
     return " / ".join(sorted(forms))
+
+
+@cache
+def pipeline_sources() -> tuple[str, ...]:
+    """Return the sources of diffusers' pipelines."""
+    paths = (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")
+    return tuple(path.read_text(encoding="utf-8") for path in sorted(paths))
 
 
 def _guidance_in(source: str) -> str:
