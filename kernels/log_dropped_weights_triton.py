@@ -15,11 +15,8 @@ from torch import Tensor
 from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.attention_steps import LN_2, LOG2_E, load_rows, scores_of, softmax
 from svg2_compile.kernels.cluster_sizes import sum_of
-from svg2_compile.kernels.launch import cdiv, padded_power_of_two, rows_of_unit_stride
-
-# Key clusters of a program, and sizes that it adds at a time to find the first of its keys.
-CLUSTERS = 8
-BLOCK_SIZES = 128
+from svg2_compile.kernels.launch import padded_power_of_two, rows_of_unit_stride
+from svg2_compile.kernels.walk_clusters import constexprs_of, grid_of, place_of_program, usual_variants
 
 
 def _tile(dtype: torch.dtype, dim: int, q_clusters: int) -> dict[str, int]:
@@ -56,12 +53,7 @@ def weights_kernel(
     CLUSTERS: tl.constexpr,
 ):
     """Write the weights of ``CLUSTERS`` key clusters; -inf where no key is, or none is dropped."""
-    # Tiles of mean queries side by side: they read the same keys.
-    tiles = tl.cdiv(q_clusters, BLOCK_M)
-    offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_cluster = tl.program_id(0) // tiles * CLUSTERS
-    head = tl.program_id(1).to(tl.int64)
-    group = head // repeats
+    offs_m, first_cluster, head, group = place_of_program(q_clusters, repeats, BLOCK_M, CLUSTERS)
     k_heads = heads // repeats
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
@@ -103,46 +95,16 @@ def log_dropped_weights_triton(
     q = q_centroids.to(k.dtype).contiguous()
     weights = torch.empty((batch, heads, q_clusters, k_clusters), dtype=torch.float32, device=k.device)
     tile = _tile(k.dtype, dim, q_clusters)
-    programs = cdiv(q_clusters, tile["BLOCK_M"]) * cdiv(k_clusters, CLUSTERS)
     with torch.cuda.device_of(k):
-        weights_kernel[(programs, batch * heads)](
+        weights_kernel[grid_of(q_centroids, k_sizes, tile)](
             log_sizes, q, k, k_means.contiguous(), k_sizes, weights, *k.stride()[:3], scale * LOG2_E,
             heads, heads // groups, q_clusters, k_clusters,
-            DIM=dim, BLOCK_D=padded_power_of_two(dim), BLOCK_SIZES=BLOCK_SIZES, CLUSTERS=CLUSTERS, **tile,
+            **constexprs_of(dim), **tile,
         )  # fmt: skip
     return weights
 
 
 def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernel for the usual dtypes and head dims, few and many clusters."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    variants = []
-    for kind, dim, clusters in (
-        ("bf16", 128, 128),
-        ("bf16", 64, 128),
-        ("bf16", 128, 16),
-        ("bf16", 256, 64),
-        ("fp16", 80, 100),
-        ("fp32", 128, 128),
-        ("fp32", 256, 64),
-    ):
-        tile = _tile(dtypes[kind], dim, clusters)
-        warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
-        blocks = {"BLOCK_D": padded_power_of_two(dim), "BLOCK_SIZES": BLOCK_SIZES, "CLUSTERS": CLUSTERS}
-        constexprs = {"DIM": dim} | blocks | tile
-        types = dict.fromkeys(weights_kernel.arg_names, "i32") | {"scale_log2": "fp32"}
-        types |= dict.fromkeys(("q_ptr", "k_ptr", "k_means_ptr"), f"*{kind}")
-        types |= {"log_sizes_ptr": "*fp32", "k_sizes_ptr": "*i32", "weights_ptr": "*fp32"}
-        signature = {name: types[name] for name in weights_kernel.arg_names if name not in constexprs}
-        variants.append(
-            AotVariant(
-                name=f"weights_kernel_{kind}_d{dim}_c{clusters}",
-                fn=weights_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=warps,
-                num_stages=stages,
-                divisible_by_16=tuple(name for name in signature if name.startswith("stride") or name.endswith("_ptr")),
-            )
-        )
-    return variants
+    pointers = {"log_sizes_ptr": "*fp32", "k_sizes_ptr": "*i32", "weights_ptr": "*fp32"}
+    return usual_variants(weights_kernel, _tile, pointers)
