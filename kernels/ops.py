@@ -17,7 +17,9 @@ from svg2_compile.kernels import (  # noqa: F401
     log_dropped_sizes,
     measure_recall,
     permute,
+    probe_rows,
     redo_densely,
+    repair_rows,
     select_blocks,
     sort_labels,
 )

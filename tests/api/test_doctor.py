@@ -81,6 +81,8 @@ def test_clustering_says_why_gluon_does_not_assign(hopper):
                 "block_sparse_attention",
                 "cluster_means",
                 "measure_recall",
+                "probe_rows",
+                "repair_rows_",
             },
         ),
         (
@@ -111,6 +113,8 @@ def test_clustering_says_why_gluon_does_not_assign(hopper):
                 "block_sparse_attention",
                 "cluster_means",
                 "measure_recall",
+                "probe_rows",
+                "repair_rows_",
             },
         ),
     ],

@@ -43,6 +43,10 @@ SCHEMAS = {
     "measure_recall": "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, "
     "Tensor counts, Tensor? context_k, Tensor? context_mask, Tensor k_calls, float scale, int rows, int interval, "
     "int seed) -> Tensor",
+    "probe_rows": "(Tensor q, Tensor k, Tensor v, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, "
+    "Tensor counts, Tensor? context_k, Tensor? context_v, Tensor? context_mask, Tensor k_calls, float scale, "
+    "int rows, int interval, int seed) -> (Tensor, Tensor, Tensor)",
+    "repair_rows_": "(Tensor(a!) out, Tensor places, Tensor exact) -> Tensor",
     "judge_heads_": "(Tensor found, Tensor k_calls, Tensor(a!) dense_heads, float min_recall) -> Tensor",
     "block_sparse_attention": "(Tensor q, Tensor k, Tensor v, Tensor q_sizes, Tensor runs, Tensor counts, "
     "Tensor? context_k, Tensor? context_v, Tensor? context_mask, Tensor? q_order, float scale, "

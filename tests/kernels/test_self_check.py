@@ -143,6 +143,17 @@ WRONG = [
     ("measure_recall", with_argument(10, lambda arguments: 1.1 * arguments[10])),
     ("measure_recall", with_argument(6, lambda arguments: (arguments[6] - 1).clamp(min=0))),
     ("measure_recall", with_result(0, lambda found: found.mul_(0.99))),
+    ("probe_rows", with_argument(12, lambda arguments: 1.1 * arguments[12])),
+    ("probe_rows", with_argument(7, lambda arguments: (arguments[7] - 1).clamp(min=0))),
+    ("probe_rows", with_argument(2, lambda arguments: arguments[2].nan_to_num(0).roll(1, 2))),
+    ("probe_rows", with_argument(15, lambda arguments: 7)),
+    ("probe_rows", with_result(1, set_at(LAST, math.nan))),
+    ("probe_rows", with_result(2, lambda recall: recall.mul_(0.99))),
+    ("repair_rows_", with_argument(2, lambda arguments: 1.1 * arguments[2])),
+    ("repair_rows_", with_argument(1, lambda arguments: arguments[1].flip(-1).contiguous())),
+    ("repair_rows_", with_state(0, lambda out: out[0, 0].mul_(1.05))),
+    ("repair_rows_", with_state(0, set_at(LAST, math.nan))),
+    ("repair_rows_", with_result(0, lambda found: found.mul_(0.9))),
 ]
 
 
@@ -207,6 +218,8 @@ def test_the_kernels_are_right(op):
         log_dropped_sizes_triton,
         measure_recall_triton,
         permute_triton,
+        probe_rows_triton,
+        repair_rows_triton,
         select_blocks_triton,
         sort_labels_triton,
     )
@@ -225,6 +238,8 @@ def test_the_kernels_are_right(op):
         "select_blocks": select_blocks_triton.select_blocks_triton,
         "block_sparse_attention": block_sparse_attention_pointer.block_sparse_attention_pointer,
         "measure_recall": measure_recall_triton.measure_recall_triton,
+        "probe_rows": probe_rows_triton.probe_rows_triton,
+        "repair_rows_": repair_rows_triton.repair_rows_triton,
     }
     kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, given=GIVEN_CONTEXT)
     assert why_wrong(op, kind, launchers[op]) is None
