@@ -14,6 +14,7 @@ from svg2_compile.kernels import (  # noqa: F401
     keep_dense_heads,
     key_mask,
     kmeans,
+    least_keys,
     log_dropped_sizes,
     measure_recall,
     permute,

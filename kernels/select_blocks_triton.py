@@ -9,7 +9,8 @@ clusters stays within a thread but for one step. Tiles are therefore [T, ROWS, 3
 scratch tensor has that order too: key cluster ``lane * T + t`` is at position ``t * 32 + lane`` of a row.
 
 Where errors choose, bisection is done three times: by mass, which says how many keys; by mass again, for the clusters
-that are kept in any case; and by error per key, with keys in the place of mass.
+that are kept in any case; and by error per key, with keys in the place of mass. Where a head has a floor in keys, a
+second bisection by mass has keys in its place too.
 """
 
 # Triton has no types.
@@ -303,6 +304,42 @@ def _sizes(edges):
 
 
 @triton.jit
+def _budget(logits, low, sizes, least_ptr):
+    """Return how many keys are to be kept: as many as above ``low``, and as the floor says; a half less.
+
+    Sums of sizes are whole numbers, and as many keys are enough.
+    """
+    keys = _per_row((logits > low[None, :, None]).to(tl.float32) * sizes)
+    if least_ptr is not None:
+        keys = tl.maximum(keys, tl.load(least_ptr).to(tl.float32))
+    return keys - 0.5
+
+
+@triton.jit
+def _raised(
+    logits,
+    low,
+    logits_ptrs,
+    edges_ptrs,
+    cluster,
+    smallest,
+    largest,
+    filled,
+    least_ptr,
+    BLOCK_K: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+):
+    """Return a threshold of logits that enough keys are above, the mass above it, and the logits."""
+    sizes = _sizes(_again(edges_ptrs))
+    budget = _budget(logits, low, sizes, least_ptr)
+    logits = _again(logits_ptrs)
+    low, _, logits = _threshold(logits, sizes, cluster, smallest, largest, budget, filled, 1.0, 1, BLOCK_K, INDEX_BITS)
+    weights = tl.exp2(_again(logits_ptrs) - largest[None, :, None])
+    mass, _ = _mass_and_count(logits > low[None, :, None], weights)
+    return low, mass, logits
+
+
+@triton.jit
 def _by_errors(
     logits,
     low,
@@ -315,16 +352,16 @@ def _by_errors(
     total,
     filled,
     guaranteed,
+    least_ptr,
     BLOCK_K: tl.constexpr,
     INDEX_BITS: tl.constexpr,
 ):
     """Return a threshold of errors, the mass above it, and the errors.
 
-    Above it are as many keys as in the clusters whose ``logits`` are above ``low``; the likeliest ``guaranteed``
-    clusters, whose errors are raised, are always among them.
+    Above it are as many keys as in the clusters whose ``logits`` are above ``low``, or as the floor says; the likeliest
+    ``guaranteed`` clusters, whose errors are raised, are always among them.
     """
-    # A half less: sums of sizes are whole numbers, and as many keys are enough.
-    budget = _per_row((logits > low[None, :, None]).to(tl.float32) * _sizes(_again(edges_ptrs))) - 0.5
+    budget = _budget(logits, low, _sizes(_again(edges_ptrs)), least_ptr)
     logits = _again(logits_ptrs)
     weights = tl.exp2(logits - largest[None, :, None])
     low, _, logits = _threshold(
@@ -446,6 +483,7 @@ def select_kernel(
     statistics_ptr,
     masses_ptr,
     errors_ptr,
+    least_ptr,
     scale,
     top_p,
     min_keep,
@@ -476,6 +514,8 @@ def select_kernel(
     edges_ptr += program * BLOCK_K
     k_sizes_ptr += group * k_clusters
     q_sizes_ptr += head * q_clusters
+    if least_ptr is not None:
+        least_ptr += head
 
     k_tokens, filled = _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K)
     if masses_ptr is not None:
@@ -543,6 +583,21 @@ def select_kernel(
                 total,
                 filled,
                 guaranteed,
+                least_ptr,
+                BLOCK_K,
+                INDEX_BITS,
+            )
+        elif least_ptr is not None:
+            low, mass, logits = _raised(
+                logits,
+                low,
+                tl.max_contiguous(logits_ptrs + offs_t * LANES, [1, 2, LANES]),
+                tl.max_contiguous(edges_ptrs + offs_t * LANES, [1, 2, LANES]),
+                cluster,
+                smallest,
+                largest,
+                filled,
+                least_ptr,
                 BLOCK_K,
                 INDEX_BITS,
             )
@@ -581,6 +636,7 @@ def select_blocks_triton(
     statistics: Tensor,
     masses: Tensor | None = None,
     errors: Tensor | None = None,
+    least_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``select_blocks_reference`` for at most ``MAX_CLUSTERS`` clusters on either side.
 
@@ -588,7 +644,7 @@ def select_blocks_triton(
     within rounding of ``top_p``, or where two probabilities, or two errors per key, are within rounding of each other.
     """
     if top_p >= 1:
-        errors = None  # everything is kept
+        errors = least_keys = None  # everything is kept
     batch, heads, q_clusters, dim = q_centroids.shape
     k_clusters = k_centroids.shape[2]
     run_slots = max_runs(k_clusters)
@@ -613,6 +669,7 @@ def select_blocks_triton(
             sums,
             None if masses is None else masses.contiguous(),
             None if errors is None else errors.contiguous(),
+            None if least_keys is None else least_keys.contiguous(),
             scale,
             top_p,
             k_clusters if top_p >= 1 else math.floor(min_keep_ratio * k_clusters),
@@ -625,12 +682,17 @@ def select_blocks_triton(
             0,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
-            maxnreg=(MAX_REGISTERS if errors is None else MAX_REGISTERS_BY_ERRORS).get(shape["BLOCK_K"]),
+            maxnreg=_max_registers(shape["BLOCK_K"], is_simple=errors is None and least_keys is None),
             **shape,
         )
     if sums is not statistics:
         statistics.copy_(sums)
     return runs, counts
+
+
+def _max_registers(block_k: int, is_simple: bool) -> int | None:
+    """Return the most registers of a thread; ``is_simple`` where only masses are bisected, once."""
+    return (MAX_REGISTERS if is_simple else MAX_REGISTERS_BY_ERRORS).get(block_k)
 
 
 def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
@@ -652,7 +714,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
     signature |= dict.fromkeys(("q_sizes_ptr", "k_sizes_ptr"), "*i32")
     signature |= {"logits_ptr": "*fp32", "edges_ptr": "*i64", "runs_ptr": "*i64", "counts_ptr": "*i32"}
-    signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "errors_ptr": "*fp32"}
+    signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "errors_ptr": "*fp32", "least_ptr": "*i32"}
     signature |= {"scale": "fp32", "top_p": "fp32"}
     signature |= dict.fromkeys(
         ("min_keep", "guaranteed", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"), "i32"
@@ -663,8 +725,10 @@ def aot_variants(capability: int) -> list[AotVariant]:
         *((dim, clusters, ()) for dim in (64, 80, 128, 256) for clusters in counts),
         *((128, clusters, ("masses",)) for clusters in counts),
         *((128, clusters, ("masses", "errors")) for clusters in counts),
+        *((128, clusters, ("least",)) for clusters in counts),
+        *((128, clusters, ("masses", "errors", "least")) for clusters in counts),
     ):
-        absent: dict[str, object] = {f"{name}_ptr": None for name in ("masses", "errors") if name not in given}
+        absent: dict[str, object] = {f"{name}_ptr": None for name in ("masses", "errors", "least") if name not in given}
         types = {name: kind for name, kind in signature.items() if name not in absent}
         variants.append(
             AotVariant(
@@ -675,8 +739,8 @@ def aot_variants(capability: int) -> list[AotVariant]:
                 num_warps=NUM_WARPS,
                 num_stages=NUM_STAGES,
                 divisible_by_16=tuple(name for name, kind in types.items() if kind[0] == "*" and name not in UNALIGNED),
-                max_registers=(MAX_REGISTERS_BY_ERRORS if "errors" in given else MAX_REGISTERS).get(
-                    _constexprs(dim, clusters)["BLOCK_K"]
+                max_registers=_max_registers(
+                    _constexprs(dim, clusters)["BLOCK_K"], is_simple="errors" not in given and "least" not in given
                 ),
             )
         )

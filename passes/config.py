@@ -74,7 +74,7 @@ def _holds_rows(start: object, end: object) -> bool:
     return start < end if (start < 0) == (end < 0) else True
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     """Raise ConfigError unless the option is one of the words."""
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -108,6 +108,10 @@ class SparseConfig:
     """What is kept: the key clusters with most mass (the paper's), or ``error``, as many keys, but where their mean
     would be most wrong in their place (not the paper's); it needs ``compensate``. Half of ``min_keep_ratio`` goes by
     mass then."""
+
+    head_floor: Literal["online"] | None = None
+    """What a query cluster keeps at least, beside ``min_keep_ratio``: nothing more (None, the paper's), or ``online``,
+    as many keys as the query clusters of its head keep on average in the same call (SCOPE)."""
 
     repair_rows: int = 0
     """Query rows per head, spread over its clusters, that every sparse call computes densely too, 64 at most; what the
@@ -199,6 +203,7 @@ class SparseConfig:
         check_choice("cluster_metric", self.cluster_metric, ("tokens", "queries"))
         check_choice("compensate", self.compensate, ("none", "centroids"))
         check_choice("route", self.route, ("mass", "error"))
+        check_choice("head_floor", self.head_floor, ("online", None))
         if self.route == "error" and self.compensate == "none":
             raise ConfigError(
                 "route='error' must come with compensate='centroids', got compensate='none'; it keeps what the means "

@@ -20,6 +20,7 @@ from svg2_compile.passes.stages.compensate import Compensate
 from svg2_compile.passes.stages.estimate_by_keys import EstimateByKeys
 from svg2_compile.passes.stages.estimate_by_queries import EstimateByQueries
 from svg2_compile.passes.stages.estimate_errors import EstimateErrors
+from svg2_compile.passes.stages.floor_heads import FloorHeads
 from svg2_compile.passes.stages.guard_heads import GuardHeads
 from svg2_compile.passes.stages.keep_top_p import KeepTopP
 from svg2_compile.passes.stages.measure_recall import MeasureRecall
@@ -62,6 +63,8 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
         stages.append(AverageClusters())
     if config.route == "error":
         stages.append(EstimateErrors())
+    if config.head_floor == "online":
+        stages.append(FloorHeads())
     is_guarded = config.min_recall > 0
     stages.append(KeepTopP(is_final=not is_guarded))
     if config.repair_rows:

@@ -3,10 +3,10 @@
     python -P benchmarks/method/compensation.py --out docs/images --seeds 3
 
 Every way has a curve over ``top_p`` for every video, and is read where the density is that of plain SVG2 at the same
-``top_p``, video by video (``at_density``). ``centroids``, ``queries``, ``compensation``, ``routing`` and the repairs
-are options of the backend. The others give the means another weight than ln n: ``second order`` adds half the variance
-of the scores of the cluster for the mean query, ``exact weight`` takes what all keys of the cluster weigh for the mean
-query. Rows that are computed densely are not counted in the density.
+``top_p``, video by video (``at_density``). ``second order`` and ``exact weight`` give the means another weight than
+ln n: the one adds half the variance of the scores of the cluster for the mean query, the other takes what all keys of
+the cluster weigh for the mean query. The others are options of the backend. Rows that are computed densely are not
+counted in the density.
 Writes ``compensation.json`` after every video; prints tables.
 """
 
@@ -108,11 +108,14 @@ def _scores(q_means: Tensor, k: Tensor, k_sizes: Tensor, scale: float) -> tuple[
 BY_QUERIES = {"estimate_by": "queries"}
 COMPENSATED = BY_QUERIES | {"compensate": "centroids"}
 REPAIRED = {"repair_rows": 64}
+FLOORED = {"head_floor": "online"}
 WAYS = {
     "centroids": Way({}),
     "queries": Way(BY_QUERIES),
     "compensation": Way(COMPENSATED),
     "routing": Way(COMPENSATED | {"route": "error"}),
+    "head floor": Way(BY_QUERIES | FLOORED),
+    "head floor, compensation": Way(COMPENSATED | FLOORED),
     "repair": Way(BY_QUERIES | REPAIRED),
     "repair of svg2": Way(REPAIRED),
     "repair, compensation": Way(COMPENSATED | REPAIRED),

@@ -69,6 +69,8 @@ class Flow:
     """[B, G, C_k, D], the mean of their values."""
     errors: Node | None = None
     """Fp32 [B, H, C_q, C_k], ln of what the mean of a cluster would do wrong in its place; None: masses choose."""
+    least_keys: Node | None = None
+    """Int32 [B, H], how many keys each query cluster keeps at least; None: as many as its masses say."""
     statistics: Node | None = None
     """Where the selection has added its statistics to."""
     runs: Node | None = None

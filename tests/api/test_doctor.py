@@ -47,6 +47,7 @@ def test_attention_is_gluon_and_the_rest_triton_on_hopper(hopper):
         "dense_attention": "sdpa",
         "gram": "pytorch",
         "judge_heads_": "pytorch",
+        "least_keys_": "pytorch",
         "keep_dense_heads_": "pytorch",
         "key_mask": "pytorch",
         "redo_densely_": "sdpa",

@@ -1,4 +1,4 @@
-"""Plausible one-line bugs of the rows that are computed densely, and of what they tell of the others."""
+"""Plausible one-line bugs of floors in keys, of rows that are computed densely, and of what they tell of others."""
 
 from mutant import Mutant
 
@@ -11,7 +11,55 @@ PROBES_TESTS = ("tests/kernels/test_probe_rows.py",)
 REPAIR_TESTS = ("tests/kernels/test_repair_rows.py",)
 TRITON = ("tests/kernels/test_repair_rows_triton.py",)
 
+SELECTION = "kernels/select_blocks.py"
+SELECTION_KERNEL = "kernels/select_blocks_triton.py"
+LEAST = "kernels/least_keys.py"
+LEAST_TESTS = ("tests/kernels/test_least_keys.py",)
+SELECT_TRITON = ("tests/kernels/test_select_blocks_triton.py",)
+
 MUTANTS = (
+    Mutant(
+        "the floor lowers those above it",
+        SELECTION,
+        "budget = torch.maximum(budget, least_keys[..., None, None])",
+        "budget = least_keys[..., None, None]",
+        LEAST_TESTS,
+    ),
+    Mutant(
+        "the floor is a sum over the clusters of the first key head",
+        LEAST,
+        "per_query_head(k_sizes.sum(-1, dtype=torch.int32), density.shape[1])",
+        "k_sizes.sum(-1, dtype=torch.int32)[:, :1]",
+        LEAST_TESTS,
+    ),
+    Mutant(
+        "the floor is that of the last call alone",
+        LEAST,
+        "floors += torch.stack(",
+        "floors[:] = torch.stack(",
+        LEAST_TESTS,
+    ),
+    Mutant(
+        "the floor is the mass that is kept",
+        LEAST,
+        'STATISTICS.index("density_sum")',
+        'STATISTICS.index("kept_mass_sum")',
+        LEAST_TESTS,
+    ),
+    Mutant(
+        "kernel: the floor of the first head for all",
+        SELECTION_KERNEL,
+        "        least_ptr += head\n",
+        "        least_ptr += 0\n",
+        SELECT_TRITON,
+    ),
+    Mutant(
+        "kernel: the floor lowers those above it",
+        SELECTION_KERNEL,
+        "keys = tl.maximum(keys, tl.load(least_ptr).to(tl.float32))",
+        "keys = tl.load(least_ptr).to(tl.float32)",
+        SELECT_TRITON,
+    ),
     Mutant(
         "dense rows without the context",
         PROBES,

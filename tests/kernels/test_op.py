@@ -36,8 +36,9 @@ SCHEMAS = {
     "cluster_means": "(Tensor x, Tensor sizes) -> Tensor",
     "log_dropped_sizes": "(Tensor runs, Tensor counts, Tensor k_sizes) -> Tensor",
     "select_blocks": "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, "
-    "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None, Tensor? errors=None) -> "
-    "(Tensor, Tensor)",
+    "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None, Tensor? errors=None, "
+    "Tensor? least_keys=None) -> (Tensor, Tensor)",
+    "least_keys_": "(Tensor call_statistics, Tensor k_sizes, Tensor(a!) floors) -> Tensor",
     "keep_dense_heads_": "(Tensor runs, Tensor counts, Tensor q_sizes, Tensor k_sizes, Tensor dense_heads, "
     "Tensor call_statistics, Tensor(a!) statistics) -> (Tensor, Tensor)",
     "measure_recall": "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, "

@@ -48,6 +48,7 @@ def test_the_kernels_pass_under_the_interpreter():
         {"given": GIVEN_MASSES},
         {"given": GIVEN_CONTEXT | GIVEN_PSEUDO_KEYS, "dtype": torch.float16},
         {"given": GIVEN_ERRORS},
+        {"given": frozenset({"least_keys"})},
         {"dim": 128, "q_clusters": 60, "k_clusters": 300, "dtype": torch.bfloat16},
     ],
     ids=name_of,
@@ -167,6 +168,15 @@ def test_a_wrong_selection_by_errors_is_found():
     assert why_wrong("select_blocks", dataclasses.replace(CPU_KIND, given=GIVEN_ERRORS), plant("select_blocks"))
 
 
+def test_a_floor_in_keys_that_is_forgotten_is_found():
+    def forgets(*arguments):
+        return svg2.select_blocks(*arguments[:10])
+
+    kind = dataclasses.replace(CPU_KIND, given=GIVEN_MASSES | {"least_keys"})
+    assert why_wrong("select_blocks", kind) is None
+    assert why_wrong("select_blocks", kind, forgets).endswith("% of the pairs are chosen otherwise")
+
+
 def test_a_wrong_weight_of_pseudo_keys_is_found():
     def forgets(*arguments):
         return svg2.block_sparse_attention(*arguments[:14], *arguments[14:16], arguments[16] - 0.1)
@@ -245,7 +255,8 @@ def test_the_kernels_are_right(op):
     assert why_wrong(op, kind, launchers[op]) is None
     assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_MASSES), launchers[op]) is None
     if op == "select_blocks":
-        assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_ERRORS), launchers[op]) is None
+        for given in (GIVEN_ERRORS, frozenset({"least_keys"}), GIVEN_ERRORS | {"least_keys"}):
+            assert why_wrong(op, dataclasses.replace(kind, given=given), launchers[op]) is None
 
 
 @pytest.mark.gpu
@@ -258,7 +269,8 @@ def test_nothing_is_wrong_on_this_gpu(dtype, dim, monkeypatch):
     kind = Kind(GPU, dtype, dim, q_clusters=100, k_clusters=500, given=GIVEN_CONTEXT | {"context_mask"})
     check_kernels([(op, kind) for op in WITH_KERNELS])
     check_kernels([("select_blocks", dataclasses.replace(kind, given=GIVEN_MASSES))])
-    check_kernels([("select_blocks", dataclasses.replace(kind, given=GIVEN_ERRORS))])
+    for given in (GIVEN_ERRORS, frozenset({"least_keys"}), GIVEN_ERRORS | {"least_keys"}):
+        check_kernels([("select_blocks", dataclasses.replace(kind, given=given))])
     check_kernels([("block_sparse_attention", dataclasses.replace(kind, given=GIVEN_PSEUDO_KEYS))])
     assert why_not.wrong_kernels == {}
     assert {key[0] for key in self_check._checked} == set(WITH_KERNELS)

@@ -1,10 +1,40 @@
-"""Plausible one-line bugs of the stages that repair rows."""
+"""Plausible one-line bugs of the stages that repair rows, and of those that set floors."""
 
 from mutant import Mutant
 
 REPAIR = ("tests/api/test_repair.py",)
 
+FLOOR = ("tests/api/test_head_floor.py",)
+
 MUTANTS = (
+    Mutant(
+        "a floor that nobody asked for",
+        "passes/plan.py",
+        'if config.head_floor == "online":',
+        'if config.head_floor != "online":',
+        FLOOR,
+    ),
+    Mutant(
+        "the floor of what errors choose",
+        "passes/stages/floor_heads.py",
+        "write_selection(writer, replace(flow, errors=None), statistics)",
+        "write_selection(writer, flow, statistics)",
+        FLOOR,
+    ),
+    Mutant(
+        "the selection for the floor counts as one",
+        "passes/stages/floor_heads.py",
+        'statistics = writer.emit(torch.ops.aten.zeros_like.default, writer.state["statistics"])',
+        'statistics = writer.state["statistics"]',
+        FLOOR,
+    ),
+    Mutant(
+        "a floor that the selection does not get",
+        "passes/stages/keep_top_p.py",
+        "while given and given[-1] is None:",
+        "while given and (given[-1] is None or given[-1] is flow.least_keys):",
+        FLOOR,
+    ),
     Mutant(
         "repair that nobody asked for",
         "passes/plan.py",

@@ -30,6 +30,7 @@ ADVICE = {
     "min_recall": ("[0, 1]", "0 guards nothing"),
     "exact_rows": ("(start, end)", "0:333/-50:"),
     "recall_rows": ("at least 0", "0 measures nothing"),
+    "head_floor": ("'online', None", "must be one of"),
     "repair_rows": ("[0, 64]", "0 repairs nothing"),
     "recall_interval": ("at least 1", "1 measures at every sparse call"),
     "seed": ("[0, 2147483647]", "0 is the default"),
@@ -88,7 +89,7 @@ def bad_value(name: str) -> st.SearchStrategy[object]:
             st.sampled_from(pairs).map(lambda pair: (pair,)),
             st.sampled_from(["5:2", "0", "0:333,400:500", "a:b", "0:3/", "::"]),
         ]
-    if name in ("estimate_by", "cluster_metric", "compensate", "route", "lowering", "on_unsupported"):
+    if name in ("estimate_by", "cluster_metric", "compensate", "route", "head_floor", "lowering", "on_unsupported"):
         values = [
             st.one_of(st.text(), st.integers(), st.none()).filter(lambda value: repr(value) not in ADVICE[name][0])
         ]

@@ -54,6 +54,11 @@ def test_a_plan_is_its_site_and_what_the_config_says():
         ({"estimate_by": "queries"}, "Cluster EstimateByQueries KeepTopP Attend"),
         ({"estimate_by": "keys"}, "Cluster EstimateByKeys KeepTopP Attend"),
         ({"recall_rows": 4}, "Cluster KeepTopP MeasureRecall Attend"),
+        ({"head_floor": "online"}, "Cluster FloorHeads KeepTopP Attend"),
+        (
+            {"head_floor": "online", "estimate_by": "queries", "min_recall": 0.8},
+            "Cluster EstimateByQueries FloorHeads KeepTopP MeasureRecall GuardHeads Attend",
+        ),
         ({"repair_rows": 64}, "Cluster KeepTopP ProbeRows Attend RepairRows"),
         (
             {"repair_rows": 64, "min_recall": 0.8, "compensate": "centroids"},
