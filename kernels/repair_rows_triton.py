@@ -172,6 +172,32 @@ def fit_kernel(
     tl.store(found_ptr + 3, tl.sqrt(tl.where(is_better, left, error) / norm))
 
 
+@triton.jit
+def _repair_tile(
+    out_ptr,
+    first,
+    tokens,
+    stride_n,
+    offs_d,
+    vectors,
+    features,
+    directions,
+    DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add its correction to every row of one tile."""
+    mean, spread, mean_residual = vectors
+    offs_n = first + tl.arange(0, BLOCK_N)
+    is_token = offs_n < tokens
+    out = load_rows(out_ptr, offs_n, stride_n, is_token, offs_d, DIM, True).to(tl.float32)
+    coordinates = tl.dot((out - mean) / spread, features, input_precision=PRECISION)
+    correction = tl.dot(coordinates, directions, input_precision=PRECISION) + mean_residual
+    pointers = out_ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
+    mask = is_token[:, None] & (offs_d < DIM)[None, :]
+    tl.store(pointers, (out + correction).to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["heads", "tokens"])
 def repair_kernel(
     out_ptr,
@@ -206,16 +232,17 @@ def repair_kernel(
             fits_ptr + (VECTORS + RANKS + offs_rank[:, None]) * DIM + offs_d[None, :], mask=is_dim[None, :], other=0.0
         )
         first_token = tl.program_id(0) * (TILES * BLOCK_N)
-        for first in range(first_token, tl.minimum(first_token + TILES * BLOCK_N, tokens), BLOCK_N):
-            offs_n = first + tl.arange(0, BLOCK_N)
-            is_token = offs_n < tokens
-            out = load_rows(out_ptr, offs_n, stride_n, is_token, offs_d, DIM, True).to(tl.float32)
-            x = (out - mean[None, :]) / spread[None, :]
-            coordinates = tl.dot(x, features, input_precision=PRECISION)
-            correction = tl.dot(coordinates, directions, input_precision=PRECISION) + mean_residual[None, :]
-            pointers = out_ptr + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
-            mask = is_token[:, None] & is_dim[None, :]
-            tl.store(pointers, (out + correction).to(out_ptr.dtype.element_ty), mask=mask)
+        vectors = mean[None, :], spread[None, :], mean_residual[None, :]
+        # A loop would hold both maps of wide rows in registers.
+        if TILES == 1:
+            _repair_tile(
+                out_ptr, first_token, tokens, stride_n, offs_d, vectors, features, directions, DIM, BLOCK_N, PRECISION
+            )
+        else:
+            for first in range(first_token, tl.minimum(first_token + TILES * BLOCK_N, tokens), BLOCK_N):
+                _repair_tile(
+                    out_ptr, first, tokens, stride_n, offs_d, vectors, features, directions, DIM, BLOCK_N, PRECISION
+                )
 
 
 def repair_rows_triton(out: Tensor, places: Tensor, exact: Tensor) -> Tensor:
@@ -237,9 +264,9 @@ def repair_rows_triton(out: Tensor, places: Tensor, exact: Tensor) -> Tensor:
             repaired, places, exact.contiguous(), fits, found, *repaired.stride()[:3], heads, rows,
             num_warps=_fit_warps(rows), num_stages=1, **shape,
         )  # fmt: skip
-        repair_kernel[(cdiv(tokens, TILES * repair["BLOCK_N"]), batch * heads)](
+        repair_kernel[(cdiv(tokens, repair["TILES"] * repair["BLOCK_N"]), batch * heads)](
             repaired, fits, found, *repaired.stride()[:3], heads, tokens,
-            num_warps=_repair_warps(dim), num_stages=NUM_STAGES, **repair,
+            num_warps=NUM_WARPS, num_stages=NUM_STAGES, **repair,
         )  # fmt: skip
     if repaired is not out:
         out.copy_(repaired)
@@ -263,11 +290,13 @@ def _repair_constexprs(dtype: torch.dtype, dim: int) -> dict[str, Any]:
     in_full = dtype == torch.float32
     block_n = max(16, TILE_ELEMENTS // block_d // (2 if in_full else 1))
     precision = "ieee" if in_full else "tf32"
-    return {"DIM": dim, "BLOCK_N": block_n, "BLOCK_D": block_d, "TILES": TILES, "PRECISION": precision}
-
-
-def _repair_warps(dim: int) -> int:
-    return NUM_WARPS if dim <= 128 else 2 * NUM_WARPS
+    return {
+        "DIM": dim,
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "TILES": TILES if dim <= 128 else 1,
+        "PRECISION": precision,
+    }
 
 
 def aot_variants(capability: int) -> list[AotVariant]:
@@ -284,7 +313,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
         fit, repair = _fit_constexprs(dim, rows), _repair_constexprs(dtypes[kind], dim)
         for name, fn, constexprs, warps, stages in (
             (f"fit_kernel_{kind}_d{dim}_r{rows}", fit_kernel, fit, _fit_warps(rows), 1),
-            (f"repair_kernel_{kind}_d{dim}", repair_kernel, repair, _repair_warps(dim), NUM_STAGES),
+            (f"repair_kernel_{kind}_d{dim}", repair_kernel, repair, NUM_WARPS, NUM_STAGES),
         ):
             types = dict.fromkeys(fn.arg_names, "i32") | {"out_ptr": f"*{kind}", "places_ptr": "*i32"}
             types |= dict.fromkeys(("exact_ptr", "fits_ptr", "found_ptr"), "*fp32")
