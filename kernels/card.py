@@ -13,6 +13,8 @@ from torch import Tensor
 # What the tiles are made for: a whole row of either kind lies in the registers of one program.
 MAX_HEAD_DIM = 256
 MAX_CLUSTERS = 1024
+# Rows of a head that are computed densely beside the sparse ones: the matrix of their products, likewise.
+MAX_PROBES = 64
 # fp64 is for judging only.
 FAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -42,6 +42,24 @@ def _check(
     interval: int,
 ) -> None:
     """Check the arguments of ``svg2::measure_recall``."""
+    check_selection(q, k, q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls)
+    check_value(rows >= 1, lambda: f"rows must be at least 1, got {rows}")
+    check_value(interval >= 1, lambda: f"interval must be at least 1, got {interval}")
+
+
+def check_selection(
+    q: Tensor,
+    k: Tensor,
+    q_order: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    runs: Tensor,
+    counts: Tensor,
+    context_k: Tensor | None,
+    context_mask: Tensor | None,
+    k_calls: Tensor,
+) -> None:
+    """Check tokens, their clusters, what is kept and the context."""
     for name, x, rank in (("q", q, 4), ("k", k, 4), ("k_sizes", k_sizes, 3), ("runs", runs, 5)):
         check_rank(name, x, rank)
     batch, heads, _, dim = q.shape
@@ -60,8 +78,6 @@ def _check(
     integers = {"q_order": q_order, "q_sizes": q_sizes, "k_sizes": k_sizes, "runs": runs, "counts": counts}
     for name, x in {**integers, "k_calls": k_calls}.items():
         check_dtype(name, x, torch.int32)
-    check_value(rows >= 1, lambda: f"rows must be at least 1, got {rows}")
-    check_value(interval >= 1, lambda: f"interval must be at least 1, got {interval}")
     check_value(
         context_mask is None or context_k is not None, lambda: "context_mask must come with context_k, got it alone"
     )
@@ -157,27 +173,26 @@ def measure_with(
     seed: int,
 ) -> Tensor:
     """Do what ``measure_recall_reference`` does, with ``key_masses`` for the sums over keys; arguments are right."""
-    batch, heads, tokens, dim = q.shape
-    k_heads = k.shape[1]
+    batch, heads, tokens = q.shape[:3]
     is_measured = (k_calls - 1) % interval == 0
-    positions = _sampled_positions(tokens, min(rows, tokens), k_calls, seed)
-    sampled = q.gather(2, q_order[:, :, positions].long().unsqueeze(-1).expand(-1, -1, -1, dim))
-    clusters = torch.searchsorted(q_sizes.cumsum(-1), positions.expand(batch, heads, -1).contiguous(), right=True)
-    runs = runs.gather(2, clusters[..., None, None].expand(-1, -1, -1, *runs.shape[3:]))
-    counts = counts.gather(2, clusters.unsqueeze(-1).expand(-1, -1, -1, counts.shape[3]))
-    # the rows of all query heads of a key head stand beside each other from here on
-    sampled, runs, counts = (x.reshape(batch * k_heads, -1, *x.shape[3:]) for x in (sampled, runs, counts))
+    positions = sampled_positions(tokens, rows, k_calls, seed)
+    sampled, runs, counts = sampled_rows(q, q_order, q_sizes, runs, counts, positions, k.shape[1])
     visible = k_sizes.flatten(0, 1).sum(-1, dtype=torch.int32)
     # a model under autocast would have the scores rounded
     with torch.autocast(q.device.type, enabled=False):
         total, mass = key_masses(sampled, k, visible, runs, counts, scale, k_calls, interval)
         if context_k is not None:
-            always = _context_mass(sampled, context_k, context_mask, scale)
+            always = context_scores(sampled, context_k, context_mask, scale).logsumexp(-1)
             total, mass = total.logaddexp(always), mass.logaddexp(always)
+    return recall_of(total, mass, (batch, heads)).where(is_measured, 0)
+
+
+def recall_of(total: Tensor, mass: Tensor, heads: tuple[int, int]) -> Tensor:
+    """Return what ``RECALL`` names of [B, H] heads, from the log-sum-exps of their rows over all and over kept keys."""
     attends_to_nothing = total == float("-inf")
     shares = (mass - total).exp().masked_fill(attends_to_nothing, 1.0).clamp(max=1.0)
-    of_heads = shares.reshape(batch, heads, -1).mean(-1)
-    return torch.stack((torch.ones_like(of_heads), of_heads), dim=-1).where(is_measured, 0)
+    of_heads = shares.reshape(*heads, -1).mean(-1)
+    return torch.stack((torch.ones_like(of_heads), of_heads), dim=-1)
 
 
 def key_masses_reference(
@@ -197,7 +212,7 @@ def key_masses_reference(
     dtype, tokens = accumulation_dtype(q), k.shape[2]
     keys, hidden = k.flatten(0, 1), torch.arange(tokens, device=k.device, dtype=torch.int64) >= visible[:, None, None]
     masses = []
-    for part in _parts(len(q), tokens * (4 * q.shape[2] + 24 * q.shape[1])):
+    for part in parts(len(q), tokens * (4 * q.shape[2] + 24 * q.shape[1])):
         kept = kept_keys(runs[part].unsqueeze(1), counts[part].unsqueeze(1), tokens)[:, 0]
         scores = (q[part].to(dtype) @ keys[part].to(dtype).mT * scale).masked_fill_(hidden[part], float("-inf"))
         masses.append((scores.logsumexp(-1), scores.masked_fill(~kept, float("-inf")).logsumexp(-1)))
@@ -205,23 +220,40 @@ def key_masses_reference(
     return total, mass
 
 
-def _context_mass(q: Tensor, context_k: Tensor, context_mask: Tensor | None, scale: float) -> Tensor:
-    """Return the log-sum-exp of the scores of rows [X, R, D] over the context keys [B, G, M, D]: [X, R]."""
+def context_scores(q: Tensor, context_k: Tensor, context_mask: Tensor | None, scale: float) -> Tensor:
+    """Return the scores of rows [X, R, D] over the context keys [B, G, M, D]: [X, R, M], -inf where one is hidden."""
     dtype = accumulation_dtype(q)
     scores = q.to(dtype) @ context_k.flatten(0, 1).to(dtype).mT * scale
     if context_mask is not None:
         hidden = ~context_mask.expand(*context_k.shape[:2], 1, -1).flatten(0, 1)
         scores = scores.masked_fill_(hidden, float("-inf"))
-    return scores.logsumexp(-1)
+    return scores
 
 
-def _sampled_positions(tokens: int, rows: int, calls: Tensor, seed: int) -> Tensor:
-    """Return ``rows`` different positions in 0 ... tokens - 1, int64 [rows], equally far apart."""
+def sampled_positions(tokens: int, rows: int, calls: Tensor, seed: int) -> Tensor:
+    """Return ``rows`` different positions in 0 ... tokens - 1, or all, int64, equally far apart."""
+    rows = min(rows, tokens)
     phase = (calls.long() + seed) * GOLDEN_STEP % 2**32
     return (torch.arange(rows, device=calls.device, dtype=torch.int64) * tokens + (phase * tokens >> 32)) // rows
 
 
-def _parts(count: int, bytes_each: int) -> list[slice]:
+def sampled_rows(
+    q: Tensor, q_order: Tensor, q_sizes: Tensor, runs: Tensor, counts: Tensor, positions: Tensor, k_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the queries [X, R, D] at some positions of the cluster order, and the runs and counts of their clusters.
+
+    X = B * G: the rows of all query heads of a key head stand beside each other, R = H / G * len(positions).
+    """
+    batch, heads, _, dim = q.shape
+    sampled = q.gather(2, q_order[:, :, positions].long().unsqueeze(-1).expand(-1, -1, -1, dim))
+    clusters = torch.searchsorted(q_sizes.cumsum(-1), positions.expand(batch, heads, -1).contiguous(), right=True)
+    runs = runs.gather(2, clusters[..., None, None].expand(-1, -1, -1, *runs.shape[3:]))
+    counts = counts.gather(2, clusters.unsqueeze(-1).expand(-1, -1, -1, counts.shape[3]))
+    sampled, runs, counts = (x.reshape(batch * k_heads, -1, *x.shape[3:]) for x in (sampled, runs, counts))
+    return sampled, runs, counts
+
+
+def parts(count: int, bytes_each: int) -> list[slice]:
     """Return slices of 0 ... count - 1 that each take about ``CHUNK_BYTES`` at most."""
     step = max(1, CHUNK_BYTES // bytes_each)
     return [slice(start, start + step) for start in range(0, count, step)]

@@ -33,6 +33,7 @@ def _check(
     statistics: Tensor,
     masses: Tensor | None,
     errors: Tensor | None,
+    least_keys: Tensor | None,
 ) -> None:
     """Check the arguments of ``svg2::select_blocks``."""
     check_rank("q_centroids", q_centroids, 4)
@@ -55,6 +56,9 @@ def _check(
     if errors is not None:
         check_shape("errors", errors, (batch, heads, q_clusters, k_clusters))
         check_dtype("errors", errors, statistics.dtype)
+    if least_keys is not None:
+        check_shape("least_keys", least_keys, (batch, heads))
+        check_dtype("least_keys", least_keys, torch.int32)
     check_value(
         q_clusters >= 1 and k_clusters >= 1,
         lambda: f"there must be at least 1 cluster on either side, got {q_clusters} and {k_clusters}",
@@ -74,6 +78,7 @@ def select_blocks_reference(
     statistics: Tensor,
     masses: Tensor | None = None,
     errors: Tensor | None = None,
+    least_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keep, for each query cluster, the likeliest key clusters until they carry ``top_p`` of the attention mass.
 
@@ -81,7 +86,8 @@ def select_blocks_reference(
     P_ij = n_j exp(s_ij) / sum_l n_l exp(s_il). In descending order of P_ij, rank r is kept if r = 1, or the ranks
     before it sum to at most ``top_p``, or r <= floor(min_keep_ratio * C_k).
 
-    Not the paper's: with ``errors``, that is only how many keys are kept. The ranks up to
+    Not the paper's: with ``least_keys``, a query cluster that keeps fewer keys than that goes on until it has them. And
+    with ``errors``, that is only how many keys are kept. The ranks up to
     max(1, floor(min_keep_ratio * C_k / 2)) are kept in any case; then clusters in descending order of error per key,
     as long as fewer keys are kept than those would be.
 
@@ -98,6 +104,7 @@ def select_blocks_reference(
             place of what the centroids say.
         errors: dtype of statistics [B, H, C_q, C_k], logarithms of what is wrong where a cluster is not kept, as
             ``block_errors`` returns it; None keeps what has most mass.
+        least_keys: int32 [B, H], how many keys every query cluster of a head keeps at least; None sets no such floor.
 
     Returns:
         runs: int32 [B, H, C_q, ceil(C_k / 2), 2], contiguous, the kept ranges of keys as ``KeptRuns`` has them; there
@@ -112,7 +119,7 @@ def select_blocks_reference(
         Deterministic, no device synchronisation. Ties go to the lowest index. An empty key cluster has probability 0
         and the last rank, so every row keeps a key. A larger ``top_p`` keeps a superset.
     """
-    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics, masses, errors)
+    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics, masses, errors, least_keys)
     dtype = statistics.dtype
     if masses is None:
         logits = block_logits(q_centroids.to(dtype), k_centroids.to(dtype), k_sizes, scale)
@@ -121,8 +128,15 @@ def select_blocks_reference(
         is_empty = per_query_head(k_sizes, q_sizes.shape[1]).unsqueeze(2) == 0
         logits = torch.where(masses > LEAST_MASS, masses, LEAST_MASS).log().masked_fill(is_empty, -math.inf)
     keep, mass = kept_clusters(logits, top_p, min_keep_ratio)
-    if errors is not None and top_p < 1:
-        keep = routed_clusters(keep, logits, errors, per_query_head(k_sizes, keep.shape[1]), min_keep_ratio)
+    if top_p < 1 and (least_keys is not None or errors is not None):
+        sizes = per_query_head(k_sizes, keep.shape[1])
+        budget = (sizes.unsqueeze(2) * keep).sum(-1, keepdim=True)  # [B, H, C_q, 1]
+        if least_keys is not None:
+            budget = torch.maximum(budget, least_keys[..., None, None])
+        if errors is None:
+            keep = clusters_within(budget, logits, sizes)
+        else:
+            keep = routed_clusters(budget, logits, errors, sizes, min_keep_ratio)
         mass = (logits.softmax(-1) * keep).sum(-1)
     kept = kept_runs_reference(keep, k_sizes)
     kept_tokens = torch.einsum("bhqk,bhk->bhq", keep.to(dtype), per_query_head(k_sizes, keep.shape[1]).to(dtype))
@@ -156,27 +170,31 @@ def kept_clusters(logits: Tensor, top_p: float, min_keep_ratio: float) -> tuple[
     return torch.empty_like(kept).scatter_(-1, order, kept), (probability * kept).sum(-1)
 
 
-def routed_clusters(keep: Tensor, logits: Tensor, errors: Tensor, k_sizes: Tensor, min_keep_ratio: float) -> Tensor:
+def routed_clusters(budget: Tensor, logits: Tensor, errors: Tensor, k_sizes: Tensor, min_keep_ratio: float) -> Tensor:
     """Return which key clusters each query cluster keeps, bool [B, H, C_q, C_k], where errors decide and not masses.
 
     Args:
-        keep: bool [B, H, C_q, C_k], what would be kept for its mass; it says how many keys.
+        budget: [B, H, C_q, 1], how many keys to keep.
         logits: [B, H, C_q, C_k], of the masses.
         errors: [B, H, C_q, C_k], of what is wrong without.
         k_sizes: int32 [B, H, C_k].
         min_keep_ratio: share of the clusters, by count, half of which is kept for its mass in any case.
     """
-    sizes = k_sizes.unsqueeze(2).expand(keep.shape)
-    budget = (sizes * keep).sum(-1, keepdim=True)
-    guaranteed = max(1, math.floor(min_keep_ratio * keep.shape[3] / 2))
+    sizes = k_sizes.unsqueeze(2).expand(logits.shape)
+    guaranteed = max(1, math.floor(min_keep_ratio * logits.shape[3] / 2))
     likeliest = logits.sort(dim=-1, descending=True, stable=True).indices[..., :guaranteed]
     # what is no number comes last but for empty clusters
     per_key = (errors - sizes.clamp(min=1).log()).nan_to_num(nan=torch.finfo(errors.dtype).min)
     per_key = per_key.masked_fill(sizes == 0, -math.inf).scatter(-1, likeliest, math.inf)
-    order = per_key.sort(dim=-1, descending=True, stable=True).indices
-    ranked = sizes.gather(-1, order)
+    return clusters_within(budget, per_key, k_sizes)
+
+
+def clusters_within(budget: Tensor, worth: Tensor, k_sizes: Tensor) -> Tensor:
+    """Return the clusters of most ``worth`` [B, H, C_q, C_k], up to the one that fills ``budget`` [B, H, C_q, 1]."""
+    order = worth.sort(dim=-1, descending=True, stable=True).indices
+    ranked = k_sizes.unsqueeze(2).expand(worth.shape).gather(-1, order)
     taken = ranked.cumsum(-1) - ranked < budget
-    return torch.empty_like(keep).scatter_(-1, order, taken)
+    return torch.empty_like(taken).scatter_(-1, order, taken)
 
 
 def _empty(k_centroids: Tensor, q_sizes: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from svg2_compile.kernels.selection_scratch import (
     write_logs,
 )
 from svg2_compile.kernels.selection_statistics import STATISTICS, TILE_KEYS
-from svg2_compile.kernels.selection_threshold import threshold, threshold_of_errors
+from svg2_compile.kernels.selection_threshold import threshold, threshold_of_errors, threshold_of_keys
 from svg2_compile.kernels.work_list import COUNTS, PIECES, max_runs
 
 BLOCK_Q = 16  # query clusters of a program
@@ -83,6 +83,7 @@ def select_kernel(
     statistics_ptr,
     masses_ptr,
     errors_ptr,
+    least_ptr,
     scale,
     top_p,
     min_keep,
@@ -113,6 +114,8 @@ def select_kernel(
     edges_ptr += program * BLOCK_K
     k_sizes_ptr += group * k_clusters
     q_sizes_ptr += head * q_clusters
+    if least_ptr is not None:
+        least_ptr += head
 
     k_tokens, filled = write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K)
     if masses_ptr is not None:
@@ -180,6 +183,21 @@ def select_kernel(
                 total,
                 filled,
                 guaranteed,
+                least_ptr,
+                BLOCK_K,
+                INDEX_BITS,
+            )
+        elif least_ptr is not None:
+            low, mass, logits = threshold_of_keys(
+                logits,
+                low,
+                tl.max_contiguous(logits_ptrs + offs_t * LANES, [1, 2, LANES]),
+                tl.max_contiguous(edges_ptrs + offs_t * LANES, [1, 2, LANES]),
+                cluster,
+                smallest,
+                largest,
+                filled,
+                least_ptr,
                 BLOCK_K,
                 INDEX_BITS,
             )
@@ -218,6 +236,7 @@ def select_blocks_triton(
     statistics: Tensor,
     masses: Tensor | None = None,
     errors: Tensor | None = None,
+    least_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``select_blocks_reference`` for at most ``MAX_CLUSTERS`` clusters on either side.
 
@@ -225,7 +244,7 @@ def select_blocks_triton(
     within rounding of ``top_p``, or where two probabilities, or two errors per key, are within rounding of each other.
     """
     if top_p >= 1:
-        errors = None  # everything is kept
+        errors = least_keys = None  # everything is kept
     batch, heads, q_clusters, dim = q_centroids.shape
     k_clusters = k_centroids.shape[2]
     run_slots = max_runs(k_clusters)
@@ -250,6 +269,7 @@ def select_blocks_triton(
             sums,
             None if masses is None else masses.contiguous(),
             None if errors is None else errors.contiguous(),
+            None if least_keys is None else least_keys.contiguous(),
             scale,
             top_p,
             k_clusters if top_p >= 1 else math.floor(min_keep_ratio * k_clusters),
@@ -262,12 +282,17 @@ def select_blocks_triton(
             0,
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
-            maxnreg=(MAX_REGISTERS if errors is None else MAX_REGISTERS_BY_ERRORS).get(shape["BLOCK_K"]),
+            maxnreg=_max_registers(shape["BLOCK_K"], is_simple=errors is None and least_keys is None),
             **shape,
         )
     if sums is not statistics:
         statistics.copy_(sums)
     return runs, counts
+
+
+def _max_registers(block_k: int, is_simple: bool) -> int | None:
+    """Return the most registers of a thread; ``is_simple`` where only masses are bisected, once."""
+    return (MAX_REGISTERS if is_simple else MAX_REGISTERS_BY_ERRORS).get(block_k)
 
 
 def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
@@ -289,7 +314,7 @@ def aot_variants(capability: int) -> list[AotVariant]:
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
     signature |= dict.fromkeys(("q_sizes_ptr", "k_sizes_ptr"), "*i32")
     signature |= {"logits_ptr": "*fp32", "edges_ptr": "*i64", "runs_ptr": "*i64", "counts_ptr": "*i32"}
-    signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "errors_ptr": "*fp32"}
+    signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "errors_ptr": "*fp32", "least_ptr": "*i32"}
     signature |= {"scale": "fp32", "top_p": "fp32"}
     signature |= dict.fromkeys(
         ("min_keep", "guaranteed", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"), "i32"
@@ -300,8 +325,10 @@ def aot_variants(capability: int) -> list[AotVariant]:
         *((dim, clusters, ()) for dim in (64, 80, 128, 256) for clusters in counts),
         *((128, clusters, ("masses",)) for clusters in counts),
         *((128, clusters, ("masses", "errors")) for clusters in counts),
+        *((128, clusters, ("least",)) for clusters in counts),
+        *((128, clusters, ("masses", "errors", "least")) for clusters in counts),
     ):
-        absent: dict[str, object] = {f"{name}_ptr": None for name in ("masses", "errors") if name not in given}
+        absent: dict[str, object] = {f"{name}_ptr": None for name in ("masses", "errors", "least") if name not in given}
         types = {name: kind for name, kind in signature.items() if name not in absent}
         variants.append(
             AotVariant(
@@ -312,8 +339,8 @@ def aot_variants(capability: int) -> list[AotVariant]:
                 num_warps=NUM_WARPS,
                 num_stages=NUM_STAGES,
                 divisible_by_16=tuple(name for name, kind in types.items() if kind[0] == "*" and name not in UNALIGNED),
-                max_registers=(MAX_REGISTERS_BY_ERRORS if "errors" in given else MAX_REGISTERS).get(
-                    _constexprs(dim, clusters)["BLOCK_K"]
+                max_registers=_max_registers(
+                    _constexprs(dim, clusters)["BLOCK_K"], is_simple="errors" not in given and "least" not in given
                 ),
             )
         )

@@ -2,7 +2,8 @@
 
 Whether a cluster is kept depends on the mass and on the number of the likelier ones, and both fall as the cluster gets
 likelier. Where errors choose, bisection is done three times: by mass, which says how many keys; by mass again, for the
-clusters that are kept in any case; and by error per key, with keys in the place of mass.
+clusters that are kept in any case; and by error per key, with keys in the place of mass. Where a head has a floor in
+keys, a second bisection by mass has keys in its place too.
 
 Tiles are [T, ROWS, 32], as ``selection_scratch`` says.
 """
@@ -112,6 +113,42 @@ def _sizes(edges):
 
 
 @triton.jit
+def _budget(logits, low, sizes, least_ptr):
+    """Return how many keys are to be kept: as many as above ``low``, and as the floor says; a half less.
+
+    Sums of sizes are whole numbers, and as many keys are enough.
+    """
+    keys = per_row((logits > low[None, :, None]).to(tl.float32) * sizes)
+    if least_ptr is not None:
+        keys = tl.maximum(keys, tl.load(least_ptr).to(tl.float32))
+    return keys - 0.5
+
+
+@triton.jit
+def threshold_of_keys(
+    logits,
+    low,
+    logits_ptrs,
+    edges_ptrs,
+    cluster,
+    smallest,
+    largest,
+    filled,
+    least_ptr,
+    BLOCK_K: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+):
+    """Return a threshold of logits that enough keys are above, the mass above it, and the logits."""
+    sizes = _sizes(_again(edges_ptrs))
+    budget = _budget(logits, low, sizes, least_ptr)
+    logits = _again(logits_ptrs)
+    low, _, logits = threshold(logits, sizes, cluster, smallest, largest, budget, filled, 1.0, 1, BLOCK_K, INDEX_BITS)
+    weights = tl.exp2(_again(logits_ptrs) - largest[None, :, None])
+    mass, _ = _mass_and_count(logits > low[None, :, None], weights)
+    return low, mass, logits
+
+
+@triton.jit
 def threshold_of_errors(
     logits,
     low,
@@ -124,16 +161,16 @@ def threshold_of_errors(
     total,
     filled,
     guaranteed,
+    least_ptr,
     BLOCK_K: tl.constexpr,
     INDEX_BITS: tl.constexpr,
 ):
     """Return a threshold of errors, the mass above it, and the errors.
 
-    Above it are as many keys as in the clusters whose ``logits`` are above ``low``; the likeliest ``guaranteed``
-    clusters, whose errors are raised, are always among them.
+    Above it are as many keys as in the clusters whose ``logits`` are above ``low``, or as the floor says; the likeliest
+    ``guaranteed`` clusters, whose errors are raised, are always among them.
     """
-    # A half less: sums of sizes are whole numbers, and as many keys are enough.
-    budget = per_row((logits > low[None, :, None]).to(tl.float32) * _sizes(_again(edges_ptrs))) - 0.5
+    budget = _budget(logits, low, _sizes(_again(edges_ptrs)), least_ptr)
     logits = _again(logits_ptrs)
     weights = tl.exp2(logits - largest[None, :, None])
     low, _, logits = threshold(

@@ -43,7 +43,7 @@ HEADS = 2
 CONTEXT = 17
 ROWS = 19
 MOVED_TOKENS = 1037
-MAY_BE_ABSENT = ("context_k", "context_mask", "masses", "errors", "pseudo_k", "metric")
+MAY_BE_ABSENT = ("context_k", "context_mask", "masses", "errors", "least_keys", "pseudo_k", "metric")
 """Arguments that kernels are compiled with and without."""
 # Queries of one cluster.
 MORE_THAN_A_TILE = 140
@@ -349,7 +349,12 @@ def check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
     numbers = (kind.dim**-0.5, 0.7, 0.1)
     given = [_random(seed, kind.q_clusters, kind.k_clusters, torch.float32) for seed in (2, 3)]
     masses = given[0].softmax(-1) if "masses" in kind.given else None
-    choosing = [masses, given[1]] if "errors" in kind.given else [masses]
+    choosing = [masses]
+    if "errors" in kind.given or "least_keys" in kind.given:
+        choosing.append(given[1] if "errors" in kind.given else None)
+    if "least_keys" in kind.given:
+        half = torch.full((1, HEADS), kind.tokens // 2, dtype=torch.int32, device="cpu")
+        choosing.append(half)
     on_device = _zeros(kind, kind.q_clusters, len(STATISTICS))
     statistics = on_device.cpu().clone()
     got = call(

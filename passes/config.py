@@ -4,6 +4,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from svg2_compile.kernels.card import MAX_PROBES
 from svg2_compile.passes.errors import ConfigError
 
 TOKENS_PER_Q_CLUSTER = 600
@@ -73,7 +74,7 @@ def _holds_rows(start: object, end: object) -> bool:
     return start < end if (start < 0) == (end < 0) else True
 
 
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     """Raise ConfigError unless the option is one of the words."""
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -109,6 +110,15 @@ class SparseConfig:
     """What is kept: the key clusters with most mass (the paper's), or ``error``, as many keys, but where their mean
     would be most wrong in their place (not the paper's); it needs ``compensate``. Half of ``min_keep_ratio`` goes by
     mass then."""
+
+    head_floor: Literal["online"] | None = None
+    """What a query cluster keeps at least, beside ``min_keep_ratio``: nothing more (None, the paper's), or ``online``,
+    as many keys as the query clusters of its head keep on average in the same call (SCOPE)."""
+
+    repair_rows: int = 0
+    """Query rows per head, spread over its clusters, that every sparse call computes densely too, 64 at most; what the
+    sparse results of these rows lack is foretold for all rows of the head, where that makes them better (not the
+    paper's). 0 repairs nothing. Recall is then measured on these rows, whatever ``recall_rows`` says."""
 
     q_clusters: int | Literal["auto"] = "auto"
     """Query clusters per head, 1 to 1024; ``auto`` takes one per 600 tokens, 16 at least."""
@@ -182,6 +192,7 @@ class SparseConfig:
         check_integer("min_tokens", self.min_tokens, 1, None, "4096 is the default")
         check_number("min_recall", self.min_recall, 0, 1, "0 guards nothing, 0.8 catches what goes badly wrong")
         check_integer("recall_rows", self.recall_rows, 0, None, "0 measures nothing, 32 is plenty")
+        check_integer("repair_rows", self.repair_rows, 0, MAX_PROBES, "0 repairs nothing, 64 is what it was made for")
         check_integer("recall_interval", self.recall_interval, 1, None, "1 measures at every sparse call")
         check_integer("seed", self.seed, 0, 2**31 - 1, "0 is the default")
         if isinstance(self.dense_steps, float):
@@ -194,6 +205,7 @@ class SparseConfig:
         check_choice("cluster_metric", self.cluster_metric, ("tokens", "queries"))
         check_choice("compensate", self.compensate, ("none", "centroids", "keys"))
         check_choice("route", self.route, ("mass", "error"))
+        check_choice("head_floor", self.head_floor, ("online", None))
         if self.route == "error" and self.compensate == "none":
             raise ConfigError(
                 "route='error' must come with compensate='centroids' or 'keys', got compensate='none'; it keeps what "

@@ -20,10 +20,13 @@ from svg2_compile.passes.stages.compensate import Compensate
 from svg2_compile.passes.stages.estimate_by_keys import EstimateByKeys
 from svg2_compile.passes.stages.estimate_by_queries import EstimateByQueries
 from svg2_compile.passes.stages.estimate_errors import EstimateErrors
+from svg2_compile.passes.stages.floor_heads import FloorHeads
 from svg2_compile.passes.stages.guard_heads import GuardHeads
 from svg2_compile.passes.stages.keep_top_p import KeepTopP
 from svg2_compile.passes.stages.measure_recall import MeasureRecall
+from svg2_compile.passes.stages.probe_rows import ProbeRows
 from svg2_compile.passes.stages.redo_densely import RedoDensely
+from svg2_compile.passes.stages.repair_rows import RepairRows
 from svg2_compile.passes.stages.stage import Stage
 
 StagesOf = Callable[[SparseConfig, AttentionSite], tuple[Stage, ...]]
@@ -42,6 +45,7 @@ class SitePlan(AttentionSite):
     recall_rows: int
     recall_interval: int
     min_recall: float
+    repair_rows: int
     kernel: KernelConfig
     stages: tuple[Stage, ...]
     state_specs: tuple[StateSpec, ...] = ()
@@ -59,8 +63,12 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
         stages.append(AverageClusters())
     if config.route == "error":
         stages.append(EstimateErrors())
+    if config.head_floor == "online":
+        stages.append(FloorHeads())
     is_guarded = config.min_recall > 0
     stages.append(KeepTopP(is_final=not is_guarded))
+    if config.repair_rows:
+        stages.append(ProbeRows(measures=config.measured_rows > 0))
     if config.measured_rows:
         stages.append(MeasureRecall(is_final=not is_guarded))
     if is_guarded:
@@ -68,6 +76,8 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
     if config.compensate != "none":
         stages.append(Compensate(asks_keys=config.compensate == "keys"))
     stages.append(Attend())
+    if config.repair_rows:
+        stages.append(RepairRows())
     if site.is_mask_checked:
         stages.append(RedoDensely(refuses=config.on_unsupported == "error"))
     return tuple(stages)
@@ -87,6 +97,7 @@ def plan_site(
         recall_rows=config.measured_rows,
         recall_interval=config.recall_interval,
         min_recall=float(config.min_recall),
+        repair_rows=config.repair_rows,
         kernel=kernel_config,
         stages=stages(config, site),
     )

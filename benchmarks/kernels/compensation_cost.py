@@ -1,10 +1,11 @@
-"""Time what stands in for dropped key clusters, and routing by error, as shares of dense attention.
+"""Time what stands in for dropped key clusters, routing by error, floors and repair, as shares of dense attention.
 
 Run from anywhere: ``python -P benchmarks/kernels/compensation_cost.py``, for Wan 14B and HunyuanVideo at 720p on a GPU.
 Tokens are random around some centres; the ops themselves cluster and select them, at their defaults.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from timing import cpu_ms, device_ms, medians_in_turns_ms
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.environment import describe_environment
+from svg2_compile.kernels.card import MAX_PROBES
+from svg2_compile.kernels.least_keys import FLOORS
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.video.measure import fastest_attention
@@ -70,6 +73,13 @@ def table(shape: Shape, heads: int, tokens: int, clusters: tuple[int, int], dtyp
     bias = svg2.log_dropped_sizes(runs, counts, k_sizes)
     errors = svg2.block_errors(state[0], keys, values, *means, k_sizes, scale)
     attend = (q, keys, values, q_sizes, runs, counts, None, None, None, q_order, scale, "auto", None, False)
+    floors = torch.zeros(1, heads, len(FLOORS), device=device)
+    least = svg2.least_keys_(statistics, k_sizes, floors)
+    selection = (q_order, q_sizes, k_sizes, runs, counts, None, None, None, calls[1], scale, MAX_PROBES)
+    result = svg2.block_sparse_attention(*attend)[0]
+    places, exact, _ = svg2.probe_rows(q, keys, values, *selection, 0, config.seed)
+    # a repair leaves nothing to repair: by turns, results are to be one more and one less
+    targets = itertools.cycle((exact + 1, exact))
     timed = {
         "dense attention": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
         "sparse attention": lambda: svg2.block_sparse_attention(*attend),
@@ -80,6 +90,11 @@ def table(shape: Shape, heads: int, tokens: int, clusters: tuple[int, int], dtyp
         "selection": lambda: svg2.select_blocks(*sides),
         "errors": lambda: svg2.block_errors(state[0], keys, values, *means, k_sizes, scale),
         "selection by errors": lambda: svg2.select_blocks(*sides, None, errors),
+        "floor of a head": lambda: svg2.least_keys_(statistics.zero_(), k_sizes, floors),
+        "selection with a floor": lambda: svg2.select_blocks(*sides, None, None, least),
+        "dense rows": lambda: svg2.probe_rows(q, keys, values, *selection, 0, config.seed),
+        "dense rows and recall": lambda: svg2.probe_rows(q, keys, values, *selection, 1, config.seed),
+        "repair": lambda: svg2.repair_rows_(result, places, next(targets)),
     }
     with fastest_attention(device):
         time_ms = device_ms if device.type == "cuda" else cpu_ms
@@ -89,8 +104,14 @@ def table(shape: Shape, heads: int, tokens: int, clusters: tuple[int, int], dtyp
     compensation += ms["means of keys and values"] + ms["weights of the means"]
     by_keys = compensation + ms["their weights by keys"]
     routing = ms["errors"] + ms["selection by errors"] - ms["selection"]
-    rows = {**ms, "**compensation, altogether**": compensation, "**with weights by keys**": by_keys}
-    rows["**routing by error, altogether**"] = routing
+    altogether = {
+        "compensation": compensation,
+        "compensation with weights by keys": by_keys,
+        "routing by error": routing,
+        "floor of a head": ms["floor of a head"] + ms["selection with a floor"],
+        "repair": ms["dense rows"] + ms["repair"],
+    }
+    rows = ms | {f"**{name}, altogether**": each for name, each in altogether.items()}
     lines = [
         "",
         f"{shape.name}: {heads} heads, {tokens} tokens of {shape.dim}, {dtype}, {clusters[0]} / {clusters[1]} "

@@ -7,7 +7,7 @@ Every way has a curve over ``top_p`` for every video, and is read where the dens
 ``top_p``, video by video (``at_density``). Most ways are options of the backend: ``compensation`` is
 ``compensate="centroids"`` and ``keys`` is ``compensate="keys"``, both with ``estimate_by="queries"``; ``oracle`` is
 ``centroids`` with the exact masses; ``second order`` adds half the variance of the scores of a cluster for the mean
-query to the weight of its mean.
+query to the weight of its mean. Rows that are computed densely are not counted in the density.
 
 Videos are the model's examples by default, eight of them or more. Writes ``compensation.json``, or a file of another
 ``--name``, after every point; prints tables. Ways can be measured by several processes; ``--join`` puts them together.
@@ -126,11 +126,18 @@ def _scores(q_means: Tensor, k: Tensor, k_sizes: Tensor, scale: float) -> tuple[
 BY_QUERIES = {"estimate_by": "queries"}
 COMPENSATED = BY_QUERIES | {"compensate": "centroids"}
 BY_KEYS = BY_QUERIES | {"compensate": "keys"}
+REPAIRED = {"repair_rows": 64}
+FLOORED = {"head_floor": "online"}
 WAYS = {
     "centroids": Way({}),
     "queries": Way(BY_QUERIES),
     "compensation": Way(COMPENSATED),
     "routing": Way(COMPENSATED | {"route": "error"}),
+    "head floor": Way(BY_QUERIES | FLOORED),
+    "head floor, compensation": Way(COMPENSATED | FLOORED),
+    "repair": Way(BY_QUERIES | REPAIRED),
+    "repair of svg2": Way(REPAIRED),
+    "repair, compensation": Way(COMPENSATED | REPAIRED),
     "second order": Way(COMPENSATED, by_variance),
     "keys": Way(BY_KEYS),
     "keys, routing": Way(BY_KEYS | {"route": "error"}),

@@ -69,6 +69,8 @@ class Flow:
     """[B, G, C_k, D], the mean of their values."""
     errors: Node | None = None
     """Fp32 [B, H, C_q, C_k], ln of what the mean of a cluster would do wrong in its place; None: masses choose."""
+    least_keys: Node | None = None
+    """Int32 [B, H], how many keys each query cluster keeps at least; None: as many as its masses say."""
     statistics: Node | None = None
     """Where the selection has added its statistics to."""
     runs: Node | None = None
@@ -77,6 +79,10 @@ class Flow:
     """Int32 [B, H, C_q, 4], how many there are."""
     pseudo_bias: Node | None = None
     """Fp32 [B, H, C_q, C_k], ln of how many keys the mean of a cluster stands for; -inf for none, None: no means."""
+    probes: Node | None = None
+    """Int32 [B, H, R], which queries are computed densely too."""
+    exact: Node | None = None
+    """Fp32 [B, H, R, D], their dense attention."""
     recall: Node | None = None
     """Fp32 [B, H, 2], the recall of every head that this call has measured."""
     out: Node | None = None

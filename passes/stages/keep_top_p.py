@@ -3,7 +3,7 @@
     runs, counts = select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics)
 
 Where a stage before it has estimated the masses, they come last among the arguments; where one has estimated errors,
-these come after them and choose instead, as many keys as the masses would.
+these come after them and choose instead, as many keys as the masses would. A floor in keys is the last argument.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.records import StateSpec
@@ -37,23 +38,10 @@ class KeepTopP(Stage):
 
     def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
         """Write the selection."""
-        site, statistics = writer.site, writer.state["statistics"]
+        statistics = writer.state["statistics"]
         if not self.is_final:
             statistics = writer.emit(torch.ops.aten.zeros_like.default, statistics)
-        runs, counts = writer.parts(
-            torch.ops.svg2.select_blocks.default,
-            writer.state["q_centroids"],
-            writer.state["k_centroids"],
-            flow.q_sizes,
-            flow.k_sizes,
-            site.scale,
-            site.top_p,
-            site.min_keep_ratio,
-            statistics,
-            *([] if flow.masses is None and flow.errors is None else [flow.masses]),
-            *([] if flow.errors is None else [flow.errors]),
-            count=2,
-        )
+        runs, counts = write_selection(writer, flow, statistics)
         return replace(flow, runs=runs, counts=counts, statistics=statistics)
 
     def shows(self, site: SitePlan, states: States) -> Mapping[str, Any]:
@@ -72,3 +60,24 @@ class KeepTopP(Stage):
             "k_padding": float(issued.sum() / densities.sum()),
             "density_per_head": tuple((densities / calls).tolist()),
         }
+
+
+def write_selection(writer: SiteWriter, flow: Flow, statistics: Node) -> list[Node]:
+    """Write a selection that adds to ``statistics``; return its runs and counts."""
+    site = writer.site
+    given = [flow.masses, flow.errors, flow.least_keys]
+    while given and given[-1] is None:
+        given.pop()
+    return writer.parts(
+        torch.ops.svg2.select_blocks.default,
+        writer.state["q_centroids"],
+        writer.state["k_centroids"],
+        flow.q_sizes,
+        flow.k_sizes,
+        site.scale,
+        site.top_p,
+        site.min_keep_ratio,
+        statistics,
+        *given,
+        count=2,
+    )

@@ -1,7 +1,9 @@
 """Measure, on a few rows, how much of the true attention mass the selection keeps; changes no picture.
 
-found = measure_recall(q, k', q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls)
-recall += found
+    found = measure_recall(q, k', q_order, q_sizes, k_sizes, runs, counts, context_k, context_mask, k_calls)
+    recall += found
+
+Where a stage before it computes some rows densely, it has measured on these, and nothing is computed again.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 
 from svg2_compile.kernels.measure_recall import RECALL
 from svg2_compile.passes.records import StateSpec
@@ -34,24 +37,8 @@ class MeasureRecall(Stage):
 
     def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
         """Write the measurement."""
-        site, state = writer.site, writer.state
-        found = writer.emit(
-            torch.ops.svg2.measure_recall.default,
-            flow.q,
-            flow.k_clustered,
-            flow.q_order,
-            flow.q_sizes,
-            flow.k_sizes,
-            flow.runs,
-            flow.counts,
-            flow.context_k,
-            flow.context_mask,
-            state["k_calls"],
-            site.scale,
-            site.recall_rows,
-            site.recall_interval,
-            site.seed,
-        )
+        state = writer.state
+        found = self._measured(writer, flow) if flow.recall is None else flow.recall
         if self.is_final:
             writer.emit(torch.ops.aten.add_.Tensor, state["recall"], found)
         return replace(flow, recall=found)
@@ -67,3 +54,23 @@ class MeasureRecall(Stage):
             "recall_per_head": tuple((recalls / measured).tolist()),
             "recalls_measured": int(measured[0]),
         }
+
+    def _measured(self, writer: SiteWriter, flow: Flow) -> Node:
+        site = writer.site
+        return writer.emit(
+            torch.ops.svg2.measure_recall.default,
+            flow.q,
+            flow.k_clustered,
+            flow.q_order,
+            flow.q_sizes,
+            flow.k_sizes,
+            flow.runs,
+            flow.counts,
+            flow.context_k,
+            flow.context_mask,
+            writer.state["k_calls"],
+            site.scale,
+            site.recall_rows,
+            site.recall_interval,
+            site.seed,
+        )

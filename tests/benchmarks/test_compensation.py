@@ -96,5 +96,12 @@ def test_the_cost_is_timed_beside_dense_attention(monkeypatch):
     shape = cost.Shape("small", 2, 300, 16, ((3, 9),))
     found = cost.table(shape, 1, 257, (3, 9), torch.float32, 1)
     assert "small: 1 heads, 257 tokens of 16, torch.float32, 3 / 9 clusters" in found
-    for name in ("dense attention", "the same with means", "**compensation, altogether**", "**routing by error, alto"):
+    for name in (
+        "dense attention",
+        "the same with means",
+        "**compensation, alto",
+        "**routing by error, alto",
+        "**floor of a head, alto",
+        "**repair, alto",
+    ):
         assert f"| {name}" in found

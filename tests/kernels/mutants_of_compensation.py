@@ -282,8 +282,8 @@ MUTANTS = (
     Mutant(
         "the whole floor goes by mass",
         SELECTION,
-        "guaranteed = max(1, math.floor(min_keep_ratio * keep.shape[3] / 2))",
-        "guaranteed = max(1, math.floor(min_keep_ratio * keep.shape[3]))",
+        "guaranteed = max(1, math.floor(min_keep_ratio * logits.shape[3] / 2))",
+        "guaranteed = max(1, math.floor(min_keep_ratio * logits.shape[3]))",
         ROUTE,
     ),
     Mutant(
@@ -296,8 +296,8 @@ MUTANTS = (
     Mutant(
         "kernel: as many keys are not enough",
         SELECTION_THRESHOLD,
-        "_sizes(_again(edges_ptrs))) - 0.5",
-        "_sizes(_again(edges_ptrs)))",
+        "return keys - 0.5",
+        "return keys",
         SELECT_TRITON,
     ),
     Mutant(

@@ -38,13 +38,18 @@ SCHEMAS = {
     "log_dropped_weights": "(Tensor log_sizes, Tensor q_centroids, Tensor k, Tensor k_means, Tensor k_sizes, "
     "float scale) -> Tensor",
     "select_blocks": "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, "
-    "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None, Tensor? errors=None) -> "
-    "(Tensor, Tensor)",
+    "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None, Tensor? errors=None, "
+    "Tensor? least_keys=None) -> (Tensor, Tensor)",
+    "least_keys_": "(Tensor call_statistics, Tensor k_sizes, Tensor(a!) floors) -> Tensor",
     "keep_dense_heads_": "(Tensor runs, Tensor counts, Tensor q_sizes, Tensor k_sizes, Tensor dense_heads, "
     "Tensor call_statistics, Tensor(a!) statistics) -> (Tensor, Tensor)",
     "measure_recall": "(Tensor q, Tensor k, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, "
     "Tensor counts, Tensor? context_k, Tensor? context_mask, Tensor k_calls, float scale, int rows, int interval, "
     "int seed) -> Tensor",
+    "probe_rows": "(Tensor q, Tensor k, Tensor v, Tensor q_order, Tensor q_sizes, Tensor k_sizes, Tensor runs, "
+    "Tensor counts, Tensor? context_k, Tensor? context_v, Tensor? context_mask, Tensor k_calls, float scale, "
+    "int rows, int interval, int seed) -> (Tensor, Tensor, Tensor)",
+    "repair_rows_": "(Tensor(a!) out, Tensor places, Tensor exact) -> Tensor",
     "judge_heads_": "(Tensor found, Tensor k_calls, Tensor(a!) dense_heads, float min_recall) -> Tensor",
     "block_sparse_attention": "(Tensor q, Tensor k, Tensor v, Tensor q_sizes, Tensor runs, Tensor counts, "
     "Tensor? context_k, Tensor? context_v, Tensor? context_mask, Tensor? q_order, float scale, "

@@ -8,7 +8,7 @@ from triton_interpreter import DEVICE, assert_passes_under_the_interpreter, runs
 
 import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.block_sparse_attention import block_sparse_attention_reference
-from svg2_compile.kernels.select_blocks import routed_clusters, select_blocks_reference
+from svg2_compile.kernels.select_blocks import clusters_within, routed_clusters, select_blocks_reference
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.kernels.work_list import kept_keys, kept_runs_reference
 
@@ -48,12 +48,12 @@ def random_case(q_clusters, k_clusters, repeats, dim, sharpness=1.0, kind="uneve
     return [tensor.to(DEVICE) for tensor in (q, k, q_sizes, k_sizes)]
 
 
-def select(case, top_p, min_keep_ratio=0.0, scale=0.125, masses=None, errors=None):
+def select(case, top_p, min_keep_ratio=0.0, scale=0.125, masses=None, errors=None, least=None):
     """Return the runs, the counts and the statistics."""
     from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
 
     statistics = torch.zeros(*case[2].shape, len(STATISTICS), device=DEVICE)
-    return *select_blocks_triton(*case, scale, top_p, min_keep_ratio, statistics, masses, errors), statistics
+    return *select_blocks_triton(*case, scale, top_p, min_keep_ratio, statistics, masses, errors, least), statistics
 
 
 def used(runs, counts):
@@ -162,7 +162,8 @@ def check_routing(case, errors, top_p, min_keep_ratio, masses=None):
         probability_of(case) if masses is None else shares_of(case, masses),
     )
     logits = probability.log()
-    wanted = routed_clusters(by_mass, logits, errors, sizes, min_keep_ratio) & (sizes > 0).unsqueeze(2)
+    budget = (sizes.unsqueeze(2) * by_mass).sum(-1, keepdim=True)
+    wanted = routed_clusters(budget, logits, errors, sizes, min_keep_ratio) & (sizes > 0).unsqueeze(2)
     assert torch.equal(keep, wanted)
     rows = case[2].float() / case[2].sum(-1, keepdim=True)
     mass = rows * (probability.float() * keep).sum(-1)
@@ -202,6 +203,46 @@ def test_errors_that_are_no_number_still_keep_enough_keys_within_bounds(value):
     sizes = per_query_head(case, case[3]).unsqueeze(2)
     assert ((kept(case, runs, counts) * sizes).sum(-1) >= (by_mass * sizes).sum(-1)).all()
     assert (used(runs, counts) <= sizes.sum()).all()
+
+
+def check_raising(case, share, top_p=0.5, min_keep_ratio=0.0, masses=None, errors=None):
+    """Assert that a floor of a share of the keys keeps what the rule says, given what the kernel keeps by mass."""
+    sizes = per_query_head(case, case[3])
+    least = (sizes.sum(-1) * share).int()
+    least[:, -1] = 0
+    runs, counts, statistics = select(case, top_p, min_keep_ratio, masses=masses, errors=errors, least=least)
+    keep = kept(case, runs, counts)
+    of_keep = kept_runs_reference(keep, case[3])
+    assert torch.equal(counts, of_keep.counts) and torch.equal(used(runs, counts), of_keep.runs)
+    by_mass = kept(case, *select(case, top_p, min_keep_ratio, masses=masses)[:2])
+    probability = probability_of(case) if masses is None else shares_of(case, masses)
+    budget = torch.maximum((sizes.unsqueeze(2) * by_mass).sum(-1, keepdim=True), least[..., None, None])
+    if errors is None:
+        wanted = clusters_within(budget, probability.log(), sizes)
+    else:
+        wanted = routed_clusters(budget, probability.log(), errors, sizes, min_keep_ratio)
+    assert torch.equal(keep, wanted & (sizes > 0).unsqueeze(2))
+    mass = case[2].float() / case[2].sum(-1, keepdim=True) * (probability.float() * keep).sum(-1)
+    column = STATISTICS.index("kept_mass_sum")
+    torch.testing.assert_close(statistics[..., column], mass, rtol=1e-4, atol=tolerance_of(case))
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", ["uneven", "giant", "singletons"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_floor_in_keys_raises_those_below_it(shape, kind):
+    case = random_case(*shape, sharpness=4.0, kind=kind)
+    for share in (0.4, 1.0):
+        check_raising(case, share)
+
+
+@runs_kernels
+def test_a_floor_goes_with_given_masses_and_errors_and_grouped_heads():
+    case = random_case(5, 33, 2, 16, batch=2, groups=2)
+    masses = torch.rand(*case[2].shape, 33, generator=torch.Generator().manual_seed(0)).pow(6).to(DEVICE)
+    check_raising(case, 0.6, masses=masses)
+    check_raising(case, 0.6, min_keep_ratio=0.2, errors=random_errors(case))
+    check_raising(case, 0.6, masses=masses, errors=random_errors(case))
 
 
 @runs_kernels

@@ -56,6 +56,7 @@ def test_the_kernels_pass_under_the_interpreter():
         {"given": GIVEN_ERRORS},
         {"given": GIVEN_METRIC, "dtype": torch.bfloat16},
         {"given": GIVEN_METRIC, "dim": 64, "k_clusters": 300, "dtype": torch.float16},
+        {"given": frozenset({"least_keys"})},
         {"dim": 128, "q_clusters": 60, "k_clusters": 300, "dtype": torch.bfloat16},
     ],
     ids=name_of,
@@ -156,6 +157,17 @@ WRONG = [
     ("measure_recall", with_argument(10, lambda arguments: 1.1 * arguments[10])),
     ("measure_recall", with_argument(6, lambda arguments: (arguments[6] - 1).clamp(min=0))),
     ("measure_recall", with_result(0, lambda found: found.mul_(0.99))),
+    ("probe_rows", with_argument(12, lambda arguments: 1.1 * arguments[12])),
+    ("probe_rows", with_argument(7, lambda arguments: (arguments[7] - 1).clamp(min=0))),
+    ("probe_rows", with_argument(2, lambda arguments: arguments[2].nan_to_num(0).roll(1, 2))),
+    ("probe_rows", with_argument(15, lambda arguments: 7)),
+    ("probe_rows", with_result(1, set_at(LAST, math.nan))),
+    ("probe_rows", with_result(2, lambda recall: recall.mul_(0.99))),
+    ("repair_rows_", with_argument(2, lambda arguments: 1.1 * arguments[2])),
+    ("repair_rows_", with_argument(1, lambda arguments: arguments[1].flip(-1).contiguous())),
+    ("repair_rows_", with_state(0, lambda out: out[0, 0].mul_(1.05))),
+    ("repair_rows_", with_state(0, set_at(LAST, math.nan))),
+    ("repair_rows_", with_result(0, lambda found: found.mul_(0.9))),
 ]
 
 
@@ -176,6 +188,15 @@ def test_a_clustering_in_another_metric_is_found(metric):
         kind = dataclasses.replace(CPU_KIND, dim=dim, k_clusters=k_clusters, given=GIVEN_METRIC)
         assert why_wrong("kmeans_", kind) is None
         assert why_wrong("kmeans_", kind, plant("kmeans_")) is not None
+
+
+def test_a_floor_in_keys_that_is_forgotten_is_found():
+    def forgets(*arguments):
+        return svg2.select_blocks(*arguments[:10])
+
+    kind = dataclasses.replace(CPU_KIND, given=GIVEN_MASSES | {"least_keys"})
+    assert why_wrong("select_blocks", kind) is None
+    assert why_wrong("select_blocks", kind, forgets).endswith("% of the pairs are chosen otherwise")
 
 
 def test_a_wrong_weight_of_pseudo_keys_is_found():
@@ -244,6 +265,8 @@ def test_the_kernels_are_right(op):
         log_dropped_weights_triton,
         measure_recall_triton,
         permute_triton,
+        probe_rows_triton,
+        repair_rows_triton,
         select_blocks_triton,
         sort_labels_triton,
     )
@@ -263,12 +286,15 @@ def test_the_kernels_are_right(op):
         "select_blocks": select_blocks_triton.select_blocks_triton,
         "block_sparse_attention": block_sparse_attention_pointer.block_sparse_attention_pointer,
         "measure_recall": measure_recall_triton.measure_recall_triton,
+        "probe_rows": probe_rows_triton.probe_rows_triton,
+        "repair_rows_": repair_rows_triton.repair_rows_triton,
     }
     kind = dataclasses.replace(CPU_KIND, device=torch.device(DEVICE), dtype=torch.float16, given=GIVEN_CONTEXT)
     assert why_wrong(op, kind, launchers[op]) is None
     assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_MASSES), launchers[op]) is None
     if op == "select_blocks":
-        assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_ERRORS), launchers[op]) is None
+        for given in (GIVEN_ERRORS, frozenset({"least_keys"}), GIVEN_ERRORS | {"least_keys"}):
+            assert why_wrong(op, dataclasses.replace(kind, given=given), launchers[op]) is None
     if op == "kmeans_":
         assert why_wrong(op, dataclasses.replace(kind, given=GIVEN_METRIC), launchers[op]) is None
 
@@ -283,7 +309,8 @@ def test_nothing_is_wrong_on_this_gpu(dtype, dim, monkeypatch):
     kind = Kind(GPU, dtype, dim, q_clusters=100, k_clusters=500, given=GIVEN_CONTEXT | {"context_mask"})
     check_kernels([(op, kind) for op in WITH_KERNELS])
     check_kernels([("select_blocks", dataclasses.replace(kind, given=GIVEN_MASSES))])
-    check_kernels([("select_blocks", dataclasses.replace(kind, given=GIVEN_ERRORS))])
+    for given in (GIVEN_ERRORS, frozenset({"least_keys"}), GIVEN_ERRORS | {"least_keys"}):
+        check_kernels([("select_blocks", dataclasses.replace(kind, given=given))])
     check_kernels([("block_sparse_attention", dataclasses.replace(kind, given=GIVEN_PSEUDO_KEYS))])
     check_kernels([("kmeans_", dataclasses.replace(kind, given=GIVEN_METRIC))])
     assert why_not.wrong_kernels == {}

@@ -351,8 +351,8 @@ MUTANTS = (
     Mutant(
         "estimated masses not given to the selection",
         "passes/stages/keep_top_p.py",
-        "*([] if flow.masses is None and flow.errors is None else [flow.masses])",
-        "*[]",
+        "given = [flow.masses, flow.errors, flow.least_keys]",
+        "given = [None, flow.errors, flow.least_keys]",
         ("tests/api/test_estimate_by.py", "tests/passes/test_stages.py"),
     ),
     Mutant(

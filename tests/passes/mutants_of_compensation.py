@@ -43,8 +43,8 @@ MUTANTS = (
     Mutant(
         "errors taken for masses",
         "passes/stages/keep_top_p.py",
-        "*([] if flow.masses is None and flow.errors is None else [flow.masses]),",
-        "*([] if flow.masses is None else [flow.masses]),",
+        "given = [flow.masses, flow.errors, flow.least_keys]",
+        "given = [flow.errors, flow.masses, flow.least_keys]",
         COMPENSATE,
     ),
     Mutant(

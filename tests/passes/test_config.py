@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from svg2_compile.kernels.card import MAX_PROBES
 from svg2_compile.passes.config import FIELD_NAMES, MAX_CLUSTERS, MIN_AUTO_CLUSTERS, SparseConfig
 from svg2_compile.passes.errors import ConfigError
 
@@ -29,6 +30,8 @@ ADVICE = {
     "min_recall": ("[0, 1]", "0 guards nothing"),
     "exact_rows": ("(start, end)", "0:333/-50:"),
     "recall_rows": ("at least 0", "0 measures nothing"),
+    "head_floor": ("'online', None", "must be one of"),
+    "repair_rows": ("[0, 64]", "0 repairs nothing"),
     "recall_interval": ("at least 1", "1 measures at every sparse call"),
     "seed": ("[0, 2147483647]", "0 is the default"),
     "dense_steps": ("0", "count"),
@@ -43,6 +46,7 @@ LOWEST = {
     "dense_layers": 0,
     "min_tokens": 1,
     "recall_rows": 0,
+    "repair_rows": 0,
     "recall_interval": 1,
     "seed": 0,
     "dense_steps": 0,
@@ -52,6 +56,7 @@ HIGHEST = {
     "k_clusters": MAX_CLUSTERS,
     "kmeans_iters_init": 1000,
     "kmeans_iters_step": 1000,
+    "repair_rows": MAX_PROBES,
     "seed": 2**31 - 1,
 }
 SHARES = ("top_p", "min_keep_ratio", "max_context_ratio", "min_recall", "dense_steps")
@@ -84,7 +89,7 @@ def bad_value(name: str) -> st.SearchStrategy[object]:
             st.sampled_from(pairs).map(lambda pair: (pair,)),
             st.sampled_from(["5:2", "0", "0:333,400:500", "a:b", "0:3/", "::"]),
         ]
-    if name in ("estimate_by", "cluster_metric", "compensate", "route", "lowering", "on_unsupported"):
+    if name in ("estimate_by", "cluster_metric", "compensate", "route", "head_floor", "lowering", "on_unsupported"):
         values = [
             st.one_of(st.text(), st.integers(), st.none()).filter(lambda value: repr(value) not in ADVICE[name][0])
         ]

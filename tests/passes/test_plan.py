@@ -36,12 +36,15 @@ def plan(**options):
 
 
 def test_a_plan_is_its_site_and_what_the_config_says():
-    found = plan(top_p=1, min_keep_ratio=0, kmeans_iters_init=7, kmeans_iters_step=3, seed=9, recall_rows=5)
+    found = plan(
+        top_p=1, min_keep_ratio=0, kmeans_iters_init=7, kmeans_iters_step=3, seed=9, recall_rows=5, repair_rows=7
+    )
     for field in dataclasses.fields(SITE):
         assert getattr(found, field.name) == getattr(SITE, field.name)
     assert (found.top_p, found.min_keep_ratio) == (1.0, 0.0)
     assert isinstance(found.top_p, float) and isinstance(found.min_keep_ratio, float)
     assert (found.kmeans_iters_init, found.kmeans_iters_step, found.seed, found.recall_rows) == (7, 3, 9, 5)
+    assert found.repair_rows == 7
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,16 @@ def test_a_plan_is_its_site_and_what_the_config_says():
         ({"estimate_by": "queries"}, "Cluster EstimateByQueries KeepTopP Attend"),
         ({"estimate_by": "keys"}, "Cluster EstimateByKeys KeepTopP Attend"),
         ({"recall_rows": 4}, "Cluster KeepTopP MeasureRecall Attend"),
+        ({"head_floor": "online"}, "Cluster FloorHeads KeepTopP Attend"),
+        (
+            {"head_floor": "online", "estimate_by": "queries", "min_recall": 0.8},
+            "Cluster EstimateByQueries FloorHeads KeepTopP MeasureRecall GuardHeads Attend",
+        ),
+        ({"repair_rows": 64}, "Cluster KeepTopP ProbeRows Attend RepairRows"),
+        (
+            {"repair_rows": 64, "min_recall": 0.8, "compensate": "centroids"},
+            "Cluster AverageClusters KeepTopP ProbeRows MeasureRecall GuardHeads Compensate Attend RepairRows",
+        ),
         ({"compensate": "centroids"}, "Cluster AverageClusters KeepTopP Compensate Attend"),
         (
             {"compensate": "centroids", "min_recall": 0.8},
