@@ -25,7 +25,7 @@ from torch import Tensor
 from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.cluster_sizes import sum_of
 from svg2_compile.kernels.launch import cdiv, padded_power_of_two
-from svg2_compile.kernels.select_blocks import LEAST_MASS
+from svg2_compile.kernels.select_blocks import BUDGETS, LEAST_MASS
 from svg2_compile.kernels.selection_statistics import STATISTICS, TILE_KEYS
 from svg2_compile.kernels.work_list import COUNTS, PIECES, max_runs
 
@@ -38,6 +38,7 @@ NUM_STAGES = 3
 MAX_REGISTERS = {64: 64, 128: 96, 256: 128}
 MAX_REGISTERS_BY_ERRORS = {64: 64, 128: 128, 256: 128, 512: 168}
 LANES = tl.constexpr(32)
+OPTIONAL = ("masses", "errors", "budgets")
 UNALIGNED = ["logits_ptr", "edges_ptr", "runs_ptr"]
 # Halving the range of values isolates one of a thousand clusters in about a dozen steps; equal and nearly equal ones
 # take the other way, which halves the range of bit patterns and ends after 32 more.
@@ -54,6 +55,7 @@ LARGEST_ERROR = tl.constexpr(1.0e6)
 SHORT, MEDIUM, LONG = (tl.constexpr(piece) for piece in PIECES)
 PIECES_PER_TILE = tl.constexpr(TILE_KEYS // PIECES[0])
 COUNT_COLUMNS, STATISTIC_COLUMNS = tl.constexpr(len(COUNTS)), tl.constexpr(len(STATISTICS))
+BUDGET_COLUMNS = tl.constexpr(len(BUDGETS))
 
 
 @triton.jit
@@ -245,13 +247,15 @@ def _threshold(
     filled,
     top_p,
     min_keep,
+    max_keep,
     BLOCK_K: tl.constexpr,
     INDEX_BITS: tl.constexpr,
 ):
     """Return a number that just enough logits are above, the mass of those, and the logits.
 
-    The clusters above ``low`` are enough, those above ``high`` are not: so it is at first, and so it remains. Of equal
-    logits at the threshold, those of the clusters that are not needed are lowered.
+    The clusters above ``low`` are enough, those above ``high`` are not: so it is at first, and so it remains. As many
+    as ``max_keep`` are enough whatever their mass, unless that is None. Of equal logits at the threshold, those of the
+    clusters that are not needed are lowered.
     """
     enough_mass = top_p * total
     # Two below, as minus zero is not below zero.
@@ -269,6 +273,8 @@ def _threshold(
                 middle = tl.where(step < VALUE_STEPS, 0.5 * low + 0.5 * high, _number((a & b) + ((a ^ b) >> 1)))
                 mass, count = _mass_and_count(logits > middle[None, :, None], weights)
                 is_enough = (mass > enough_mass) & (count >= at_least)
+                if max_keep is not None:
+                    is_enough = is_enough | (count >= max_keep)
                 low, high = tl.where(is_enough, middle, low), tl.where(is_enough, high, middle)
                 mass_above_low = tl.where(is_enough, mass, mass_above_low)
                 above_low = tl.where(is_enough, count, above_low)
@@ -285,6 +291,8 @@ def _threshold(
             middle = (before + last) >> 1
             mass, count = _mass_and_count(is_needed | (is_tied & (cluster <= middle[None, :, None])), weights)
             is_enough = (mass > enough_mass) & (count >= at_least)
+            if max_keep is not None:
+                is_enough = is_enough | (count >= max_keep)
             before, last = tl.where(is_enough, before, middle), tl.where(is_enough, middle, last)
             mass_above_low = tl.where(is_enough, mass, mass_above_low)
         logits = tl.where(is_tied & (cluster > last[None, :, None]), float("-inf"), logits)
@@ -328,14 +336,16 @@ def _by_errors(
     logits = _again(logits_ptrs)
     weights = tl.exp2(logits - largest[None, :, None])
     low, _, logits = _threshold(
-        logits, weights, cluster, smallest, largest, total, filled, 0.0, guaranteed, BLOCK_K, INDEX_BITS
+        logits, weights, cluster, smallest, largest, total, filled, 0.0, guaranteed, None, BLOCK_K, INDEX_BITS
     )
     errors = tl.load(errors_ptrs)
     highest = tl.max(tl.max(errors, 0), 1) + 1.0
     errors = tl.where(logits > low[None, :, None], highest[None, :, None], errors)
     lowest = tl.min(tl.min(tl.where(errors > float("-inf"), errors, LARGEST), 0), 1)
     sizes = _sizes(_again(edges_ptrs))
-    low, _, errors = _threshold(errors, sizes, cluster, lowest, highest, budget, filled, 1.0, 1, BLOCK_K, INDEX_BITS)
+    low, _, errors = _threshold(
+        errors, sizes, cluster, lowest, highest, budget, filled, 1.0, 1, None, BLOCK_K, INDEX_BITS
+    )
     weights = tl.exp2(_again(logits_ptrs) - largest[None, :, None])
     mass, _ = _mass_and_count(errors > low[None, :, None], weights)
     return low, mass, errors
@@ -446,6 +456,7 @@ def select_kernel(
     statistics_ptr,
     masses_ptr,
     errors_ptr,
+    budgets_ptr,
     scale,
     top_p,
     min_keep,
@@ -476,6 +487,14 @@ def select_kernel(
     edges_ptr += program * BLOCK_K
     k_sizes_ptr += group * k_clusters
     q_sizes_ptr += head * q_clusters
+    max_keep = None
+    if budgets_ptr is not None:
+        budgets_ptr += head * BUDGET_COLUMNS
+        top_p = tl.load(budgets_ptr)
+        least = tl.load(budgets_ptr + 1).to(tl.int32)
+        min_keep = tl.where(top_p >= 1.0, k_clusters, least)
+        guaranteed = tl.maximum(least // 2, 1)
+        max_keep = tl.maximum(tl.load(budgets_ptr + 2), 1.0)
 
     k_tokens, filled = _write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K)
     if masses_ptr is not None:
@@ -527,7 +546,7 @@ def select_kernel(
         weights = tl.exp2(logits - largest[None, :, None])
         total = _per_row(weights)
         low, mass, logits = _threshold(
-            logits, weights, cluster, smallest, largest, total, filled, top_p, min_keep, BLOCK_K, INDEX_BITS
+            logits, weights, cluster, smallest, largest, total, filled, top_p, min_keep, max_keep, BLOCK_K, INDEX_BITS
         )
         edges_ptrs = edges_ptr + (offs_r * stride_edges_r)[None, :, None] + lane
         if errors_ptr is not None:
@@ -581,13 +600,14 @@ def select_blocks_triton(
     statistics: Tensor,
     masses: Tensor | None = None,
     errors: Tensor | None = None,
+    budgets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``select_blocks_reference`` for at most ``MAX_CLUSTERS`` clusters on either side.
 
     Scores, sums and logarithms round differently: a cluster may differ from the reference's where the mass before it is
     within rounding of ``top_p``, or where two probabilities, or two errors per key, are within rounding of each other.
     """
-    if top_p >= 1:
+    if top_p >= 1 and budgets is None:
         errors = None  # everything is kept
     batch, heads, q_clusters, dim = q_centroids.shape
     k_clusters = k_centroids.shape[2]
@@ -613,6 +633,7 @@ def select_blocks_triton(
             sums,
             None if masses is None else masses.contiguous(),
             None if errors is None else errors.contiguous(),
+            None if budgets is None else budgets.expand(batch, heads, len(BUDGETS)).contiguous(),
             scale,
             top_p,
             k_clusters if top_p >= 1 else math.floor(min_keep_ratio * k_clusters),
@@ -648,11 +669,11 @@ def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
 
 
 def aot_variants(capability: int) -> list[AotVariant]:
-    """Return the kernel for the usual head dims, few and many clusters, and for given masses."""
+    """Return the kernel for the usual head dims, few and many clusters, and for what else may be given."""
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
     signature |= dict.fromkeys(("q_sizes_ptr", "k_sizes_ptr"), "*i32")
     signature |= {"logits_ptr": "*fp32", "edges_ptr": "*i64", "runs_ptr": "*i64", "counts_ptr": "*i32"}
-    signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "errors_ptr": "*fp32"}
+    signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "errors_ptr": "*fp32", "budgets_ptr": "*fp32"}
     signature |= {"scale": "fp32", "top_p": "fp32"}
     signature |= dict.fromkeys(
         ("min_keep", "guaranteed", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"), "i32"
@@ -663,8 +684,10 @@ def aot_variants(capability: int) -> list[AotVariant]:
         *((dim, clusters, ()) for dim in (64, 80, 128, 256) for clusters in counts),
         *((128, clusters, ("masses",)) for clusters in counts),
         *((128, clusters, ("masses", "errors")) for clusters in counts),
+        *((128, clusters, ("budgets",)) for clusters in counts),
+        (128, 512, ("masses", "errors", "budgets")),
     ):
-        absent: dict[str, object] = {f"{name}_ptr": None for name in ("masses", "errors") if name not in given}
+        absent: dict[str, object] = {f"{name}_ptr": None for name in OPTIONAL if name not in given}
         types = {name: kind for name, kind in signature.items() if name not in absent}
         variants.append(
             AotVariant(

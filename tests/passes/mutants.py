@@ -351,8 +351,8 @@ MUTANTS = (
     Mutant(
         "estimated masses not given to the selection",
         "passes/stages/keep_top_p.py",
-        "*([] if flow.masses is None and flow.errors is None else [flow.masses])",
-        "*[]",
+        "_last_arguments(flow.masses, flow.errors,",
+        "_last_arguments(None, flow.errors,",
         ("tests/api/test_estimate_by.py", "tests/passes/test_stages.py"),
     ),
     Mutant(
@@ -365,8 +365,8 @@ MUTANTS = (
     Mutant(
         "statistics of a guarded site added twice",
         "passes/plan.py",
-        "KeepTopP(is_final=not is_guarded)",
-        "KeepTopP(is_final=True)",
+        "KeepTopP(is_final=not is_guarded,",
+        "KeepTopP(is_final=True,",
         ("tests/api/test_guard.py",),
     ),
     Mutant(

@@ -43,8 +43,8 @@ MUTANTS = (
     Mutant(
         "errors taken for masses",
         "passes/stages/keep_top_p.py",
-        "*([] if flow.masses is None and flow.errors is None else [flow.masses]),",
-        "*([] if flow.masses is None else [flow.masses]),",
+        "_last_arguments(flow.masses, flow.errors,",
+        "_last_arguments(flow.errors, flow.masses,",
         COMPENSATE,
     ),
     Mutant(
