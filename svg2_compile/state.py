@@ -112,7 +112,7 @@ class StateStore:
                 key = (site.index, site.path, stream, site.device, size)
                 state = states.pop(key, None)
                 if state is None or state.specs != site.state_specs:
-                    self._make_room(caller, clock)
+                    self._make_room(caller, clock, found)
                     state = SiteState(site.state_specs, _allocate(site.state_specs, site.device), run)
                 elif state.run != run:
                     state.begin_generation(run)
@@ -147,11 +147,14 @@ class StateStore:
             self._callers.clear()
             self._sums.clear()
 
-    def _make_room(self, caller: Caller, clock: DenoiseClock) -> None:
-        """Let go what no loop will ask for again."""
+    def _make_room(self, caller: Caller, clock: DenoiseClock, in_use: list[SiteState]) -> None:
+        """Let go what no loop will ask for again, and nothing of the call that asks now."""
+        asking = {id(each) for each in in_use}
         for owner, states in self._callers[caller].items():
             for key, state in list(states.items()):
-                if owner is clock:
+                if id(state) in asking:
+                    is_over = False
+                elif owner is clock:
                     is_over = state.is_last_step or state.generation < clock.generations - 1
                 else:
                     is_over = state.is_last_step and owner.is_idle
