@@ -98,7 +98,7 @@ class Budgets:
     made_from: MadeFrom
     models: tuple[ModelBudgets, ...]
     source: str
-    """The file."""
+    """The file, by its absolute path."""
     digest: str
     """Of its bytes."""
 
@@ -130,7 +130,7 @@ class Budgets:
             names = ", ".join(name for name, _ in found)
             raise ConfigError(
                 f"{self.source} holds budgets of {names}, each with an attention {path}; give "
-                f"SparseConfig(budgets=read_budgets(path).only({found[0][0]!r})) to say which is meant"
+                f"svg2_compile.passes.read_budgets.read_budgets(path).only({found[0][0]!r}) to say which is meant"
             )
         return found[0][1] if found else None
 

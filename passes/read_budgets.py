@@ -56,7 +56,7 @@ def read_budgets(path: str | os.PathLike[str]) -> Budgets:
         raise ConfigError(
             f"budgets {source} cannot be read: {error.strerror or error}; give a file that svg2 calibrate wrote"
         ) from error
-    return parse_budgets(data, source)
+    return parse_budgets(data, str(file.absolute()))
 
 
 def parse_budgets(data: bytes, source: str) -> Budgets:
@@ -104,7 +104,7 @@ def write_budgets(budgets: Budgets, path: str | os.PathLike[str]) -> Budgets:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
-    return replace(written, source=os.fspath(path))
+    return replace(written, source=str(file.absolute()))
 
 
 def _plain(budgets: Budgets) -> dict[str, Any]:

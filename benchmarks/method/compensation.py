@@ -4,7 +4,8 @@
 
 Every way has a curve over ``top_p`` for every video, and is read where the density is that of plain SVG2 at the same
 ``top_p``, video by video (``at_density``). ``centroids``, ``queries``, ``compensation`` and ``routing`` are options of
-the backend. The others give the means another weight than ln n: ``second order`` adds half the variance of the scores
+the backend. So is ``budgets``, with a file of ``svg2 calibrate`` for each ``top_p`` (``--budgets 0.9=FILE``). The
+others give the means another weight than ln n: ``second order`` adds half the variance of the scores
 of the cluster for the mean query, ``exact weight`` takes what all keys of the cluster weigh for the mean query.
 Writes ``compensation.json`` after every video; prints tables.
 """
@@ -17,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class Way:
 
     options: dict[str, Any]
     weigh: Weigh | None = None
+    files: dict[float, str] = field(default_factory=dict)
+    """Of budgets, by ``top_p``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,8 @@ class Bench:
         torch._dynamo.reset()
         svg2_compile.reset()
         options = {**self.options, **way.options, "top_p": top_p, "lowering": "eager"}
+        if way.files:
+            options["budgets"] = way.files[top_p]
 
         def stages(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
             usual = stages_of(config, site)
@@ -178,9 +183,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=Video().width)
     parser.add_argument("--steps", type=int, default=Video().steps)
     parser.add_argument("--top-p", type=float, nargs="+", default=TOP_P)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=(*WAYS, "budgets"), default=list(WAYS))
+    parser.add_argument("--budgets", nargs="+", default=[], metavar="TOP_P=FILE", help="for the way of that name")
     parser.add_argument("--option", action="append", default=[], help="name=value of SparseConfig, repeatable")
     arguments = parser.parse_args()
+    files = {float(top_p): path for top_p, path in (each.split("=", 1) for each in arguments.budgets)}
+    if "budgets" in arguments.ways and not {*arguments.top_p} <= {*files}:
+        raise SystemExit(
+            f"--budgets must name a file for each --top-p, got {sorted(files)}; run svg2 calibrate for each"
+        )
+    ways = WAYS | {"budgets": Way({}, files=files)}
     extra = {name: json.loads(value) for name, value in (each.split("=", 1) for each in arguments.option)}
     options = {**TINY_OPTIONS, "dense_steps": 0.35, **extra}
     size = {name: getattr(arguments, name) for name in ("frames", "height", "width", "steps")}
@@ -199,7 +211,7 @@ def main() -> None:
     for video in videos:
         dense = bench.dense(video)
         points = [
-            {"way": name, "top_p": top_p, **asdict(bench.sparse(WAYS[name], top_p, video, dense))}
+            {"way": name, "top_p": top_p, **asdict(bench.sparse(ways[name], top_p, video, dense))}
             for name in arguments.ways
             for top_p in arguments.top_p
         ]

@@ -7,9 +7,11 @@ import pytest
 import torch
 from budgets_cases import budgets_for_models, write_for
 from torch import nn
+from typer.testing import CliRunner
 
 import svg2_compile
-from svg2_compile import denoise_step, svg2_backend
+from svg2_compile import denoise_step, svg2_backend, tiny_wan
+from svg2_compile.cli import app
 from svg2_compile.explaining.tracing import explain
 from svg2_compile.options import split_options
 from svg2_compile.passes.budgets import AttentionBudgets
@@ -320,6 +322,33 @@ def test_explain_tells_them_before_a_run(tmp_path):
             explain(nn.Sequential(Block(), Block()), tokens())
 
 
+def test_the_command_explain_shows_them_and_refuses_those_of_another_model(tmp_path):
+    model = tiny_wan.load_pipeline().transformer
+    heads = model.config.num_attention_heads
+    shares = (0.25, *(0.75,) * (heads - 1))
+    path = write_for(tmp_path / "b.json", model, AttentionBudgets("blocks.1.attn1", heads, shares))
+    size = ("--frames", "16", "--height", "128", "--width", "256")
+    done = CliRunner().invoke(app, ["explain", "tiny", *size, "--config", f"budgets={path}"])
+    assert done.exit_code == 0, done.output
+    told = " ".join(done.output.split())
+    assert "0.25" in told and "0.75" in told and f"over {heads} heads" in told
+    path = write_for(tmp_path / "b.json", Model(), *DIFFERENT)
+    done = CliRunner().invoke(app, ["explain", "tiny", *size, "--config", f"budgets={path}"])
+    assert done.exit_code == 2 and "it is no Model" in done.output
+
+
+def test_a_folder_that_is_left_does_not_lose_the_file(tmp_path, monkeypatch, caplog):
+    model = Model()
+    write_for(tmp_path / "b.json", model, *DIFFERENT)
+    monkeypatch.chdir(tmp_path)
+    compiled = as_a_whole(model, budgets="b.json")
+    generate(compiled)
+    monkeypatch.chdir("/")
+    write_for(tmp_path / "b.json", model, *(other := [of(path, 0.9, 0.9) for path in PATHS]))
+    generate(compiled, "two")
+    assert in_force(model) == by_site(other) and "stays in force" not in caplog.text
+
+
 def test_the_report_is_plain_values_for_json(tmp_path):
     model = Model()
     path = write_for(tmp_path / "b.json", model, *DIFFERENT)
@@ -334,6 +363,16 @@ def test_code_without_a_module_is_refused(tmp_path):
     function = torch.compile(lambda x: attend(x, x, x), backend="svg2", options=OPTIONS | {"budgets": path})
     with pytest.raises(Exception, match=r"must be of a torch\.nn\.Module"):
         function(torch.randn(1, 2, TOKENS, 16))
+
+
+def test_a_branch_that_begins_in_the_last_step_keeps_the_states_of_all_its_attentions(tmp_path):
+    model = Model()
+    compiled = as_a_whole(model, budgets=write_for(tmp_path / "b.json", model, *DIFFERENT))
+    for stream in ("one", "other"):
+        with denoise_step(0, 1, stream):
+            compiled(tokens())
+    assert ["other" in site.branches for site in svg2_compile.report(model).sparse_sites] == [True, True]
+    assert in_force(model) == by_site(DIFFERENT)
 
 
 def test_the_option_is_read_when_it_is_given(tmp_path):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from budgets_cases import write_for
 
 from svg2_compile import tiny_wan
+from svg2_compile.passes.budgets import AttentionBudgets
 from svg2_compile.video.measure import TINY_OPTIONS, Video
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -71,7 +73,7 @@ def test_a_gain_is_read_at_the_density_of_the_other_way_and_nowhere_else(compens
     assert compensation.gain(video, "plain", "other", 1) is None
 
 
-def test_a_way_is_run_and_everything_kept_is_dense(compensation):
+def test_a_way_is_run_and_everything_kept_is_dense(compensation, tmp_path):
     pipeline = tiny_wan.load_pipeline()
     options = {**TINY_OPTIONS, "q_clusters": 4, "k_clusters": 16, "dense_steps": 0.35, "min_tokens": 64}
     bench = compensation.Bench(pipeline, options)
@@ -81,6 +83,12 @@ def test_a_way_is_run_and_everything_kept_is_dense(compensation):
     assert everything.density == 1.0 and everything.psnr_db > 60
     less = bench.sparse(compensation.WAYS["routing"], 0.3, video, dense)
     assert 0 < less.density < 1 and less.psnr_db < everything.psnr_db
+    # a file with a share for each head, whatever top_p says
+    layers, heads = bench.eager.config.num_layers, bench.eager.config.num_attention_heads
+    shares = [AttentionBudgets(f"blocks.{layer}.attn1", heads, (1.0,) * heads) for layer in range(layers)]
+    path = write_for(tmp_path / "b.json", bench.eager, *shares)
+    whole = bench.sparse(compensation.Way({}, files={0.3: path}), 0.3, video, dense)
+    assert whole.density == 1.0 and whole.psnr_db > 60
 
 
 def test_the_cost_is_timed_beside_dense_attention(monkeypatch):
