@@ -85,7 +85,7 @@ class MadeFrom:
     options: tuple[tuple[str, Setting], ...]
     """The options under which the sparse results were compared with the exact ones."""
     environment: tuple[tuple[str, str], ...]
-    """Device, dtype and versions."""
+    """Device, dtype and versions, and words that the method was told."""
     outcome: tuple[tuple[str, float], ...]
     """What the method was asked for, and what it expects."""
 
@@ -140,6 +140,8 @@ def rows_of(
 ) -> tuple[HeadRow, ...]:
     """Return the budget of every query head of an attention; without any, the same for all.
 
+    A ``top_p`` of 1 keeps everything in all heads: it asks for exactly dense attention.
+
     Args:
         budgets: of the attention, as far as the file tells.
         heads: query heads.
@@ -161,7 +163,11 @@ def rows_of(
         getattr(budgets, name) or (otherwise,) * heads
         for name, otherwise in zip(NUMBERS, (top_p, min_keep_ratio, 1.0), strict=True)
     )
+    # a share of 1 is exactly dense, whatever stands beside it; that of the options is for all heads
+    whole = (1.0, k_clusters, k_clusters)
     return tuple(
-        (share, math.floor(floor * k_clusters), max(1, math.floor(cap * k_clusters)))
+        whole
+        if max(share, top_p) >= 1
+        else (share, math.floor(floor * k_clusters), max(1, math.floor(cap * k_clusters)))
         for share, floor, cap in zip(shares, floors, caps, strict=True)
     )

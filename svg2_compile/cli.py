@@ -144,6 +144,9 @@ def calibrate(
     density: Annotated[
         float | None, typer.Option(help="heart: mean density to spend; that of top_p for all heads by default.")
     ] = None,
+    error_of: Annotated[
+        str, typer.Option(help="heart: errors over the results of the head, or of its attention.")
+    ] = "head",
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
     levels: Annotated[
@@ -193,6 +196,7 @@ def calibrate(
             preset=preset,
             config=config,
             density=density,
+            error_of=error_of,
             candidates=candidates,
             band=band,
             levels=levels,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch.nn import Module
@@ -38,6 +38,7 @@ from svg2_compile.schedule import dense_step_count
 from svg2_compile.video.measure import TINY_OPTIONS, Request, denoiser_names, fastest_attention, with_models
 from svg2_compile.video.progress import Progress
 
+ErrorOf = Literal["head", "attention"]
 CANDIDATES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 """Shares that are tried; HASTE tries 0.85, 0.9 and 0.95. Everything comes last."""
 LEVELS = 4
@@ -60,6 +61,8 @@ class CalibrationSettings:
     """As for ``torch.compile``: what the model will be run with."""
     density: float | None = None
     """Mean density of the sparse calls, for ``heart``; None: that of ``top_p`` in all heads."""
+    error_of: ErrorOf = "head"
+    """What the error of a head is compared with, for ``heart``: its own results, or those of its whole attention."""
     candidates: tuple[float, ...] = CANDIDATES
     band: tuple[float, float] = WAN_BAND
     """For ``svoo-clipped``."""
@@ -74,6 +77,7 @@ class CalibrationSettings:
             ConfigError: an option, or a setting, is unknown or out of range.
         """
         config.check_choice("method", self.method, METHODS)
+        config.check_choice("error_of", self.error_of, get_args(ErrorOf))
         config.check_choice("device", self.device, ("auto", "cpu", "cuda"))
         config.check_choice("dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         config.check_integer("levels", self.levels, 1, 1000, f"{LEVELS} is the default")
@@ -239,7 +243,9 @@ class Calibration:
             measured_steps=self.measured_steps,
             size=tuple(settings.size.given.items()),
             options=tuple(_settings(settings.resolved.sparse).items()),
-            environment=tuple(self.environment.items()),
+            environment=tuple(
+                {**self.environment, **({"error_of": settings.error_of} if settings.tried else {})}.items()
+            ),
             outcome=tuple(outcome.figures.items()),
         )
         try:

@@ -15,7 +15,7 @@ from svg2_compile.calibration.allocate import allocate
 from svg2_compile.calibration.errors import CalibrationError
 from svg2_compile.calibration.samples import Sample
 from svg2_compile.calibration.svoo import by_codes_rule, by_papers_rule
-from svg2_compile.calibration.try_budgets import Measured
+from svg2_compile.calibration.try_budgets import MEASURES, Measured
 from svg2_compile.passes.budgets import AttentionBudgets
 from svg2_compile.passes.errors import ConfigError
 
@@ -108,13 +108,14 @@ def _mean(measured: Measured) -> Tensor:
 def _by_errors(settings: CalibrationSettings, measured: Mapping[Place, Measured]) -> Outcome:
     """Let the sum of the heads' errors be least under a mean density (HASTE's calibration, on attentions' results)."""
     tried, shared = settings.tried, settings.tried.index(float(settings.resolved.sparse.top_p))
-    means = {place: _mean(each) for place, each in measured.items()}  # [2, H, C]
+    means = {place: _mean(each) for place, each in measured.items()}  # [3, H, C]
+    error, density = MEASURES.index(settings.error_of), MEASURES.index("density")
     # a longer sequence has more pairs, so its density costs more
     pairs = {place: float(each.tokens) ** 2 for place, each in measured.items()}
     whole = sum(pairs[place] * each.shape[1] for place, each in means.items())
     heads = [(place, head) for place, each in means.items() for head in range(each.shape[1])]
-    errors = [means[place][0, head].tolist() for place, head in heads]
-    densities = [means[place][1, head].tolist() for place, head in heads]
+    errors = [means[place][error, head].tolist() for place, head in heads]
+    densities = [means[place][density, head].tolist() for place, head in heads]
     costs = [[pairs[place] * each / whole for each in of] for (place, _), of in zip(heads, densities, strict=True)]
     shared_density = sum(of_head[shared] for of_head in costs)
     limit = shared_density if settings.density is None else settings.density

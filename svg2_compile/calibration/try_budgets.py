@@ -23,6 +23,7 @@ from svg2_compile.formatting import dotted
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.dynamo_graphs import FakeTensor
+from svg2_compile.passes.errors import InternalError
 from svg2_compile.passes.plan import SitePlan, stages_of
 from svg2_compile.passes.records import AttentionSite, StateSpec
 from svg2_compile.passes.stages.attend import Attend
@@ -35,6 +36,9 @@ from svg2_compile.state import store
 
 EVERYTHING = 1.0
 """The candidate that is exact."""
+MEASURES = ("density", "head", "attention")
+"""What is measured of a head and a candidate: its density, and the square of what is wrong in its results over the
+square of the exact ones: its own, or the mean of those of all heads of the attention."""
 
 
 @dataclass(slots=True)
@@ -44,7 +48,7 @@ class Measured:
     calls: int
     tokens: int
     values: Tensor
-    """Fp64: of HEART, errors and densities [2, H, C]; of SVOO, profiles [1, H, 1]."""
+    """Fp64: of HEART, ``MEASURES`` [3, H, C]; of SVOO, profiles [1, H, 1]."""
 
     def add(self, other: Measured) -> None:
         """Add other calls."""
@@ -100,7 +104,7 @@ class Recorder:
                     if any(each.tensors.get("statistics") is state for each in states):
                         prefix = prefix_of(caller, self.model, region.owner.name)
                         return dotted(prefix or "", site.path)
-        raise AssertionError("the state of a running attention is in no store")
+        raise InternalError("calibrate: the state of an attention that runs is in no store")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,17 +155,18 @@ class TryBudgets(_Measuring):
     """Measures error and density of every head for every candidate."""
 
     def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
-        """Write every candidate, each measured as soon as it has run, so that no two results lie in memory."""
+        """Write every candidate, each measured as soon as it has run: one tried result at a time lies in memory."""
         exact = self.exact(writer, flow)
         assert exact.out is not None
         found: list[Node] = []
         for candidate in self.recorder.candidates[:-1]:
             tried = self.tried(writer, flow, candidate)
-            measure = _as_function("measure", errors_and_densities, lambda out, *_: out.new_empty(2, out.shape[1]))
+            measure = _as_function("measure", errors_and_densities, lambda out, *_: out.new_empty(3, out.shape[1]))
             found.append(writer.emit(measure, tried.out, exact.out, tried.statistics))
 
         def record(out: Tensor, state: Tensor, *measured: Tensor) -> Tensor:
-            everything = torch.stack((torch.zeros_like(measured[0][0]), torch.ones_like(measured[0][1])))
+            everything = torch.zeros_like(measured[0])
+            everything[MEASURES.index("density")] = 1
             self.recorder.add(state, out.shape[2], torch.stack((*measured, everything), -1))
             return out
 
@@ -196,15 +201,12 @@ class TakeProfile(_Measuring):
 
 
 def errors_and_densities(out: Tensor, exact: Tensor, statistics: Tensor) -> Tensor:
-    """Return the error and the density of every head, fp32 [2, H].
-
-    The error is the square of what is wrong in a head's results, over the mean square of what the heads of the
-    attention give: heads count by what they contribute, and attentions alike.
-    """
+    """Return ``MEASURES`` of every head, fp32 [3, H]."""
+    least = torch.finfo(torch.float32).tiny
     wrong = (out.float() - exact.float()).square().sum((0, 2, 3))
-    given = exact.float().square().sum((0, 2, 3)).mean()
+    given = exact.float().square().sum((0, 2, 3)).clamp(min=least)
     density = statistics[..., STATISTICS.index("density_sum")].sum(-1).mean(0)
-    return torch.stack((wrong / given.clamp(min=torch.finfo(torch.float32).tiny), density.float()))
+    return torch.stack((density.float(), wrong / given, wrong / given.mean()))
 
 
 def _as_function(name: str, call: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -273,6 +273,18 @@ def test_two_models_of_one_file_that_share_a_graph_have_their_own(tmp_path):
         assert in_force(model) == by_site(chosen)
 
 
+def test_a_top_p_of_1_is_exactly_dense_with_budgets_too(tmp_path):
+    outputs = []
+    for options in ({}, {"budgets": True}):
+        model = Model()
+        capped = [of(path, 0.2, 0.3, max_keep_ratio=(0.25, 0.25)) for path in PATHS]
+        given = {name: write_for(tmp_path / "b.json", model, *capped) for name in options}
+        outputs.append(generate(as_a_whole(model, top_p=1, **given)))
+        svg2_compile.reset()
+        torch._dynamo.reset()
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("options", [{"compensate": "centroids", "route": "error"}, {"estimate_by": "queries"}])
 def test_budgets_go_with_the_other_stages(options, tmp_path):
     model = Model()

@@ -35,11 +35,7 @@ MUTANTS = (
     ),
     Mutant("a rule without a quantile", SVOO, "+ GAUSSIAN_QUANTILE * spread", "", RULES),
     Mutant(
-        "errors of every head in its own measure",
-        TRY,
-        ".square().sum((0, 2, 3)).mean()",
-        ".square().sum((0, 2, 3))",
-        TRYING,
+        "errors over the mean head for each head", TRY, "wrong / given, wrong", "wrong / given.mean(), wrong", TRYING
     ),
     Mutant(
         "the sparse results go on",

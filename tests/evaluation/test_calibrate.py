@@ -147,6 +147,9 @@ def test_another_density_needs_no_measurement(arguments, finished, monkeypatch):
     assert figures["asked_density"] == pytest.approx(0.9 * shared + 0.1, rel=1e-5)
     assert figures["density"] <= figures["asked_density"] + 1e-6
     assert run(*arguments, "--out", out, "--density", 1e-6).exit_code == 2
+    assert run(*arguments, "--out", out, "--error-of", "attention").exit_code == 0
+    assert dict(read_budgets(out).made_from.environment)["error_of"] == "attention"
+    assert out.read_bytes() != before
     assert run(*arguments, "--out", out).exit_code == 0 and out.read_bytes() == before
 
 
@@ -190,6 +193,7 @@ def test_nothing_sparse_is_told(folder, tmp_path):
     ("given", "words"),
     [
         (("--method", "magic"), "method must be one of 'heart', 'svoo', 'svoo-clipped', got 'magic'"),
+        (("--error-of", "layer"), "error_of must be one of 'head', 'attention', got 'layer'"),
         (("--density", "1.5"), "density must be in (0, 1], got 1.5"),
         (("--candidates", "0.5,x"), "candidates must be numbers separated by commas"),
         (("--candidates", "1.0"), "candidates must have a share below 1"),

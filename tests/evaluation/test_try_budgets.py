@@ -60,9 +60,11 @@ def test_errors_and_densities_are_those_of_the_backend(options):
         torch._dynamo.reset()
         model = Attention()
         sparse = torch.compile(model, backend="svg2", options={**OPTIONS, **options, "top_p": top_p})(*tokens())
-        wrong = (sparse - first).double().square().sum((0, 2, 3)) / first.double().square().sum((0, 2, 3)).mean()
-        errors, densities = found["attentions.0"].values[:, :, place]
-        torch.testing.assert_close(errors, wrong, rtol=1e-3, atol=1e-9)
+        wrong = (sparse - first).double().square().sum((0, 2, 3))
+        given = first.double().square().sum((0, 2, 3))
+        densities, of_head, of_attention = found["attentions.0"].values[:, :, place]
+        torch.testing.assert_close(of_head, wrong / given, rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(of_attention, wrong / given.mean(), rtol=1e-3, atol=1e-9)
         (site,) = svg2_compile.report(model).sparse_sites
         assert densities.tolist() == pytest.approx(site.density_per_head)
     assert found["attentions.0"].tokens == TOKENS and found["attentions.0"].calls == 1

@@ -204,6 +204,9 @@ def test_rows_are_shares_and_whole_clusters():
     assert rows_of(None, 1, 100, 0.9, 0.29) == ((0.9, 28, 100),)
     assert rows_of(ATTENTIONS["one"], 2, 10, 0.9, 0.0) == ((0.5, 1, 10), (0.9, 2, 10))
     assert rows_of(ATTENTIONS["other"], 2, 3, 0.9, 0.5) == ((0.9, 1, 1), (0.9, 1, 3))
+    whole = AttentionBudgets("a", 2, top_p=(1.0, 0.5), max_keep_ratio=(0.1, 0.1))
+    assert rows_of(whole, 2, 10, 0.9, 0.0) == ((1.0, 10, 10), (0.5, 0, 1))
+    assert rows_of(whole, 2, 10, 1, 0.0) == ((1.0, 10, 10),) * 2
     with pytest.raises(ConfigError, match=r"blocks\.0\.attn1 must be of 3 heads, got 2"):
         rows_of(ATTENTIONS["one"], 3, 10, 0.9, 0.0)
 
