@@ -40,7 +40,7 @@ def by_hand(q: Tensor, k: Tensor, visible: Tensor, context: Tensor | None, shown
 @pytest.mark.parametrize("hides", [False, True])
 def test_the_profile_is_the_smallest_share_of_keys_with_its_mass(groups, context, hides):
     generator = torch.Generator().manual_seed(context)
-    q, k = (2 * torch.randn(2, n, 23, 8, generator=generator) for n in (2, groups))
+    q, k = (2 * torch.randn(2, n, 23, 8, generator=generator) for n in (4, groups))
     around = 2 * torch.randn(2, groups, context, 8, generator=generator) if context else None
     visible, shown = torch.ones(2, 23, dtype=torch.bool), torch.ones(2, max(1, context), dtype=torch.bool)
     if hides:
