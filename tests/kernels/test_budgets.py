@@ -121,3 +121,19 @@ def test_budgets_that_do_not_fit_are_refused(budgets, error, words):
     with pytest.raises(error) as raised:
         svg2.select_blocks(x, x, sizes, sizes, 1.0, 0.5, 0.0, statistics, None, None, budgets)
     assert words in str(raised.value)
+
+
+def test_half_of_the_floor_of_the_head_goes_by_mass_where_errors_choose():
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 1, 3, 8, generator=generator), torch.randn(1, 1, 40, 8, generator=generator)
+    errors = 10 * torch.randn(1, 1, 3, 40, generator=generator)
+    sizes = torch.ones(1, 1, 3).int(), torch.ones(1, 1, 40).int()
+
+    def chosen(top_p, floor, budgets):
+        statistics = torch.zeros(1, 1, 3, len(STATISTICS))
+        runs, counts = svg2.select_blocks(q, k, *sizes, 1.0, top_p, floor, statistics, None, errors, budgets)
+        return kept_keys(runs, counts, 40)
+
+    plain = chosen(0.5, 0.1, None)
+    assert torch.equal(chosen(0.5, 1.0, torch.tensor([[0.5, 4.0, 40.0]])), plain)
+    assert not torch.equal(chosen(0.5, 0.1, torch.tensor([[0.5, 20.0, 40.0]])), plain)
