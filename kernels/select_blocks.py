@@ -21,6 +21,8 @@ from svg2_compile.kernels.work_list import COUNTS, kept_runs_reference, max_runs
 
 # The smallest normal number of fp32.
 LEAST_MASS = 2.0**-126
+BUDGETS = ("top_p", "least_clusters", "most_clusters")
+"""The last axis of ``budgets``."""
 
 
 def _check(
@@ -34,6 +36,7 @@ def _check(
     masses: Tensor | None,
     errors: Tensor | None,
     least_keys: Tensor | None,
+    budgets: Tensor | None,
 ) -> None:
     """Check the arguments of ``svg2::select_blocks``."""
     check_rank("q_centroids", q_centroids, 4)
@@ -59,6 +62,9 @@ def _check(
     if least_keys is not None:
         check_shape("least_keys", least_keys, (batch, heads))
         check_dtype("least_keys", least_keys, torch.int32)
+    if budgets is not None:
+        check_shape("budgets", budgets, (heads, len(BUDGETS)))
+        check_dtype("budgets", budgets, statistics.dtype)
     check_value(
         q_clusters >= 1 and k_clusters >= 1,
         lambda: f"there must be at least 1 cluster on either side, got {q_clusters} and {k_clusters}",
@@ -79,6 +85,7 @@ def select_blocks_reference(
     masses: Tensor | None = None,
     errors: Tensor | None = None,
     least_keys: Tensor | None = None,
+    budgets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Keep, for each query cluster, the likeliest key clusters until they carry ``top_p`` of the attention mass.
 
@@ -90,6 +97,10 @@ def select_blocks_reference(
     with ``errors``, that is only how many keys are kept. The ranks up to
     max(1, floor(min_keep_ratio * C_k / 2)) are kept in any case; then clusters in descending order of error per key,
     as long as fewer keys are kept than those would be.
+
+    Nor is a budget of each head's own: with ``budgets``, rank r is kept if r <= max(1, most_clusters) and r = 1, or
+    the ranks before it sum to at most the head's ``top_p``, or that is 1 or more, or r <= least_clusters. This stands
+    in the place of ``top_p`` and of floor(min_keep_ratio * C_k).
 
     Args:
         q_centroids: fp32 (fp64 for judging) [B, H, C_q, D].
@@ -105,6 +116,8 @@ def select_blocks_reference(
         errors: dtype of statistics [B, H, C_q, C_k], logarithms of what is wrong where a cluster is not kept, as
             ``block_errors`` returns it; None keeps what has most mass.
         least_keys: int32 [B, H], how many keys every query cluster of a head keeps at least; None sets no such floor.
+        budgets: dtype of statistics [H, 3], columns named by ``BUDGETS``, the last two whole numbers; None for
+            ``top_p`` and ``min_keep_ratio`` in all heads.
 
     Returns:
         runs: int32 [B, H, C_q, ceil(C_k / 2), 2], contiguous, the kept ranges of keys as ``KeptRuns`` has them; there
@@ -117,9 +130,11 @@ def select_blocks_reference(
 
     Promises:
         Deterministic, no device synchronisation. Ties go to the lowest index. An empty key cluster has probability 0
-        and the last rank, so every row keeps a key. A larger ``top_p`` keeps a superset.
+        and the last rank, so every row keeps a key. A larger ``top_p`` keeps a superset. Budgets that are ``top_p``,
+        floor(min_keep_ratio * C_k) and C_k in every head give the bits that no budgets give.
     """
-    _check(q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics, masses, errors, least_keys)
+    check = (q_centroids, k_centroids, q_sizes, k_sizes, top_p, min_keep_ratio, statistics)
+    _check(*check, masses, errors, least_keys, budgets)
     dtype = statistics.dtype
     if masses is None:
         logits = block_logits(q_centroids.to(dtype), k_centroids.to(dtype), k_sizes, scale)
@@ -127,8 +142,10 @@ def select_blocks_reference(
         # Every cluster with keys has some mass, and those of an empty one do not matter.
         is_empty = per_query_head(k_sizes, q_sizes.shape[1]).unsqueeze(2) == 0
         logits = torch.where(masses > LEAST_MASS, masses, LEAST_MASS).log().masked_fill(is_empty, -math.inf)
-    keep, mass = kept_clusters(logits, top_p, min_keep_ratio)
-    if top_p < 1 and (least_keys is not None or errors is not None):
+    keep, mass = kept_clusters(logits, top_p, min_keep_ratio, budgets)
+    is_bounded = budgets is not None or top_p < 1
+    if is_bounded and (least_keys is not None or errors is not None):
+        by_mass, mass_of_it = keep, mass
         sizes = per_query_head(k_sizes, keep.shape[1])
         budget = (sizes.unsqueeze(2) * keep).sum(-1, keepdim=True)  # [B, H, C_q, 1]
         if least_keys is not None:
@@ -136,8 +153,14 @@ def select_blocks_reference(
         if errors is None:
             keep = clusters_within(budget, logits, sizes)
         else:
-            keep = routed_clusters(budget, logits, errors, sizes, min_keep_ratio)
+            keep = routed_clusters(budget, logits, errors, sizes, min_keep_ratio, budgets)
         mass = (logits.softmax(-1) * keep).sum(-1)
+        if budgets is not None:
+            # where everything is asked for, errors choose nothing
+            share = budgets[:, BUDGETS.index("top_p")].view(-1, 1)
+            is_whole = (share >= 1) & by_mass.all(-1)
+            keep = keep | is_whole.unsqueeze(-1)
+            mass = torch.where(is_whole, mass_of_it, mass)
     kept = kept_runs_reference(keep, k_sizes)
     kept_tokens = torch.einsum("bhqk,bhk->bhq", keep.to(dtype), per_query_head(k_sizes, keep.shape[1]).to(dtype))
     statistics += statistics_of(kept.counts, kept_tokens, mass, q_sizes, k_sizes)
@@ -153,24 +176,43 @@ def block_logits(q_centroids: Tensor, k_centroids: Tensor, k_sizes: Tensor, scal
     return (scores + k_sizes.log().unsqueeze(2)).masked_fill(k_sizes.unsqueeze(2) == 0, -math.inf)
 
 
-def kept_clusters(logits: Tensor, top_p: float, min_keep_ratio: float) -> tuple[Tensor, Tensor]:
+def kept_clusters(
+    logits: Tensor, top_p: float, min_keep_ratio: float, budgets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return which key clusters each query cluster keeps, bool [B, H, C_q, C_k], and their mass [B, H, C_q].
 
     ``logits`` [B, H, C_q, C_k] are logarithms of the masses, but for a constant in every row; -inf in empty clusters.
     """
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     probability = ranked.softmax(-1)
-    if top_p >= 1:
+    if budgets is None and top_p >= 1:
         kept = torch.ones_like(ranked, dtype=torch.bool)
     else:
         before = torch.nn.functional.pad(probability.cumsum(-1)[..., :-1], (1, 0))
         # `before` is 0 at rank 1, which therefore is always kept.
         kept = before <= top_p
         kept[..., : math.floor(min_keep_ratio * logits.shape[3])] = True
+        if budgets is not None:
+            kept = _within(budgets, before)
     return torch.empty_like(kept).scatter_(-1, order, kept), (probability * kept).sum(-1)
 
 
-def routed_clusters(budget: Tensor, logits: Tensor, errors: Tensor, k_sizes: Tensor, min_keep_ratio: float) -> Tensor:
+def _within(budgets: Tensor, before: Tensor) -> Tensor:
+    """Return which ranks every head keeps by its own budget, bool [B, H, C_q, C_k], from the mass before each."""
+    share, least, most = (each.view(-1, 1, 1) for each in budgets.unbind(-1))
+    rank = torch.arange(1, before.shape[3] + 1, device=before.device)
+    kept = (before <= share) | (share >= 1) | (rank <= least)
+    return kept & (rank <= most.clamp(min=1))
+
+
+def routed_clusters(
+    budget: Tensor,
+    logits: Tensor,
+    errors: Tensor,
+    k_sizes: Tensor,
+    min_keep_ratio: float,
+    budgets: Tensor | None = None,
+) -> Tensor:
     """Return which key clusters each query cluster keeps, bool [B, H, C_q, C_k], where errors decide and not masses.
 
     Args:
@@ -179,13 +221,17 @@ def routed_clusters(budget: Tensor, logits: Tensor, errors: Tensor, k_sizes: Ten
         errors: [B, H, C_q, C_k], of what is wrong without.
         k_sizes: int32 [B, H, C_k].
         min_keep_ratio: share of the clusters, by count, half of which is kept for its mass in any case.
+        budgets: as the op takes them; their ``least_clusters`` stand for that share.
     """
     sizes = k_sizes.unsqueeze(2).expand(logits.shape)
+    guaranteed: int | Tensor
     guaranteed = max(1, math.floor(min_keep_ratio * logits.shape[3] / 2))
-    likeliest = logits.sort(dim=-1, descending=True, stable=True).indices[..., :guaranteed]
+    if budgets is not None:
+        guaranteed = (budgets[:, BUDGETS.index("least_clusters")] / 2).floor().clamp(min=1).view(-1, 1, 1)
+    likeliest = logits.sort(dim=-1, descending=True, stable=True).indices.argsort(-1) < guaranteed
     # what is no number comes last but for empty clusters
     per_key = (errors - sizes.clamp(min=1).log()).nan_to_num(nan=torch.finfo(errors.dtype).min)
-    per_key = per_key.masked_fill(sizes == 0, -math.inf).scatter(-1, likeliest, math.inf)
+    per_key = per_key.masked_fill(sizes == 0, -math.inf).masked_fill(likeliest, math.inf)
     return clusters_within(budget, per_key, k_sizes)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.cluster_sizes import sum_of
 from svg2_compile.kernels.launch import cdiv, padded_power_of_two
+from svg2_compile.kernels.select_blocks import BUDGETS
 from svg2_compile.kernels.selection_runs import write_runs
 from svg2_compile.kernels.selection_scratch import (
     LANES,
@@ -39,9 +40,11 @@ NUM_STAGES = 3
 # Most registers of a thread, by the padded number of key clusters. Told none, the assembler stores some on the stack.
 MAX_REGISTERS = {64: 64, 128: 96, 256: 128}
 MAX_REGISTERS_BY_ERRORS = {64: 64, 128: 128, 256: 128, 512: 168}
+OPTIONAL = ("masses", "errors", "least", "budgets")
 UNALIGNED = ["logits_ptr", "edges_ptr", "runs_ptr"]
 TILE, PIECES_PER_TILE = tl.constexpr(TILE_KEYS), tl.constexpr(TILE_KEYS // PIECES[0])
 COUNT_COLUMNS, STATISTIC_COLUMNS = tl.constexpr(len(COUNTS)), tl.constexpr(len(STATISTICS))
+BUDGET_COLUMNS = tl.constexpr(len(BUDGETS))
 
 
 @triton.jit
@@ -84,6 +87,7 @@ def select_kernel(
     masses_ptr,
     errors_ptr,
     least_ptr,
+    budgets_ptr,
     scale,
     top_p,
     min_keep,
@@ -116,6 +120,14 @@ def select_kernel(
     q_sizes_ptr += head * q_clusters
     if least_ptr is not None:
         least_ptr += head
+    max_keep = None
+    if budgets_ptr is not None:
+        budgets_ptr += head * BUDGET_COLUMNS
+        top_p = tl.load(budgets_ptr)
+        least = tl.load(budgets_ptr + 1).to(tl.int32)
+        min_keep = tl.where(top_p >= 1.0, k_clusters, least)
+        guaranteed = tl.maximum(least // 2, 1)
+        max_keep = tl.maximum(tl.load(budgets_ptr + 2), 1.0)
 
     k_tokens, filled = write_edges(k_sizes_ptr, edges_ptr, k_clusters, BLOCK_K)
     if masses_ptr is not None:
@@ -167,7 +179,7 @@ def select_kernel(
         weights = tl.exp2(logits - largest[None, :, None])
         total = per_row(weights)
         low, mass, logits = threshold(
-            logits, weights, cluster, smallest, largest, total, filled, top_p, min_keep, BLOCK_K, INDEX_BITS
+            logits, weights, cluster, smallest, largest, total, filled, top_p, min_keep, max_keep, BLOCK_K, INDEX_BITS
         )
         edges_ptrs = edges_ptr + (offs_r * stride_edges_r)[None, :, None] + lane
         if errors_ptr is not None:
@@ -237,13 +249,14 @@ def select_blocks_triton(
     masses: Tensor | None = None,
     errors: Tensor | None = None,
     least_keys: Tensor | None = None,
+    budgets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``select_blocks_reference`` for at most ``MAX_CLUSTERS`` clusters on either side.
 
     Scores, sums and logarithms round differently: a cluster may differ from the reference's where the mass before it is
     within rounding of ``top_p``, or where two probabilities, or two errors per key, are within rounding of each other.
     """
-    if top_p >= 1:
+    if top_p >= 1 and budgets is None:
         errors = least_keys = None  # everything is kept
     batch, heads, q_clusters, dim = q_centroids.shape
     k_clusters = k_centroids.shape[2]
@@ -270,6 +283,7 @@ def select_blocks_triton(
             None if masses is None else masses.contiguous(),
             None if errors is None else errors.contiguous(),
             None if least_keys is None else least_keys.contiguous(),
+            None if budgets is None else budgets.expand(batch, heads, len(BUDGETS)).contiguous(),
             scale,
             top_p,
             k_clusters if top_p >= 1 else math.floor(min_keep_ratio * k_clusters),
@@ -310,11 +324,12 @@ def _constexprs(dim: int, k_clusters: int) -> dict[str, int]:
 
 
 def aot_variants(capability: int) -> list[AotVariant]:
-    """Return the kernel for the usual head dims, few and many clusters, and for given masses."""
+    """Return the kernel for the usual head dims, few and many clusters, and for what else may be given."""
     signature = {"q_ptr": "*fp32", "k_ptr": "*fp32"}
     signature |= dict.fromkeys(("q_sizes_ptr", "k_sizes_ptr"), "*i32")
     signature |= {"logits_ptr": "*fp32", "edges_ptr": "*i64", "runs_ptr": "*i64", "counts_ptr": "*i32"}
     signature |= {"statistics_ptr": "*fp32", "masses_ptr": "*fp32", "errors_ptr": "*fp32", "least_ptr": "*i32"}
+    signature |= {"budgets_ptr": "*fp32"}
     signature |= {"scale": "fp32", "top_p": "fp32"}
     signature |= dict.fromkeys(
         ("min_keep", "guaranteed", "repeats", "q_clusters", "k_clusters", "run_slots", "stride_edges_r"), "i32"
@@ -327,8 +342,10 @@ def aot_variants(capability: int) -> list[AotVariant]:
         *((128, clusters, ("masses", "errors")) for clusters in counts),
         *((128, clusters, ("least",)) for clusters in counts),
         *((128, clusters, ("masses", "errors", "least")) for clusters in counts),
+        *((128, clusters, ("budgets",)) for clusters in counts),
+        (128, 512, ("masses", "errors", "budgets")),
     ):
-        absent: dict[str, object] = {f"{name}_ptr": None for name in ("masses", "errors", "least") if name not in given}
+        absent: dict[str, object] = {f"{name}_ptr": None for name in OPTIONAL if name not in given}
         types = {name: kind for name, kind in signature.items() if name not in absent}
         variants.append(
             AotVariant(

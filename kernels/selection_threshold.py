@@ -55,13 +55,15 @@ def threshold(
     filled,
     top_p,
     min_keep,
+    max_keep,
     BLOCK_K: tl.constexpr,
     INDEX_BITS: tl.constexpr,
 ):
     """Return a number that just enough logits are above, the mass of those, and the logits.
 
-    The clusters above ``low`` are enough, those above ``high`` are not: so it is at first, and so it remains. Of equal
-    logits at the threshold, those of the clusters that are not needed are lowered.
+    The clusters above ``low`` are enough, those above ``high`` are not: so it is at first, and so it remains. As many
+    as ``max_keep`` are enough whatever their mass, unless that is None. Of equal logits at the threshold, those of the
+    clusters that are not needed are lowered.
     """
     enough_mass = top_p * total
     # Two below, as minus zero is not below zero.
@@ -79,6 +81,8 @@ def threshold(
                 middle = tl.where(step < VALUE_STEPS, 0.5 * low + 0.5 * high, _number((a & b) + ((a ^ b) >> 1)))
                 mass, count = _mass_and_count(logits > middle[None, :, None], weights)
                 is_enough = (mass > enough_mass) & (count >= at_least)
+                if max_keep is not None:
+                    is_enough = is_enough | (count >= max_keep)
                 low, high = tl.where(is_enough, middle, low), tl.where(is_enough, high, middle)
                 mass_above_low = tl.where(is_enough, mass, mass_above_low)
                 above_low = tl.where(is_enough, count, above_low)
@@ -95,6 +99,8 @@ def threshold(
             middle = (before + last) >> 1
             mass, count = _mass_and_count(is_needed | (is_tied & (cluster <= middle[None, :, None])), weights)
             is_enough = (mass > enough_mass) & (count >= at_least)
+            if max_keep is not None:
+                is_enough = is_enough | (count >= max_keep)
             before, last = tl.where(is_enough, before, middle), tl.where(is_enough, middle, last)
             mass_above_low = tl.where(is_enough, mass, mass_above_low)
         logits = tl.where(is_tied & (cluster > last[None, :, None]), float("-inf"), logits)
@@ -142,7 +148,9 @@ def threshold_of_keys(
     sizes = _sizes(_again(edges_ptrs))
     budget = _budget(logits, low, sizes, least_ptr)
     logits = _again(logits_ptrs)
-    low, _, logits = threshold(logits, sizes, cluster, smallest, largest, budget, filled, 1.0, 1, BLOCK_K, INDEX_BITS)
+    low, _, logits = threshold(
+        logits, sizes, cluster, smallest, largest, budget, filled, 1.0, 1, None, BLOCK_K, INDEX_BITS
+    )
     weights = tl.exp2(_again(logits_ptrs) - largest[None, :, None])
     mass, _ = _mass_and_count(logits > low[None, :, None], weights)
     return low, mass, logits
@@ -174,14 +182,16 @@ def threshold_of_errors(
     logits = _again(logits_ptrs)
     weights = tl.exp2(logits - largest[None, :, None])
     low, _, logits = threshold(
-        logits, weights, cluster, smallest, largest, total, filled, 0.0, guaranteed, BLOCK_K, INDEX_BITS
+        logits, weights, cluster, smallest, largest, total, filled, 0.0, guaranteed, None, BLOCK_K, INDEX_BITS
     )
     errors = tl.load(errors_ptrs)
     highest = tl.max(tl.max(errors, 0), 1) + 1.0
     errors = tl.where(logits > low[None, :, None], highest[None, :, None], errors)
     lowest = tl.min(tl.min(tl.where(errors > float("-inf"), errors, LARGEST), 0), 1)
     sizes = _sizes(_again(edges_ptrs))
-    low, _, errors = threshold(errors, sizes, cluster, lowest, highest, budget, filled, 1.0, 1, BLOCK_K, INDEX_BITS)
+    low, _, errors = threshold(
+        errors, sizes, cluster, lowest, highest, budget, filled, 1.0, 1, None, BLOCK_K, INDEX_BITS
+    )
     weights = tl.exp2(_again(logits_ptrs) - largest[None, :, None])
     mass, _ = _mass_and_count(errors > low[None, :, None], weights)
     return low, mass, errors

@@ -349,12 +349,12 @@ def check_select_blocks(call: Callable[..., Any], kind: Kind) -> str | None:
     numbers = (kind.dim**-0.5, 0.7, 0.1)
     given = [_random(seed, kind.q_clusters, kind.k_clusters, torch.float32) for seed in (2, 3)]
     masses = given[0].softmax(-1) if "masses" in kind.given else None
-    choosing = [masses]
-    if "errors" in kind.given or "least_keys" in kind.given:
-        choosing.append(given[1] if "errors" in kind.given else None)
-    if "least_keys" in kind.given:
-        half = torch.full((1, HEADS), kind.tokens // 2, dtype=torch.int32, device="cpu")
-        choosing.append(half)
+    errors = given[1] if "errors" in kind.given else None
+    # the only head keeps at least an eighth of the clusters and at most half of them
+    of_heads = [[0.5, kind.k_clusters // 8, max(1, kind.k_clusters // 2)]]
+    budgets = torch.tensor(of_heads, dtype=torch.float32, device="cpu") if "budgets" in kind.given else None
+    floor = torch.full((1, HEADS), kind.tokens // 2, dtype=torch.int32, device="cpu")
+    choosing = [masses, errors, floor if "least_keys" in kind.given else None, budgets]
     on_device = _zeros(kind, kind.q_clusters, len(STATISTICS))
     statistics = on_device.cpu().clone()
     got = call(

@@ -1,11 +1,14 @@
 """The options that can change the picture."""
 
+import os
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from svg2_compile.kernels.card import MAX_PROBES
+from svg2_compile.passes.budgets import Budgets
 from svg2_compile.passes.errors import ConfigError
+from svg2_compile.passes.read_budgets import read_budgets
 
 TOKENS_PER_Q_CLUSTER = 600
 TOKENS_PER_K_CLUSTER = 150
@@ -74,6 +77,19 @@ def _holds_rows(start: object, end: object) -> bool:
     return start < end if (start < 0) == (end < 0) else True
 
 
+def budgets_of(value: object) -> Budgets | None:
+    """Return budgets, given as such or as the path of their file.
+
+    Raises:
+        ConfigError: it is neither, or the file cannot be used.
+    """
+    if value is None or isinstance(value, Budgets):
+        return value
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"budgets must be the path of a file that svg2 calibrate wrote, or None, got {value!r}")
+    return read_budgets(value)
+
+
 def check_choice(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
     """Raise ConfigError unless the option is one of the words."""
     if value not in allowed:
@@ -89,6 +105,11 @@ class SparseConfig:
 
     min_keep_ratio: float = 0.1
     """Least share of the key clusters (not tokens) that each query cluster keeps, in [0, 1]."""
+
+    budgets: str | os.PathLike[str] | Budgets | None = None
+    """Budgets of layers and heads in the place of ``top_p`` and ``min_keep_ratio``: a file that ``svg2 calibrate``
+    wrote for the very model (not the paper's). What it does not say is left to the two options. It is read at once, and
+    again where it has changed when a generation begins."""
 
     estimate_by: Literal["centroids", "queries", "keys"] = "centroids"
     """What the attention mass of a block is estimated from: the centroids of its queries and keys (the paper's, eq. 1);
@@ -181,6 +202,7 @@ class SparseConfig:
         """
         check_number("top_p", self.top_p, 0, 1, "0.9 is a good start for Wan 2.1", exclusive_low=True)
         check_number("min_keep_ratio", self.min_keep_ratio, 0, 1, "0.1 is the paper's setting")
+        object.__setattr__(self, "budgets", budgets_of(self.budgets))
         check_number("max_context_ratio", self.max_context_ratio, 0, 1, "0.5 is the default")
         for name in ("q_clusters", "k_clusters"):
             if getattr(self, name) != "auto":
@@ -218,6 +240,11 @@ class SparseConfig:
     def measured_rows(self) -> int:
         """The rows per head on which recall is measured; 0 for none."""
         return self.recall_rows or (GUARD_ROWS if self.min_recall > 0 else 0)
+
+    @property
+    def head_budgets(self) -> Budgets | None:
+        """What was read of ``budgets``."""
+        return self.budgets if isinstance(self.budgets, Budgets) else None
 
     def clusters_for(self, tokens: int) -> tuple[int, int]:
         """Return the query and key cluster counts for a video sequence of ``tokens`` tokens."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+from svg2_compile.passes.budgets import HeadRow, rows_of
 from svg2_compile.passes.config import SparseConfig
 from svg2_compile.passes.kernel_config import KernelConfig
 from svg2_compile.passes.records import AttentionSite, StateSpec
@@ -39,6 +40,8 @@ class SitePlan(AttentionSite):
 
     top_p: float
     min_keep_ratio: float
+    budgets: tuple[HeadRow, ...] | None
+    """Of every query head, as far as the path of the attention inside the compiled root tells; None without a file."""
     kmeans_iters_init: int
     kmeans_iters_step: int
     seed: int
@@ -66,7 +69,7 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
     if config.head_floor == "online":
         stages.append(FloorHeads())
     is_guarded = config.min_recall > 0
-    stages.append(KeepTopP(is_final=not is_guarded))
+    stages.append(KeepTopP(is_final=not is_guarded, by_head=config.budgets is not None))
     if config.repair_rows:
         stages.append(ProbeRows(measures=config.measured_rows > 0))
     if config.measured_rows:
@@ -86,11 +89,19 @@ def stages_of(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
 def plan_site(
     site: AttentionSite, config: SparseConfig, kernel_config: KernelConfig, stages: StagesOf = stages_of
 ) -> SitePlan:
-    """Decide about one site."""
+    """Decide about one site.
+
+    Raises:
+        ConfigError: its budgets are those of another number of heads.
+    """
+    top_p, floor, budgets = float(config.top_p), float(config.min_keep_ratio), config.head_budgets
     plan = SitePlan(
         **{field.name: getattr(site, field.name) for field in fields(AttentionSite)},
-        top_p=float(config.top_p),
-        min_keep_ratio=float(config.min_keep_ratio),
+        top_p=top_p,
+        min_keep_ratio=floor,
+        budgets=None
+        if budgets is None
+        else rows_of(budgets.of(site.path), site.q_heads, site.k_clusters, top_p, floor),
         kmeans_iters_init=config.kmeans_iters_init,
         kmeans_iters_step=config.kmeans_iters_step,
         seed=config.seed,

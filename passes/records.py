@@ -78,8 +78,8 @@ class StateSpec:
     dtype: torch.dtype
     lifetime: Lifetime = "forever"
     """``generation``: every generation starts from ``initial`` again; ``forever``: only the first one does."""
-    initial: float | tuple[float, ...] = 0.0
-    """What it starts as: one number, or one for each place of the last axis."""
+    initial: float | tuple[float, ...] | tuple[tuple[float, ...], ...] = 0.0
+    """What it starts as: one number, or those of the last axis or of the last two."""
     counts_clusterings: bool = False
     """Above 0 means that the centroids beside it hold something."""
     adds_up: bool = False

@@ -191,9 +191,9 @@ def sparsify(
         gm: a Dynamo-level graph, or an exported one; nodes carry ``meta["example_value"]`` or ``meta["val"]``.
         config: what to keep; the defaults if absent.
         kernel_config: which kernels run; the defaults if absent.
-        state: ``inputs`` appends the state tensors to the graph's inputs (pass zeros at first, the same tensors at
-            every step, per CFG branch); ``buffers`` registers them on the graph, for ``torch.export``, which wants
-            a fixed batch size then.
+        state: ``inputs`` appends the state tensors to the graph's inputs (pass zeros at first, with ``budgets`` what
+            the specs create, and the same tensors at every step, per CFG branch); ``buffers`` registers them on the
+            graph, for ``torch.export``, which wants a fixed batch size then.
         stages: what a sparse attention does, chosen per site; for experiments with stages of their own.
 
     Returns:

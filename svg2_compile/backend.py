@@ -16,13 +16,16 @@ import torch
 from torch.fx import GraphModule
 
 from svg2_compile import announce
+from svg2_compile.budgets import BudgetsInForce
 from svg2_compile.cache_identity import named_after_ops
 from svg2_compile.dynamo import fake_mode_of_trace, load_compile_fx
 from svg2_compile.frames import Compiled, is_dynamic, owner_position, what_is_compiled
 from svg2_compile.kernels.self_check import kinds_of
 from svg2_compile.obstacles import certain_obstacles
 from svg2_compile.options import Options, split_options
+from svg2_compile.passes.budgets import Budgets
 from svg2_compile.passes.clone import clone
+from svg2_compile.passes.errors import ConfigError
 from svg2_compile.passes.op_calls import op_calls
 from svg2_compile.passes.plan import StagesOf, stages_of
 from svg2_compile.passes.sparsify import Sparsified, raise_unsupported, sparsify
@@ -57,6 +60,7 @@ def svg2_backend(
 
     Raises:
         ConfigError: an option is unknown or out of range, or TensorRT is asked for and missing.
+        ConfigError: ``budgets`` are those of another model.
         UnsupportedError: an attention cannot be sparse and ``on_unsupported="error"``.
     """
     ours, inductor_options = split_options(options, mode)
@@ -64,10 +68,14 @@ def svg2_backend(
     compiled = what_is_compiled(example_inputs)
     watch(options, compiled.root, svg2_backend)
     # one graph with all layers leaves the first ones out; layers that share a graph are told apart when they run
-    if config.on_unsupported == "error" and compiled.root is not None:
-        model = compiled.root if compiled.parent is None else compiled.parent
+    model = compiled.root if compiled.parent is None else compiled.parent
+    if config.on_unsupported == "error" and compiled.root is not None and model is not None:
         raise_unsupported(certain_obstacles(model, compiled.root))
+    budgets = None if config.head_budgets is None else _budgets_of(model, config.head_budgets)
     own_layers = dataclasses.replace(config, dense_layers=0) if compiled.is_repeated else config
+    if budgets is not None and model is not None:
+        # of several models in the file, this one's
+        own_layers = dataclasses.replace(own_layers, budgets=budgets.of_model(model, budgets.all))
     plan = sparsify(gm, own_layers, ours.kernel, stages=stages)
     _announce(plan)
     lower = _lowering(ours, inductor_options)
@@ -87,7 +95,16 @@ def svg2_backend(
         owner=owner,
         begins_forward=compiled.begins_forward,
         kinds=kinds_of(op_calls(plan.gm.graph)) if ours.kernel.self_check else (),
+        budgets=budgets,
     )
+
+
+def _budgets_of(model: torch.nn.Module | None, budgets: Budgets) -> BudgetsInForce:
+    if model is None:
+        raise ConfigError(
+            f"budgets {budgets.source} must be of a torch.nn.Module, got code without one; compile the denoiser itself"
+        )
+    return BudgetsInForce(budgets, model)
 
 
 def _lowering(options: Options, inductor_options: dict[str, Any]) -> Lower:

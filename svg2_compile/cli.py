@@ -138,6 +138,78 @@ def evaluate(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A diffusers model id, a local folder, or tiny.")] = "tiny",
+    method: Annotated[str, typer.Option(help="heart, svoo (the paper's rule) or svoo-clipped (its code's).")] = "heart",
+    density: Annotated[
+        float | None, typer.Option(help="heart: mean density to spend; that of top_p for all heads by default.")
+    ] = None,
+    error_of: Annotated[
+        str, typer.Option(help="heart: errors over the results of the head, or of its attention.")
+    ] = "head",
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    levels: Annotated[
+        int, typer.Option(help="Steps of a generation that are looked at, spread over the sparse ones.")
+    ] = 4,
+    candidates: Annotated[
+        str, typer.Option(help="heart: values of top_p to try, separated by commas.")
+    ] = "0.3,0.5,0.6,0.7,0.8,0.85,0.9,0.95,0.98",
+    band: Annotated[str, typer.Option(help="svoo-clipped: lowest and highest floor.")] = "0.15,0.2",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the pipeline's own number by default.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, for video pipelines.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A named preset; the defaults without one.")] = None,
+    config: Annotated[
+        str, typer.Option(help='Options that the model will be run with, such as "estimate_by=queries".')
+    ] = "",
+    out: Annotated[Path, typer.Option(help="The file; what is measured is kept in a folder beside it.")] = Path(
+        "budgets.json"
+    ),
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU is used if there is one.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16; by default bfloat16 on a GPU, float32 on a CPU.")
+    ] = "auto",
+) -> None:
+    """Find budgets for every layer and head, to run with options={"budgets": FILE}; go on where a run was stopped."""
+    from rich.console import Console
+
+    from svg2_compile.calibration.errors import CalibrationError
+    from svg2_compile.evaluation.errors import EvaluationError
+    from svg2_compile.passes.errors import ConfigError
+    from svg2_compile.tiny_wan import TinyWanError
+
+    try:
+        from svg2_compile.calibration.calibration import Calibration
+        from svg2_compile.calibration.inputs import settings_of
+        from svg2_compile.evaluation.pipelines import Size
+
+        settings = settings_of(
+            model=model,
+            out=out,
+            method=method,
+            prompts=prompts,
+            seeds=seeds,
+            size=Size(frames, height, width, steps, guidance_scale),
+            preset=preset,
+            config=config,
+            density=density,
+            error_of=error_of,
+            candidates=candidates,
+            band=band,
+            levels=levels,
+            device=device,
+            dtype=dtype,
+        )
+        Calibration(settings).run(Console())
+    except (CalibrationError, ConfigError, EvaluationError, TinyWanError) as error:
+        typer.secho(f"svg2 calibrate: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
 def doctor(
     device: Annotated[str, typer.Option(help="cpu or cuda; a GPU is used if there is one.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "bfloat16",

@@ -75,7 +75,7 @@ def default_device(name: str = "auto") -> torch.device:
 def check(workload: Workload) -> None:
     """Compare the kernels for ``workload`` with their references, so that ``diagnose`` knows the wrong ones."""
     kinds = [(card.name, _kind(card.kernels, workload)) for card in _cards() if card.kernels is not None]
-    selected_by = ("masses", "errors", "least_keys")
+    selected_by = ("masses", "errors", "least_keys", "budgets")
     given = (*(("select_blocks", {name}) for name in selected_by), ("block_sparse_attention", {"pseudo_k"}))
     kinds += [(op, replace(dict(kinds)[op], given=frozenset(names))) for op, names in given]
     check_kernels(kinds)

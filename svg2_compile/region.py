@@ -18,6 +18,7 @@ import torch
 from torch.fx import GraphModule
 
 from svg2_compile import schedule
+from svg2_compile.budgets import BudgetsInForce
 from svg2_compile.dynamo import fake_mode_of_fixed_sizes, tracing_with
 from svg2_compile.forwards import Caller, Forward, caller_of, forget, forward_of, mark, ordinal
 from svg2_compile.kernels.known_state import known_as_clustered
@@ -125,16 +126,18 @@ class Region:
         owner: Owner,
         begins_forward: bool,
         kinds: tuple[tuple[str, Kind], ...] = (),
+        budgets: BudgetsInForce | None = None,
     ) -> None:
         """Set up both variants.
 
         Args: ``begins_forward`` where each of its calls is another forward of the model; ``kinds`` of tensors, by the
-        names of ops, for which the kernels are checked before the first sparse call.
+        names of ops, for which the kernels are checked before the first sparse call; ``budgets`` of the heads.
         """
         self.config, self.plan, self.dense, self.sparse, self.owner = config, plan, dense, sparse, owner
         self.begins_forward = begins_forward
         self.is_dynamic = any(not isinstance(site.tokens, int) for site in plan.sites)
         self._kinds = kinds
+        self._budgets = budgets
         self.number = next(_numbers)
         self._lock = threading.Lock()
         self.clear()
@@ -165,7 +168,10 @@ class Region:
     def _states(self, caller: Caller, forward: Forward, args: tuple[Any, ...]) -> list[SiteState]:
         shapes = tuple(each.shape for each in args if isinstance(each, torch.Tensor)) if self.is_dynamic else ()
         now = forward.tick
-        return store.states_for(caller, forward.clock, now.run, now.stream, self.plan.sites, shapes)
+        states = store.states_for(caller, forward.clock, now.run, now.stream, self.plan.sites, shapes)
+        if self._budgets is not None:
+            self._budgets.give(caller, self.owner.name, self.plan.sites, states)
+        return states
 
     def owners(self) -> list[Caller]:
         """Return every model or layer that called."""

@@ -17,8 +17,10 @@ from svg2_compile.obstacles import obstacles
 from svg2_compile.passes.plan import SitePlan
 from svg2_compile.passes.records import Rejection, told
 from svg2_compile.passes.sparsify import Sparsified
+from svg2_compile.passes.stages.keep_top_p import BudgetsOfHeads
 from svg2_compile.recompilation import exhausted
 from svg2_compile.region import DenseGraph, Region
+from svg2_compile.site_paths import without_common_end
 from svg2_compile.state import SiteState, store
 
 MIB = 2**20
@@ -320,21 +322,9 @@ def _called_for(
             place = position.get(id(layer))
             if layer is not None and place is not None:
                 path = dotted(names[place][1], caller.name) if caller.name else names[place][1]
-                prefix = _without_common_end(path, graph.owner.name)
+                prefix = without_common_end(path, graph.owner.name)
                 found.append(((place, graph.number), (graph, caller, prefix)))
     return [each for _, each in sorted(found, key=lambda ranked: ranked[0])]
-
-
-def _without_common_end(name: str, inner: str) -> str:
-    """Return the path of the root module: ``name`` is its parameter's path in the model, ``inner`` Dynamo's in it.
-
-    Where hooks wrap the module, Dynamo's begins with the attributes that lead through them.
-    """
-    path, inside = name.split("."), inner.split(".")
-    while path and inside and path[-1] == inside[-1]:
-        path.pop()
-        inside.pop()
-    return ".".join(path)
 
 
 @dataclass(slots=True)
@@ -366,6 +356,8 @@ class _Row:
         shown: dict[str, Any] = {}
         for stage in site.stages:
             shown |= stage.shows(site, tensors)
+        if self.caller is None and site.budgets is not None:
+            shown["budgets"] = BudgetsOfHeads.told(site.budgets)  # nothing has run, and the whole model was traced
         if "dense_heads" in shown:
             shown["dense_heads"] = tuple(
                 DenseHead(head, batch, streams[place], since_call, recall)
@@ -385,7 +377,7 @@ class _Row:
             path=path,
             shape=f"{site.batch}×{site.q_heads}×{told(site.tokens)}×{site.head_dim}{context}",
             plan=site.clusters_told,
-            hint="",
+            hint=next((each.budgets.why_not for each in states if each.budgets is not None), ""),
             sparse=True,
             sparse_calls=sum(state.calls for state in states),
             dense_calls=sum(self.dense_calls.values()),

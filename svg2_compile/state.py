@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,27 @@ from svg2_compile.passes.records import StateSpec
 
 Key = tuple[int, str, str, torch.device, tuple[Any, ...]]
 """Site index, site path, CFG branch, device, and the sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenBudgets:
+    """Which budgets a state holds."""
+
+    digest: str
+    """Of the file."""
+    model: str
+    path: str
+    """Of the attention in the model; empty where it cannot be told."""
+    why_not: str
+    """Why it holds those of all heads alike; empty where the file has its own."""
+
+    def is_like(self, other: GivenBudgets) -> bool:
+        """Say whether both are from one place of one file."""
+        return self.without("") == other.without("")
+
+    def without(self, why_not: str) -> GivenBudgets:
+        """Return the same with a reason why the file has none."""
+        return replace(self, why_not=why_not)
 
 
 @dataclass(slots=True)
@@ -40,6 +61,8 @@ class SiteState:
     """Sparse forwards so far."""
     is_clustered: bool = False
     """Whether a sparse forward of this generation has run."""
+    budgets: GivenBudgets | None = None
+    """Whose budgets it holds; None where it holds none, or those of all heads alike as it was made with."""
 
     def begin_generation(self, run: int) -> None:
         """Let the next clustering start from tokens and every head be sparse again; statistics go on adding up."""
@@ -89,7 +112,7 @@ class StateStore:
                 key = (site.index, site.path, stream, site.device, size)
                 state = states.pop(key, None)
                 if state is None or state.specs != site.state_specs:
-                    self._make_room(caller, clock)
+                    self._make_room(caller, clock, found)
                     state = SiteState(site.state_specs, _allocate(site.state_specs, site.device), run)
                 elif state.run != run:
                     state.begin_generation(run)
@@ -124,11 +147,14 @@ class StateStore:
             self._callers.clear()
             self._sums.clear()
 
-    def _make_room(self, caller: Caller, clock: DenoiseClock) -> None:
-        """Let go what no loop will ask for again."""
+    def _make_room(self, caller: Caller, clock: DenoiseClock, in_use: list[SiteState]) -> None:
+        """Let go what no loop will ask for again, and nothing of the call that asks now."""
+        asking = {id(each) for each in in_use}
         for owner, states in self._callers[caller].items():
             for key, state in list(states.items()):
-                if owner is clock:
+                if id(state) in asking:
+                    is_over = False
+                elif owner is clock:
                     is_over = state.is_last_step or state.generation < clock.generations - 1
                 else:
                     is_over = state.is_last_step and owner.is_idle

@@ -21,10 +21,11 @@ ARROWS = {
     "video": ("core", "tiny_wan"),
     "explaining": ("core", "tiny_wan"),
     "evaluation": ("core", "tiny_wan", "video"),
+    "calibration": ("core", "tiny_wan", "video", "evaluation"),
     "tensorrt": ("cut_graphs", "dynamo", "frames", "region"),
 }
 """The rooms of the API room, and what each may import; the core is the flat files, and single files are of the core."""
-LAZILY = {"backend": ("tensorrt",), "cli": ("explaining", "evaluation", "tiny_wan", "video")}
+LAZILY = {"backend": ("tensorrt",), "cli": ("calibration", "explaining", "evaluation", "tiny_wan", "video")}
 """What files of the core import where it is asked for, inside a function."""
 MODULES = sorted(path for room in ("kernels", "passes", "svg2_compile") for path in (ROOT / room).rglob("*.py"))
 

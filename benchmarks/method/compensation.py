@@ -5,9 +5,10 @@
 
 Every way has a curve over ``top_p`` for every video, and is read where the density is that of plain SVG2 at the same
 ``top_p``, video by video (``at_density``). Most ways are options of the backend: ``compensation`` is
-``compensate="centroids"`` and ``keys`` is ``compensate="keys"``, both with ``estimate_by="queries"``; ``oracle`` is
-``centroids`` with the exact masses; ``second order`` adds half the variance of the scores of a cluster for the mean
-query to the weight of its mean. Rows that are computed densely are not counted in the density.
+``compensate="centroids"`` and ``keys`` is ``compensate="keys"``, both with ``estimate_by="queries"``; ``budgets`` takes
+a file of ``svg2 calibrate`` for each ``top_p`` (``--budgets 0.9=FILE``). ``oracle`` is ``centroids`` with the exact
+masses, and ``second order`` adds half the variance of the scores of a cluster for the mean query to the weight of its
+mean. Rows that are computed densely are not counted in the density.
 
 Videos are the model's examples by default, eight of them or more. Writes ``compensation.json``, or a file of another
 ``--name``, after every point; prints tables. Ways can be measured by several processes; ``--join`` puts them together.
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ class Way:
     weigh: Weigh | None = None
     select: Select | None = None
     """In place of the backend's own selection."""
+    files: dict[float, str] = field(default_factory=dict)
+    """Of budgets, by ``top_p``."""
 
     def stages(self, config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
         """Return the stages of a site."""
@@ -177,6 +180,8 @@ class Bench:
         """Return how far a way is from dense attention, for every video."""
         torch._dynamo.reset()
         options = {**self.options, **way.options, "top_p": top_p, "lowering": "eager"}
+        if way.files:
+            options["budgets"] = way.files[top_p]
 
         def stages(config: SparseConfig, site: AttentionSite) -> tuple[Stage, ...]:
             return *way.stages(config, site), Judge(self._judge)
@@ -213,7 +218,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=Video().width)
     parser.add_argument("--steps", type=int, default=Video().steps)
     parser.add_argument("--top-p", type=float, nargs="+", default=TOP_P)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=(*WAYS, "budgets"), default=list(WAYS))
+    parser.add_argument("--budgets", nargs="+", default=[], metavar="TOP_P=FILE", help="for the way of that name")
     parser.add_argument("--option", action="append", default=[], help="name=value of SparseConfig, repeatable")
     parser.add_argument("--join", type=Path, nargs="+", help="put these files of the same videos together, and stop")
     arguments = parser.parse_args()
@@ -229,6 +235,12 @@ def main() -> None:
 
 def measured(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Measure every way of the command line, and write what there is after each point."""
+    files = {float(top_p): path for top_p, path in (each.split("=", 1) for each in arguments.budgets)}
+    if "budgets" in arguments.ways and not {*arguments.top_p} <= {*files}:
+        raise SystemExit(
+            f"--budgets must name a file for each --top-p, got {sorted(files)}; run svg2 calibrate for each"
+        )
+    ways = WAYS | {"budgets": Way({}, files=files)}
     extra = {name: json.loads(value) for name, value in (each.split("=", 1) for each in arguments.option)}
     options = {**TINY_OPTIONS, "dense_steps": 0.35, **extra}
     size = {name: getattr(arguments, name) for name in ("frames", "height", "width", "steps")}
@@ -249,7 +261,7 @@ def measured(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
     }
     for name in arguments.ways:
         for top_p in arguments.top_p:
-            for record, point in zip(result["videos"], bench.sparse(WAYS[name], top_p)):
+            for record, point in zip(result["videos"], bench.sparse(ways[name], top_p)):
                 record["points"].append({"way": name, "top_p": top_p, **asdict(point)})
             path.write_text(json.dumps(result, indent=1) + "\n")
             print(f"{name}, {top_p}", flush=True)

@@ -3,18 +3,20 @@
     runs, counts = select_blocks(q_centroids, k_centroids, q_sizes, k_sizes, scale, top_p, min_keep_ratio, statistics)
 
 Where a stage before it has estimated the masses, they come last among the arguments; where one has estimated errors,
-these come after them and choose instead, as many keys as the masses would. A floor in keys is the last argument.
+these come after them and choose instead, as many keys as the masses would. A floor in keys comes after these, and
+budgets of the heads, which are state so that layers can share a graph, last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
+from svg2_compile.kernels.select_blocks import BUDGETS
 from svg2_compile.kernels.selection_statistics import STATISTICS
 from svg2_compile.passes.records import StateSpec
 from svg2_compile.passes.stages.flow import Flow, SiteWriter
@@ -30,11 +32,18 @@ class KeepTopP(Stage):
 
     is_final: bool = True
     """False where a later stage replaces the selection and adds to the statistics itself."""
+    by_head: bool = False
+    """Whether every head has a budget of its own."""
 
     def state(self, site: SitePlan) -> tuple[StateSpec, ...]:
-        """Return the statistics."""
+        """Return the statistics, and the budgets of the heads where they have some."""
         shape = (site.batch, site.q_heads, site.q_clusters, len(STATISTICS))
-        return (StateSpec(site.index, "statistics", shape, torch.float32, adds_up=True),)
+        statistics = StateSpec(site.index, "statistics", shape, torch.float32, adds_up=True)
+        if not self.by_head:
+            return (statistics,)
+        assert site.budgets is not None
+        shape_of_budgets = (site.q_heads, len(BUDGETS))
+        return statistics, StateSpec(site.index, "budgets", shape_of_budgets, torch.float32, initial=site.budgets)
 
     def emit(self, writer: SiteWriter, flow: Flow) -> Flow:
         """Write the selection."""
@@ -51,7 +60,7 @@ class KeepTopP(Stage):
         least = summed(states, "statistics", lambda each: each[..., STATISTICS.index("own_kept_mass_sum")].amin(-1))
         if sums is None or least is None or not bool(sums[:, 0].sum() > 0):
             names = ("density", "kept_mass", "lowest_kept_mass", "k_padding")
-            return {**dict.fromkeys(names), "density_per_head": ()}
+            return {**dict.fromkeys(names), "density_per_head": (), **self._budgets(states)}
         calls, densities, masses, _, issued = sums.unbind(-1)
         return {
             "density": float(densities.sum() / calls.sum()),
@@ -59,15 +68,19 @@ class KeepTopP(Stage):
             "lowest_kept_mass": float(least.sum() / calls.sum()),
             "k_padding": float(issued.sum() / densities.sum()),
             "density_per_head": tuple((densities / calls).tolist()),
+            **self._budgets(states),
         }
+
+    def _budgets(self, states: States) -> Mapping[str, Any]:
+        """Return the budgets that are in force, of the branch that was asked last."""
+        found = [each["budgets"] for each in states if "budgets" in each]
+        return {"budgets": BudgetsOfHeads.told(found[-1].tolist())} if found else {}
 
 
 def write_selection(writer: SiteWriter, flow: Flow, statistics: Node) -> list[Node]:
     """Write a selection that adds to ``statistics``; return its runs and counts."""
     site = writer.site
-    given = [flow.masses, flow.errors, flow.least_keys]
-    while given and given[-1] is None:
-        given.pop()
+    given = flow.masses, flow.errors, flow.least_keys, writer.state.get("budgets")
     return writer.parts(
         torch.ops.svg2.select_blocks.default,
         writer.state["q_centroids"],
@@ -78,6 +91,36 @@ def write_selection(writer: SiteWriter, flow: Flow, statistics: Node) -> list[No
         site.top_p,
         site.min_keep_ratio,
         statistics,
-        *given,
+        *_given(*given),
         count=2,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetsOfHeads:
+    """The budgets of the heads of an attention, as the selection takes them."""
+
+    top_p: list[float]
+    least_clusters: list[float]
+    most_clusters: list[float]
+
+    @classmethod
+    def told(cls, rows: Sequence[Sequence[float]]) -> BudgetsOfHeads:
+        """Return what the rows of ``budgets`` say, one a head."""
+        return cls(*(list(each) for each in zip(*rows, strict=True)))
+
+    def __str__(self) -> str:
+        """Return mean, least and most over the heads."""
+        parts = (_spread(name, getattr(self, name)) for name in BUDGETS)
+        return f"({', '.join(parts)} over {len(self.top_p)} heads)"
+
+
+def _spread(name: str, values: list[float]) -> str:
+    mean = sum(values) / len(values)
+    return f"{name.replace('_', ' ')} {mean:.3g} [{min(values):.3g}, {max(values):.3g}]"
+
+
+def _given(*arguments: Node | None) -> list[Node | None]:
+    """Return arguments up to the last one that is given."""
+    last = max((place for place, each in enumerate(arguments) if each is not None), default=-1)
+    return list(arguments[: last + 1])

@@ -31,6 +31,7 @@ from svg2_compile.passes.nodes import is_sdpa, sdpa_arguments, shape_of, target_
 from svg2_compile.passes.plan import SitePlan
 from svg2_compile.passes.records import AttentionSite, Rejection, size_hint
 from svg2_compile.passes.sparsify import Sparsified
+from svg2_compile.passes.stages.keep_top_p import BudgetsOfHeads
 
 USUAL_DENSITY = 0.2
 DENSITIES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -210,6 +211,7 @@ def _groups(explanation: Explanation) -> Iterator[tuple[int, str, str]]:
             context = f" + {each.context_tokens} context" if len(each.segments) > 1 else ""
             context += f" ({each.exact_tokens} of them exact_rows)" if each.exact_tokens else ""
             what = f"sparse: {size}{context}, {each.q_clusters} query and {each.k_clusters} key clusters"
+            what += "" if each.budgets is None else f", {BudgetsOfHeads.told(each.budgets)}"
         groups.setdefault(what, []).append(path)
     for what, paths in groups.items():
         yield len(paths), paths[0], what

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from svg2_compile.dynamo import uncompiled
+from svg2_compile.fingerprint import budgets_for
 from svg2_compile.frames import what_is_compiled
 from svg2_compile.options import current_defaults
 from svg2_compile.passes.sparsify import Sparsified, sparsify
@@ -33,12 +35,19 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
 def trace(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fullgraph: bool = False
 ) -> list[tuple[str, Sparsified]]:
-    """Return (module path, what the passes made of it) for each graph of a model; computes nothing."""
+    """Return (module path, what the passes made of it) for each graph of a model; computes nothing.
+
+    Raises:
+        ConfigError: ``budgets`` are those of another model.
+    """
     graphs: list[tuple[str, Sparsified]] = []
     options = current_defaults()
+    config = options.sparse
+    if config.head_budgets is not None:
+        config = replace(config, budgets=budgets_for(uncompiled(model), config.head_budgets))
 
     def describe(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        found, compiled = sparsify(gm, options.sparse, options.kernel), what_is_compiled(example_inputs)
+        found, compiled = sparsify(gm, config, options.kernel), what_is_compiled(example_inputs)
         modules = {id(module): name for name, module in model.named_modules()}
         graphs.append((modules.get(id(compiled.root), ""), found))
         (output,) = gm.graph.find_nodes(op="output")

@@ -40,6 +40,10 @@ class Progress:
         task = self._bars.add_task(escape(short), total=total)
         return lambda: self._bars.advance(task)
 
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(text, markup=False)
+
     def call(self, name: str, action: Callable[[], Result]) -> Result:
         """Show a bar while ``action`` runs."""
         advance = self.bar(name, 1)

@@ -9,6 +9,9 @@ SELF_CHECK = ("tests/kernels/test_self_check.py",)
 VOUCHING = ("tests/api/test_backend.py",)
 RECOMPILATION = ("tests/api/test_recompilation.py",)
 CLOCK = ("tests/api/test_clock.py", "tests/api/test_clock_loops.py", "tests/api/test_loops.py")
+BUDGETS = "svg2_compile/budgets.py"
+FINGERPRINT = "svg2_compile/fingerprint.py"
+BUDGETS_TESTS = ("tests/api/test_budgets.py",)
 API = ("tests/api/test_clock.py", "tests/api/test_backend.py")
 
 MUTANTS = (
@@ -270,5 +273,54 @@ MUTANTS = (
         "    call_before_compiling(_before_compiling)\n",
         "",
         RECOMPILATION,
+    ),
+    Mutant(
+        "budgets change in the middle of a generation",
+        BUDGETS,
+        "if not state.is_clustered]",
+        "if True]",
+        BUDGETS_TESTS,
+    ),
+    Mutant(
+        "a changed file of budgets is not read",
+        BUDGETS,
+        "if stamp != known.stamp:",
+        "if known.stamp is None:",
+        BUDGETS_TESTS,
+    ),
+    Mutant(
+        "a model that shares a graph has the budgets of the other",
+        BUDGETS,
+        "known = self._narrowed.get(model)",
+        "known = next(iter(self._narrowed.values()), None)",
+        BUDGETS_TESTS,
+    ),
+    Mutant(
+        "budgets of weights that differ",
+        FINGERPRINT,
+        "if distance > MOST_DISTANCE_RATIO * size:",
+        "if False:",
+        BUDGETS_TESTS,
+    ),
+    Mutant(
+        "budgets of other parameters",
+        FINGERPRINT,
+        "if (wanted.parameters, wanted.shapes) != (found.parameters, found.shapes):",
+        "if False:",
+        BUDGETS_TESTS,
+    ),
+    Mutant(
+        "weights must be the same to the bit",
+        FINGERPRINT,
+        "MOST_DISTANCE_RATIO = 0.05",
+        "MOST_DISTANCE_RATIO = 0.0",
+        BUDGETS_TESTS,
+    ),
+    Mutant(
+        "state of the call that asks is let go",
+        "svg2_compile/state.py",
+        "if id(state) in asking:",
+        "if False:",
+        ("tests/api/test_budgets.py",),
     ),
 )

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from budgets_cases import write_for
 
 from svg2_compile import tiny_wan
+from svg2_compile.passes.budgets import AttentionBudgets
 from svg2_compile.video.measure import TINY_OPTIONS, Video
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -64,7 +66,7 @@ def test_a_gain_is_read_at_the_density_of_the_other_way_and_nowhere_else(compens
     assert compensation.gain(video, "plain", "other", 1) is None
 
 
-def test_a_way_is_run_and_everything_kept_is_dense(compensation):
+def test_a_way_is_run_and_everything_kept_is_dense(compensation, tmp_path):
     pipeline = tiny_wan.load_pipeline()
     options = {**TINY_OPTIONS, "q_clusters": 4, "k_clusters": 16, "dense_steps": 0.35, "min_tokens": 64}
     videos = [Video(frames=2, height=64, width=64, steps=2, seed=seed) for seed in (0, 1)]
@@ -76,6 +78,12 @@ def test_a_way_is_run_and_everything_kept_is_dense(compensation):
         less = bench.sparse(compensation.WAYS[way], 0.3)
         assert all(0 < point.density < 1 for point in less)
         assert all(point.psnr_db < whole.psnr_db for point, whole in zip(less, everything))
+    # a file with a share for each head, whatever top_p says
+    layers, heads = bench.eager.config.num_layers, bench.eager.config.num_attention_heads
+    shares = [AttentionBudgets(f"blocks.{layer}.attn1", heads, (1.0,) * heads) for layer in range(layers)]
+    path = write_for(tmp_path / "b.json", bench.eager, *shares)
+    whole = bench.sparse(compensation.Way({}, files={0.3: path}), 0.3)
+    assert all(point.density == 1.0 and point.psnr_db > 60 for point in whole)
 
 
 def test_ways_measured_apart_are_put_together(compensation):

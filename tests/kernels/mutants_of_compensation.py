@@ -275,7 +275,7 @@ MUTANTS = (
     Mutant(
         "nothing is kept for its mass",
         SELECTION,
-        ".scatter(-1, likeliest, math.inf)",
+        ".masked_fill(likeliest, math.inf)",
         "",
         ROUTE,
     ),

@@ -3,9 +3,11 @@
 from mutant import Mutant
 
 SELECTION = "kernels/select_blocks.py"
+SELECTION_KERNEL = "kernels/select_blocks_triton.py"
 MASSES = "kernels/block_masses.py"
 MASSES_BY_KEYS = "kernels/block_masses_by_keys.py"
 
+BUDGETS = ("tests/kernels/test_budgets.py",)
 SELECT = ("tests/kernels/test_select_blocks.py",)
 SELECT_TRITON = ("tests/kernels/test_select_blocks_triton.py",)
 ESTIMATE = ("tests/kernels/test_block_masses.py",)
@@ -331,5 +333,46 @@ MUTANTS = (
         "statistics += dense_statistics.where(is_dense, call_statistics)",
         "statistics += call_statistics",
         ("tests/api/test_guard.py",),
+    ),
+    Mutant(
+        "the cap of a head forgotten", SELECTION, "return kept & (rank <= most.clamp(min=1))", "return kept", BUDGETS
+    ),
+    Mutant("the floor of a head forgotten", SELECTION, "| (rank <= least)", "", BUDGETS),
+    Mutant("a head with all of the mass may drop some", SELECTION, "| (share >= 1) |", "|", BUDGETS),
+    Mutant("a cap of nothing keeps nothing", SELECTION, "most.clamp(min=1))", "most)", BUDGETS),
+    Mutant(
+        "budgets of another head",
+        SELECTION,
+        "each.view(-1, 1, 1) for each in budgets.unbind(-1)",
+        "each.flip(0).view(-1, 1, 1) for each in budgets.unbind(-1)",
+        BUDGETS,
+    ),
+    Mutant(
+        "the guaranteed clusters are those of the option",
+        SELECTION,
+        "    if budgets is not None:\n        guaranteed =",
+        "    if False:\n        guaranteed =",
+        BUDGETS,
+    ),
+    Mutant(
+        "kernel: budgets of the first head for all",
+        SELECTION_KERNEL,
+        "budgets_ptr += head * BUDGET_COLUMNS",
+        "budgets_ptr += 0",
+        SELECT_TRITON,
+    ),
+    Mutant(
+        "kernel: the cap of a head forgotten",
+        SELECTION_KERNEL,
+        "max_keep = tl.maximum(tl.load(budgets_ptr + 2), 1.0)",
+        "max_keep = tl.maximum(tl.load(budgets_ptr + 2), 1.0e9)",
+        SELECT_TRITON,
+    ),
+    Mutant(
+        "kernel: the floor of a head forgotten",
+        SELECTION_KERNEL,
+        "tl.where(top_p >= 1.0, k_clusters, least)",
+        "tl.where(top_p >= 1.0, k_clusters, 0)",
+        SELECT_TRITON,
     ),
 )

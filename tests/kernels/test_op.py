@@ -39,7 +39,7 @@ SCHEMAS = {
     "float scale) -> Tensor",
     "select_blocks": "(Tensor q_centroids, Tensor k_centroids, Tensor q_sizes, Tensor k_sizes, float scale, "
     "float top_p, float min_keep_ratio, Tensor(a!) statistics, Tensor? masses=None, Tensor? errors=None, "
-    "Tensor? least_keys=None) -> (Tensor, Tensor)",
+    "Tensor? least_keys=None, Tensor? budgets=None) -> (Tensor, Tensor)",
     "least_keys_": "(Tensor call_statistics, Tensor k_sizes, Tensor(a!) floors) -> Tensor",
     "keep_dense_heads_": "(Tensor runs, Tensor counts, Tensor q_sizes, Tensor k_sizes, Tensor dense_heads, "
     "Tensor call_statistics, Tensor(a!) statistics) -> (Tensor, Tensor)",

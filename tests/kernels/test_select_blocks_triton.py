@@ -1,6 +1,7 @@
 """``svg2::select_blocks`` in Triton: the reference's selection, up to rounding at the boundary."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -48,12 +49,13 @@ def random_case(q_clusters, k_clusters, repeats, dim, sharpness=1.0, kind="uneve
     return [tensor.to(DEVICE) for tensor in (q, k, q_sizes, k_sizes)]
 
 
-def select(case, top_p, min_keep_ratio=0.0, scale=0.125, masses=None, errors=None, least=None):
+def select(case, top_p, min_keep_ratio=0.0, scale=0.125, masses=None, errors=None, least=None, budgets=None):
     """Return the runs, the counts and the statistics."""
     from svg2_compile.kernels.select_blocks_triton import select_blocks_triton
 
     statistics = torch.zeros(*case[2].shape, len(STATISTICS), device=DEVICE)
-    return *select_blocks_triton(*case, scale, top_p, min_keep_ratio, statistics, masses, errors, least), statistics
+    chosen = select_blocks_triton(*case, scale, top_p, min_keep_ratio, statistics, masses, errors, least, budgets)
+    return *chosen, statistics
 
 
 def used(runs, counts):
@@ -250,6 +252,52 @@ def test_where_everything_is_kept_errors_choose_nothing():
     case = random_case(3, 40, 1, 16)
     for got, wanted in zip(select(case, 1.0, errors=random_errors(case)), select(case, 1.0)):
         assert torch.equal(got, wanted)
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", ["uneven", "singletons"])
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("shape", [(3, 40, 2, 16), (3, 65, 1, 16), (1, 500, 1, 64)])
+def test_equal_budgets_of_all_heads_give_the_bits_of_none(shape, routed, kind):
+    case = random_case(*shape, kind=kind, batch=2, groups=2)
+    errors = random_errors(case) if routed else None
+    for top_p, floor in ((0.6, 0.2), (1.0, 0.0)):
+        least = math.floor(floor * shape[1])
+        rows = [[top_p, least, shape[1]]] * case[0].shape[1]
+        # what stands beside budgets is not looked at
+        ours = select(case, 0.1, 0.9, errors=errors, budgets=torch.tensor(rows, device=DEVICE, dtype=torch.float32))
+        plain = select(case, top_p, floor, errors=errors)
+        assert torch.equal(used(*ours[:2]), used(*plain[:2]))
+        assert torch.equal(ours[1], plain[1]) and torch.equal(ours[2], plain[2])
+
+
+@runs_kernels
+@pytest.mark.parametrize("routed", [False, True])
+def test_every_head_has_the_selection_of_its_own_budget(routed):
+    case = random_case(3, 65, 2, 16, sharpness=0.3, kind="singletons", batch=2, groups=2)
+    errors = random_errors(case) if routed else None
+    budgets = [(0.3, 0, 65), (1.0, 0, 65), (0.9, 26, 65), (0.9, 0, 9)]
+    budget_rows = torch.tensor(budgets, device=DEVICE, dtype=torch.float32)
+    runs, counts, statistics = select(case, 0.5, errors=errors, budgets=budget_rows)
+    found = kept(case, runs, counts)
+    for head, (top_p, least, most) in enumerate(budgets[:3]):
+        alone = select(case, top_p, least / 65, errors=errors)
+        assert torch.equal(found[:, head], kept(case, *alone[:2])[:, head])
+        assert torch.equal(statistics[:, head], alone[2][:, head])
+    assert (found[:, 3].sum(-1) == 9).all()
+    # nine of equal size: the likeliest, unless errors choose
+    if not routed:
+        likeliest = probability_of(case).sort(-1, descending=True).indices[:, 3, :, :9]
+        assert found[:, 3].gather(-1, likeliest).all()
+
+
+@runs_kernels
+def test_a_cap_keeps_the_first_of_equal_clusters_and_never_nothing():
+    q, k = torch.zeros(1, 2, 1, 4, device=DEVICE), torch.zeros(1, 2, 40, 4, device=DEVICE)
+    case = [q, k, torch.ones(1, 2, 1).int().to(DEVICE), torch.ones(1, 2, 40).int().to(DEVICE)]
+    budgets = torch.tensor([[0.9, 0, 5], [0.9, 0, 0]], device=DEVICE)
+    found = keep(case, 0.5, budgets=budgets)[0, :, 0].cpu()
+    assert torch.equal(found, torch.arange(40) < torch.tensor([[5], [1]]))
 
 
 @runs_kernels

@@ -19,6 +19,10 @@ CANONICALIZE = ("tests/passes/test_canonicalize.py",)
 CONFIG = ("tests/passes/test_config.py",)
 KERNEL_CONFIG = ("tests/passes/test_kernel_config.py",)
 
+READ_BUDGETS = "passes/read_budgets.py"
+BUDGETS_FILE = ("tests/passes/test_read_budgets.py",)
+BUDGETS = ("tests/api/test_budgets.py",)
+
 MUTANTS = (
     Mutant(
         "every query is asked where centroids were to be",
@@ -351,8 +355,8 @@ MUTANTS = (
     Mutant(
         "estimated masses not given to the selection",
         "passes/stages/keep_top_p.py",
-        "given = [flow.masses, flow.errors, flow.least_keys]",
-        "given = [None, flow.errors, flow.least_keys]",
+        "given = flow.masses, flow.errors, flow.least_keys, writer",
+        "given = None, flow.errors, flow.least_keys, writer",
         ("tests/api/test_estimate_by.py", "tests/passes/test_stages.py"),
     ),
     Mutant(
@@ -365,8 +369,8 @@ MUTANTS = (
     Mutant(
         "statistics of a guarded site added twice",
         "passes/plan.py",
-        "KeepTopP(is_final=not is_guarded)",
-        "KeepTopP(is_final=True)",
+        "KeepTopP(is_final=not is_guarded,",
+        "KeepTopP(is_final=True,",
         ("tests/api/test_guard.py",),
     ),
     Mutant(
@@ -529,5 +533,64 @@ MUTANTS = (
         "and not is_guarded(video.length)",
         "and False",
         BY_SIZE,
+    ),
+    Mutant(
+        "a share above 1 in a file of budgets",
+        READ_BUDGETS,
+        "if not 0 <= number <= 1 or",
+        "if not 0 <= number or",
+        BUDGETS_FILE,
+    ),
+    Mutant(
+        "text after text of the same name in a file of budgets",
+        READ_BUDGETS,
+        "if len(set(names)) < len(names):",
+        "if False:",
+        BUDGETS_FILE,
+    ),
+    Mutant(
+        "true for a number in a file of budgets",
+        READ_BUDGETS,
+        "isinstance(value, bool) or not isinstance(value, int | float) or",
+        "not isinstance(value, int | float) or",
+        BUDGETS_FILE,
+    ),
+    Mutant(
+        "unknown keys in a file of budgets", READ_BUDGETS, "if unknown := [", "if unknown := [] and [", BUDGETS_FILE
+    ),
+    Mutant(
+        "a file of budgets written in place",
+        READ_BUDGETS,
+        'file.with_name(f".{file.name}.partial")',
+        "file",
+        BUDGETS_FILE,
+    ),
+    Mutant(
+        "budgets of blocks.1 for myblocks.1",
+        "passes/budgets.py",
+        'path.endswith(f".{each.path}")',
+        "path.endswith(each.path)",
+        BUDGETS_FILE,
+    ),
+    Mutant(
+        "floors of heads rounded up",
+        "passes/budgets.py",
+        "(share, math.floor(floor * k_clusters)",
+        "(share, math.ceil(floor * k_clusters)",
+        BUDGETS_FILE,
+    ),
+    Mutant(
+        "budgets of another number of heads",
+        "passes/budgets.py",
+        "if budgets.heads != heads:",
+        "if False:",
+        BUDGETS_FILE,
+    ),
+    Mutant(
+        "budgets not given to the selection",
+        "passes/stages/keep_top_p.py",
+        'flow.least_keys, writer.state.get("budgets")',
+        "flow.least_keys, None",
+        BUDGETS,
     ),
 )

@@ -8,8 +8,8 @@ MUTANTS = (
     Mutant(
         "compensation that nobody asked for",
         "passes/plan.py",
-        'if config.compensate != "none":',
-        'if config.compensate == "none":',
+        'if config.compensate != "none":\n        stages.append(Compensate(',
+        'if config.compensate == "none":\n        stages.append(Compensate(',
         COMPENSATE,
     ),
     Mutant(
@@ -43,8 +43,8 @@ MUTANTS = (
     Mutant(
         "errors taken for masses",
         "passes/stages/keep_top_p.py",
-        "given = [flow.masses, flow.errors, flow.least_keys]",
-        "given = [flow.errors, flow.masses, flow.least_keys]",
+        "given = flow.masses, flow.errors, flow.least_keys, writer",
+        "given = flow.errors, flow.masses, flow.least_keys, writer",
         COMPENSATE,
     ),
     Mutant(

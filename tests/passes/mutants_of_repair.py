@@ -31,8 +31,8 @@ MUTANTS = (
     Mutant(
         "a floor that the selection does not get",
         "passes/stages/keep_top_p.py",
-        "while given and given[-1] is None:",
-        "while given and (given[-1] is None or given[-1] is flow.least_keys):",
+        "flow.errors, flow.least_keys, writer",
+        "flow.errors, None, writer",
         FLOOR,
     ),
     Mutant(

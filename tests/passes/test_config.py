@@ -16,6 +16,7 @@ NOT_NUMBERS = st.one_of(st.none(), st.text(), st.booleans(), st.lists(st.integer
 ADVICE = {
     "top_p": ("(0, 1]", "0.9 is a good start"),
     "min_keep_ratio": ("[0, 1]", "0.1 is the paper's setting"),
+    "budgets": ("the path of a file", "svg2 calibrate"),
     "estimate_by": ("'centroids', 'queries', 'keys'", "must be one of"),
     "cluster_metric": ("'tokens', 'queries'", "must be one of"),
     "compensate": ("'none', 'centroids'", "must be one of"),
@@ -89,6 +90,8 @@ def bad_value(name: str) -> st.SearchStrategy[object]:
             st.sampled_from(pairs).map(lambda pair: (pair,)),
             st.sampled_from(["5:2", "0", "0:333,400:500", "a:b", "0:3/", "::"]),
         ]
+    if name == "budgets":
+        values = [st.one_of(st.booleans(), st.integers(), st.lists(st.integers(), max_size=2))]
     if name in ("estimate_by", "cluster_metric", "compensate", "route", "head_floor", "lowering", "on_unsupported"):
         values = [
             st.one_of(st.text(), st.integers(), st.none()).filter(lambda value: repr(value) not in ADVICE[name][0])
