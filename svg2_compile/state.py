@@ -82,7 +82,12 @@ class StateStore:
         ``shapes`` are those of the graph's inputs where they tell its sizes and the sites do not.
         """
         with self._lock:
-            states = self._callers.setdefault(caller, weakref.WeakKeyDictionary()).setdefault(clock, {})
+            clocks = self._callers.get(caller)
+            if clocks is None:
+                clocks = self._callers[caller] = weakref.WeakKeyDictionary()
+            states = clocks.get(clock)
+            if states is None:
+                states = clocks[clock] = {}
             found: list[SiteState] = []
             for site in sites:
                 size = shapes if shapes else (site.batch, int(site.tokens))
