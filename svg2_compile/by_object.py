@@ -53,8 +53,8 @@ class ByObject(Generic[Value]):
         reference.number = id(key)
         return reference, value
 
-    def _drop(self, reference: weakref.ref[Any]) -> None:
-        assert isinstance(reference, _Key)
+    def _drop(self, reference: Any) -> None:
+        # no global name is asked for: objects go while the interpreter ends
         found = self._found.get(reference.number)
         # another object may have got the number by now
         if found is not None and found[0] is reference:

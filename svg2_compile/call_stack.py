@@ -327,10 +327,11 @@ def _sources(model: object, stack: list[FrameType]) -> tuple[_Source, ...]:
                 functions.append(_Source(depth, "variables"))
     found: list[_Source] = []
     if isinstance(model, Module) and id(model) in calls:
-        found.append(_Source(calls[id(model)][1], "call", weakref.ref(model)))
-        # a forward that is called as a module has no more inputs than that call
+        call = calls[id(model)][1]
+        found.append(_Source(call, "call", weakref.ref(model)))
+        # a forward that is called as a module has no more inputs than that call, and what calls it may be the loop
         given = {*_parameters_of(code_of(model.forward))}
-        methods = [each for each in methods if not given >= {*each.names}]
+        methods = [each for each in methods if each.depth < call and not given >= {*each.names}]
     elif not isinstance(model, Module) and compiled is not None:
         found.append(compiled)
     found += reversed(methods)

@@ -9,11 +9,12 @@ start, never a valid output.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from svg2_compile.announce import Announcement, announcements
 from svg2_compile.branches import MOST_BRANCHES, Branches, Identity, is_shared
@@ -376,3 +377,39 @@ class DenoiseClock:
 def _nearest(level: Level | None, loop: Loop | None) -> int | None:
     """Return the place of a noise level in the loop's schedule; None where there is none, or one for each frame."""
     return None if level is None or len(level) > 1 or loop is None else nearest(level[0], loop.levels)
+
+
+class _Thread(threading.local):
+    """The clock that ticked last in a thread."""
+
+    resets: ClassVar[int] = 0
+    """How often all threads were told to forget."""
+
+    def __init__(self) -> None:
+        self.seen_resets = self.resets
+        self.clock = DenoiseClock()
+
+
+_thread = _Thread()
+
+
+def current_clock() -> DenoiseClock:
+    """Return the clock that ticked last in this thread since the last reset."""
+    if _thread.seen_resets != _Thread.resets:
+        _thread.__init__()  # type: ignore[misc]  # threading.local: makes this thread's clock anew
+    return _thread.clock
+
+
+def set_current(clock: DenoiseClock) -> None:
+    """Say that a clock has ticked in this thread."""
+    _thread.seen_resets, _thread.clock = _Thread.resets, clock
+
+
+def resets() -> int:
+    """Return how often all threads were told to forget."""
+    return _Thread.resets
+
+
+def forget_clocks() -> None:
+    """Let the next clock of each thread be a new one."""
+    _Thread.resets += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,16 @@ from svg2_compile import call_stack
 from svg2_compile.announce import is_announced
 from svg2_compile.branches import Identity
 from svg2_compile.by_object import ByObject
-from svg2_compile.clock import DenoiseClock, Observation, Recognition, Tick
+from svg2_compile.clock import (
+    DenoiseClock,
+    Observation,
+    Recognition,
+    Tick,
+    current_clock,
+    forget_clocks,
+    resets,
+    set_current,
+)
 from svg2_compile.dynamo import has_pre_hook, version_of
 from svg2_compile.noise_level import read
 
@@ -65,13 +74,8 @@ class Forward:
 class _Thread(threading.local):
     """What one thread is running."""
 
-    resets: ClassVar[int] = 0
-    """How often all threads were told to forget."""
-
     def __init__(self) -> None:
-        self.seen_resets = self.resets
-        self.clock = DenoiseClock()
-        """The one that ticked last."""
+        self.seen_resets = resets()
         self.model: weakref.ref[Any] | None = None
         self.forward: Forward | None = None
         """The forward that began last, and of which model: what each of its layers asks for."""
@@ -99,20 +103,15 @@ _told: weakref.WeakKeyDictionary[Any, Recognition] = weakref.WeakKeyDictionary()
 
 def _here() -> _Thread:
     """Return what this thread is running: nothing where all threads were told to forget since it last was asked."""
-    if _thread.seen_resets != _Thread.resets:
+    if _thread.seen_resets != resets():
         _thread.__init__()  # type: ignore[misc]  # threading.local: makes this thread's clocks anew
     return _thread
-
-
-def current_clock() -> DenoiseClock:
-    """Return the clock that ticked last in this thread."""
-    return _here().clock
 
 
 def forget() -> None:
     """Make the next forward of each thread the first step of a new generation."""
     with _lock:
-        _Thread.resets += 1
+        forget_clocks()
         _ordinals.clear()
         _told.clear()
         for callers in list(_of_layer.values()):
@@ -252,7 +251,8 @@ def _begin(model: Any, inputs: dict[str, Any] | None = None) -> Forward:
     clock.last_input = None if latents is None else weakref.ref(latents)
     if _told.get(model) is not clock.told:
         _told[model] = clock.told
-    here.clock, here.model = clock, weakref.ref(model)
+    set_current(clock)
+    here.model = weakref.ref(model)
     here.forward = here.forwards[model] = Forward(tick, clock, route)
     return here.forward
 
@@ -306,7 +306,7 @@ def _known_clock(model: Any, loop: call_stack.StackedLoop | None) -> DenoiseCloc
 def _new_clock(model: Any, loop: call_stack.StackedLoop | None, seen: Observation) -> DenoiseClock:
     """Return the clock of a model without one: that which ticked last, where its generation may go on in this model."""
     here = _here()
-    last = here.clock
+    last = current_clock()
     shares = last.now is not None and last in here.by_model.values() and last.would_follow(seen)
     clock = last if shares or last.now is None else DenoiseClock()
     here.by_model[model] = clock

@@ -302,7 +302,7 @@ def test_observing_twice_wraps_once():
 
 
 def test_threads_have_clocks_of_their_own():
-    from svg2_compile.forwards import current_clock
+    from svg2_compile.clock import current_clock
 
     mine, others = current_clock(), []
     thread = threading.Thread(target=lambda: others.append(current_clock()))
@@ -348,7 +348,7 @@ def test_a_reset_reaches_the_clocks_of_all_threads():
     from loop_cases import CHANNELS, OPTIONS, TOKENS, Dit
 
     import svg2_compile
-    from svg2_compile.forwards import current_clock
+    from svg2_compile.clock import current_clock
 
     model, text = Dit().eval(), torch.randn(1, 1, CHANNELS)
     model.compile(backend="svg2", options=OPTIONS)

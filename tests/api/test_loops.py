@@ -14,7 +14,7 @@ import pytest
 import torch
 from loop_cases import CHANNELS, LOOPS, TOKENS, WAYS, Dit, compiled, run
 
-from svg2_compile.forwards import current_clock
+from svg2_compile.clock import current_clock
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "loops.md"
 
@@ -84,6 +84,24 @@ def test_models_called_from_here_and_there_go_on(way):
             assert now is not None
             told[place].append(now.step)
     assert told == {0: [0, 1, 2, 3, 4], 1: [0, 1, 2, 3, 4]}
+
+
+@pytest.mark.usefixtures("no_grad_and_a_fresh_start")
+def test_arguments_of_the_function_that_holds_the_loop_are_no_noise_level():
+    told: list[int] = []
+
+    def generate(model: Dit, tokens: int, steps: int) -> None:
+        text = torch.randn(1, 1, CHANNELS)
+        for step in range(steps):
+            model(torch.randn(1, tokens, CHANNELS), torch.tensor([900.0 - 100 * step]), text)
+            now = current_clock().now
+            assert now is not None
+            told.append(now.step)
+
+    model = compiled("whole")
+    for tokens, steps in ((96, 2), (96, 3), (128, 2), (128, 4)):
+        generate(model, tokens, steps)
+    assert told == [0, 1, 0, 1, 2, 0, 1, 0, 1, 2, 3]
 
 
 def test_the_page_says_what_the_loops_show():

@@ -6,7 +6,7 @@ import torch.distributed
 from loop_cases import CHANNELS, LEVELS, OPTIONS, TOKENS, Dit
 
 import svg2_compile
-from svg2_compile.forwards import current_clock
+from svg2_compile.clock import current_clock
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from loop_cases import CHANNELS, OPTIONS, Dit, through_blocks
 
 import svg2_compile
-from svg2_compile.forwards import current_clock
+from svg2_compile.clock import current_clock
 from svg2_compile.state import store
 
 FORWARDS = int(os.environ.get("SVG2_SOAK", "200"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import svg2_compile
-from svg2_compile.forwards import current_clock
+from svg2_compile.clock import current_clock
 
 TOKENS, CHANNELS = 128, 16
 OPTIONS = {"min_tokens": 64, "dense_steps": 0, "dense_layers": 0, "lowering": "eager"}
