@@ -128,6 +128,40 @@ def test_every_query_keeps_the_exact_keys():
     assert (left == 0).any()
 
 
+COMPENSATED = [{"compensate": "centroids"}, {"compensate": "centroids", "route": "error"}]
+COMPENSATIONS = pytest.mark.parametrize("options", COMPENSATED, ids=["compensated", "routed"])
+
+
+@COMPENSATIONS
+@pytest.mark.parametrize("how", ["one sequence", "video", "video asks"])
+def test_exact_rows_are_dense_beside_means_and_the_others_nearer_to_it(how, options):
+    ranges = RANGES["several"]
+    _, plain, exact = computed(how, ranges)
+    plan, output, _ = computed(how, ranges, **options)
+    assert len(plan.sites) == 1
+    is_exact = ~far(plain, exact)
+    assert is_exact.any() and not far(output, exact)[is_exact].any()
+    assert (output - exact)[:, ~is_exact].norm() < (plain - exact)[:, ~is_exact].norm()
+
+
+@COMPENSATIONS
+def test_exact_keys_are_in_no_mean(options):
+    """Keys that are alike have a mean that says all, unless keys that every query keeps were in it too."""
+    kinds = torch.arange(VIDEO) % 3
+    q, k, v = torch.randn(1, 1, VIDEO, 4), 3 * torch.eye(4)[kinds][None, None], torch.randn(3, 4)[kinds][None, None]
+    for start, end in RANGES["several"]:
+        k[:, :, start:end] += 2
+        v[:, :, start:end] -= 50
+    gm, given, expected = trace(Given(), {"q": q, "k": k, "v": v})
+    torch._dynamo.reset()
+    least = LITTLE | {"top_p": 1e-6}
+    for each, is_dense in ((least, False), (least | options, True)):
+        plan = sparsify(gm, SparseConfig(**each, exact_rows=RANGES["several"]))
+        with torch.no_grad():
+            output = plan.gm(*given, *zeros(plan))[0]
+        assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4) is is_dense
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=4), st.data())
 @settings(deadline=None)
 def test_rows_are_named_by_their_place_and_nothing_is_lost(parts, data):
