@@ -81,10 +81,12 @@ def _classify_one(candidate: Candidate, config: SparseConfig, fixes_batch: bool)
     else:
         segments = _segments(candidate, origin if origin.joined or not queries.joined else queries, config)
     if config.exact_rows:
-        if not all(isinstance(segment.length, int) for segment in segments):
-            reason = "its length is symbolic, and exact_rows counts rows"
+        split = split_exact_rows(segments, config.exact_rows)
+        is_symbolic = any(not isinstance(segment.length, int) for segment in segments)
+        if split is None or (is_symbolic and not all(segment.asks for segment in segments)):
+            reason = "its length is symbolic, and which rows exact_rows names is known only at run time"
             return decline(reason, "compile with dynamic=False, or mark the length static")
-        segments = split_exact_rows(segments, config.exact_rows)
+        segments = split
         if not any(segment.is_video for segment in segments):
             return decline("exact_rows names all of its video rows", "name fewer rows to include it", True)
     video = _video_of(segments)
@@ -185,7 +187,10 @@ def _pieces_as_segments(origin: AxisOrigin, video: int) -> tuple[Segment, ...]:
 def _video_of(segments: tuple[Segment, ...]) -> Segment:
     """Return the video rows as one run; exact rows may lie between them."""
     video = [segment for segment in segments if segment.is_video]
-    return replace(video[0], length=sum(int(each.length) for each in video)) if len(video) > 1 else video[0]
+    length: Size = 0
+    for segment in video:
+        length = length + segment.length
+    return replace(video[0], length=length) if len(video) > 1 else video[0]
 
 
 def _is_mostly_context(segments: tuple[Segment, ...], config: SparseConfig) -> bool:

@@ -64,6 +64,9 @@ class Segment:
     is_exact: bool = False
     """True for rows that ``exact_rows`` names: treated as context rows are, whatever they hold."""
 
+    cut: int = 0
+    """Rows of ``source`` that are segments of their own, where ``length`` is symbolic."""
+
 
 Lifetime = Literal["generation", "forever"]
 

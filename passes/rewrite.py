@@ -68,7 +68,7 @@ def _sparse_attention(writer: SiteWriter, by_name: dict[str, Node], masks: Masks
         dense = Dense(is_key_mask, key, value, given)
     if len(site.segments) == 1:
         return _run_stages(writer, Flow(query, key, value, key_mask=mask, dense=dense))
-    rows = _row_ranges(writer, by_name)
+    rows = _row_ranges(writer, by_name, key)
     asking = _asking_ranges(site, rows)
     is_video = [segment.is_video for segment in site.segments]
     video, context = ([each for each, here in zip(rows, is_video) if here is wanted] for wanted in (True, False))
@@ -101,7 +101,7 @@ def _sparse_attention(writer: SiteWriter, by_name: dict[str, Node], masks: Masks
         elif len(asking_video) == 1:
             pieces.append(output)
         else:
-            pieces.append(writer.cut(output, 2, done, done := done + end - start))
+            pieces.append(writer.cut(output, 2, done, done := _sum(writer, done, _difference(writer, end, start))))
     # joined along the token axis of (batch, tokens, heads, head dim), the layout that the caller flattens for free
     token_major = [writer.emit(aten.transpose.int, piece, 1, 2) for piece in pieces]
     return writer.emit(aten.transpose.int, writer.join(token_major, 1), 1, 2)
@@ -167,19 +167,32 @@ def _run_stages(writer: SiteWriter, flow: Flow) -> Node:
     return flow.out
 
 
-def _row_ranges(writer: SiteWriter, by_name: dict[str, Node]) -> list[tuple[Any, Any]]:
-    """Return (start, end) of each segment; symbolic lengths are read off the operand of the joining cat."""
+def _row_ranges(writer: SiteWriter, by_name: dict[str, Node], key: Node) -> list[tuple[Any, Any]]:
+    """Return (start, end) of each segment; symbolic lengths are read off operands of the joining cat, or the keys."""
     ranges: list[tuple[Any, Any]] = []
     start: Any = 0
     for segment in writer.site.segments:
         length: Any = segment.length
         if not isinstance(length, int):
-            length = writer.emit(aten.sym_size.int, by_name[segment.source], segment.source_axis)
-        both_known = isinstance(start, int) and isinstance(length, int)
-        end = start + length if both_known else writer.emit(operator.add, start, length)
+            source = (by_name[segment.source], segment.source_axis) if segment.source else (key, 2)
+            length = writer.emit(aten.sym_size.int, *source)
+            length = writer.emit(operator.sub, length, segment.cut) if segment.cut else length
+        end = _sum(writer, start, length)
         ranges.append((start, end))
         start = end
     return ranges
+
+
+def _sum(writer: SiteWriter, one: Any, other: Any) -> Any:
+    """Return the sum of two numbers, or a node that computes it."""
+    are_known = isinstance(one, int) and isinstance(other, int)
+    return one + other if are_known else writer.emit(operator.add, one, other)
+
+
+def _difference(writer: SiteWriter, one: Any, other: Any) -> Any:
+    """Return the difference of two numbers, or a node that computes it."""
+    are_known = isinstance(one, int) and isinstance(other, int)
+    return one - other if are_known else writer.emit(operator.sub, one, other)
 
 
 def _erase_unread_results(gm: GraphModule) -> None:

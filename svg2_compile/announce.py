@@ -84,7 +84,8 @@ def observe_cache_context() -> None:
 
 def is_announced() -> bool:
     """Say whether the coming forward's step is announced, so that no noise level has to be read."""
-    return any(said is not None and said.step is not None for said in (_explicit.get(), _pipeline_says.get()))
+    explicit, says = announcements()
+    return (explicit is not None and explicit.step is not None) or (says is not None and says.step is not None)
 
 
 def announcements() -> tuple[Announcement | None, Announcement | None]:

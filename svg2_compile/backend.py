@@ -21,7 +21,7 @@ from svg2_compile.cache_identity import named_after_ops
 from svg2_compile.dynamo import fake_mode_of_trace, load_compile_fx
 from svg2_compile.frames import Compiled, is_dynamic, owner_position, what_is_compiled
 from svg2_compile.kernels.self_check import kinds_of
-from svg2_compile.obstacles import certain_obstacles
+from svg2_compile.obstacles import certain_obstacles, obstacles_behind
 from svg2_compile.options import Options, split_options
 from svg2_compile.passes.budgets import Budgets
 from svg2_compile.passes.clone import clone
@@ -77,6 +77,11 @@ def svg2_backend(
         # of several models in the file, this one's
         own_layers = dataclasses.replace(own_layers, budgets=budgets.of_model(model, budgets.all))
     plan = sparsify(gm, own_layers, ours.kernel, stages=stages)
+    if behind := obstacles_behind(gm):
+        plan = dataclasses.replace(plan, decisions=(*plan.decisions, *behind))
+        if config.on_unsupported == "error":
+            where = "attention" if compiled.root is None else f"attention of {type(compiled.root).__name__}"
+            raise_unsupported(dataclasses.replace(each, path=where) for each in behind)
     _announce(plan)
     lower = _lowering(ours, inductor_options)
     owner = _owner_of(gm, example_inputs, compiled)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,11 +55,15 @@ class Branches:
             for key in stale:
                 del self._seen[key]
             self._step, self._ran, self._by_order = step, [], False
-        sightings = [found for item in objects.items() if (found := self._seen.get(item)) is not None]
-        own = Counter(stream for each in sightings if len(each.streams) == 1 for stream in each.streams)
+        own: dict[str, int] = {}
+        for item in objects.items():
+            sighting = self._seen.get(item)
+            streams = sighting.streams if sighting is not None else ()
+            for stream in streams if len(streams) == 1 else ():
+                own[stream] = own.get(stream, 0) + 1
         votes = {stream: count for stream, count in own.items() if stream not in self._ran and not is_shared(stream)}
         if votes:
-            stream, how = max(votes, key=lambda each: votes[each]), "told by their own tensors"
+            stream, how = max(votes, key=votes.__getitem__), "told by their own tensors"
         else:
             self._by_order = True
             # a branch that had to share a place takes one that nobody had
@@ -73,9 +76,13 @@ class Branches:
         self._used.add(stream)
         self._ran.append(stream)
         for item in objects.items():
-            sighting = self._seen.setdefault(item, _Sighting(set(), step, step))
-            sighting.streams = {each for each in sighting.streams if not is_shared(each)} | {stream}
-            sighting.last_step = step
+            sighting = self._seen.get(item)
+            if sighting is None:
+                self._seen[item] = _Sighting({stream}, step, step)
+            else:
+                sighting.last_step = step
+                if sighting.streams != {stream}:
+                    sighting.streams = {each for each in sighting.streams if not is_shared(each)} | {stream}
         return stream, how
 
     def goes_on(self, objects: Mapping[str, Identity]) -> bool | None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from svg2_compile.announce import Announcement, announcements
 from svg2_compile.branches import MOST_BRANCHES, Branches, Identity, is_shared
@@ -88,6 +89,19 @@ class Recognition:
         self.guesses[text] = self.guesses.get(text, 0) + 1
 
 
+@dataclass(slots=True)
+class _Memory:
+    """What a clock knows of one model."""
+
+    branches: Branches = field(default_factory=Branches)
+    told: Recognition = field(default_factory=Recognition)
+    level: NoiseLevel = field(default_factory=NoiseLevel)
+    latents: tuple[Identity, ...] = ()
+    """Those of its last forward."""
+    spoken: dict[Hashable, tuple[int, Announcement]] = field(default_factory=dict)
+    """Of each announced name the generation, and what was said last."""
+
+
 class _Renumbering:
     """Says whether two ways to number generations tell the same ones apart."""
 
@@ -130,31 +144,26 @@ class DenoiseClock:
         self._generation: Hashable = None
         self._direction = 0
         self._lengths: list[int] = []
-        self._branches: weakref.WeakKeyDictionary[Any, Branches] = weakref.WeakKeyDictionary()
-        self._told_of: weakref.WeakKeyDictionary[Any, Recognition] = weakref.WeakKeyDictionary()
-        self._choices: weakref.WeakKeyDictionary[Any, NoiseLevel] = weakref.WeakKeyDictionary()
-        self._latents: weakref.WeakKeyDictionary[Any, tuple[Identity, ...]] = weakref.WeakKeyDictionary()
-        self._spoken: weakref.WeakKeyDictionary[Any, dict[Hashable, tuple[int, Announcement]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._memories: weakref.WeakKeyDictionary[Any, _Memory] = weakref.WeakKeyDictionary()
         self._last_said: Announcement | None = None
-        self._past: list[tuple[weakref.ref[Any], Observation, Tick]] = []
+        self._past: deque[tuple[weakref.ref[Any], Observation, Tick]] = deque(maxlen=REMEMBERED)
 
     def tick(self, model: Any, seen: Observation) -> Tick:
         """Advance for one forward of ``model``, which is any object that weak references can hold."""
         explicit, says = announcements()
-        self.told = self._told_of.setdefault(model, Recognition())
+        memory = self._memory_of(model)
+        self.told = memory.told
         said = explicit if explicit is not None and explicit.step is not None else says
         if said is not None and said.step is not None:
             self.told.steps = f"announced by {said.by}"
-            run, step = self._announced(model, said, seen)
+            run, step = self._announced(memory, said, seen)
         else:
-            run, step = self._seen(model, seen)
+            run, step = self._seen(memory, seen)
         named = (explicit and explicit.stream) or (says and says.stream)
         if named:
             stream, self.told.branches = named, "announced by name"
         else:
-            branches = self._branches_of(model)
+            branches = memory.branches
             stream, self.told.branches = branches.stream_of(step, seen.objects)
             if branches.is_uneven:
                 branches.is_uneven = False
@@ -166,7 +175,7 @@ class DenoiseClock:
                 )
         self.now = Tick(run, step, stream, self._total(explicit, says, seen.loop))
         if said is None or said.step is None:
-            self._past = [*self._past[1 - REMEMBERED :], (weakref.ref(model), seen, self.now)]
+            self._past.append((weakref.ref(model), seen, self.now))
         return self.now
 
     @property
@@ -181,8 +190,8 @@ class DenoiseClock:
 
     def input_of(self, model: Any) -> str | None:
         """Return the input that is known to be the noise level of ``model``; None while that is open."""
-        choice = self._choices.get(model)
-        return choice.chosen if choice is not None and choice.is_settled else None
+        memory = self._memories.get(model)
+        return memory.level.chosen if memory is not None and memory.level.is_settled else None
 
     def would_follow(self, seen: Observation) -> bool:
         """Say whether a forward of a model not seen before may belong to this clock's generation, as an expert's."""
@@ -194,9 +203,11 @@ class DenoiseClock:
         change = level.level[0] - last[0]
         return change == 0 or (self._direction or -1) * change > 0
 
-    def _branches_of(self, model: Any) -> Branches:
-        branches: Branches = self._branches.setdefault(model, Branches())
-        return branches
+    def _memory_of(self, model: Any) -> _Memory:
+        memory = self._memories.get(model)
+        if memory is None:
+            memory = self._memories[model] = _Memory()
+        return memory
 
     def _total(self, explicit: Announcement | None, says: Announcement | None, loop: Loop | None) -> int | None:
         for said in (explicit, says):
@@ -216,10 +227,10 @@ class DenoiseClock:
 
     # What is announced.
 
-    def _announced(self, model: Any, said: Announcement, seen: Observation) -> tuple[int, int]:
+    def _announced(self, memory: _Memory, said: Announcement, seen: Observation) -> tuple[int, int]:
         assert said.step is not None
         if said.by == "denoise_step" and said.stream is not None:
-            return self._announced_by_name(model, said, (said.stream, seen.size))
+            return self._announced_by_name(memory.spoken, said, (said.stream, seen.size))
         has_failed = self._last_said is not None and self._last_said.has_failed
         if self._is_another(seen.loop) or said.step < self._at.step or has_failed:
             self._begin(None, None)
@@ -232,9 +243,10 @@ class DenoiseClock:
         generation, self._generation = self._generation, None if loop is None else loop.generation
         return self._at.run == 0 or generation != self._generation
 
-    def _announced_by_name(self, model: Any, said: Announcement, stream: Hashable) -> tuple[int, int]:
+    def _announced_by_name(
+        self, spoken: dict[Hashable, tuple[int, Announcement]], said: Announcement, stream: Hashable
+    ) -> tuple[int, int]:
         assert said.step is not None
-        spoken = self._spoken.setdefault(model, {})
         run, last = spoken.pop(stream, (0, said))
         assert last.step is not None
         is_first_again = said is not last and said.step == last.step == 0
@@ -247,14 +259,13 @@ class DenoiseClock:
 
     # What is seen.
 
-    def _seen(self, model: Any, seen: Observation) -> tuple[int, int]:
-        choice = self._choices.setdefault(model, NoiseLevel())
-        same = bool(seen.latents) and self._latents.get(model) == seen.latents
-        self._latents[model] = seen.latents
+    def _seen(self, memory: _Memory, seen: Observation) -> tuple[int, int]:
+        same = bool(seen.latents) and memory.latents == seen.latents
+        memory.latents = seen.latents
         schedule = () if seen.loop is None else seen.loop.levels
-        if choice.choose(seen.readings, schedule, latents_are_the_same=same):
+        if memory.level.choose(seen.readings, schedule, latents_are_the_same=same):
             self._follow_again()
-        self._follow(model, seen)
+        self._follow(memory, seen)
         return self._at.run, self._at.step
 
     def _follow_again(self) -> None:
@@ -264,17 +275,18 @@ class DenoiseClock:
         for reference, seen, was in self._past:
             owner = reference()
             if owner is not None:
-                self._follow(owner, seen)
-                stream, _ = self._branches_of(owner).stream_of(self._at.step, seen.objects)
+                memory = self._memory_of(owner)
+                self._follow(memory, seen)
+                stream, _ = memory.branches.stream_of(self._at.step, seen.objects)
                 same &= (self._at.step, stream) == (was.step, was.stream) and other.same(self._at.run, was.run)
         if same:
             self._at.run = run
         else:
             self.told.guess("which input is the noise level: another one was taken for it at first")
 
-    def _follow(self, model: Any, seen: Observation) -> None:
+    def _follow(self, memory: _Memory, seen: Observation) -> None:
         at, loop = self._at, seen.loop
-        chosen = self._choices[model].chosen if model in self._choices else None
+        chosen = memory.level.chosen
         reading = seen.readings.get(chosen or "")
         level = reading.level if reading else None
         self.told.steps = f"read from input {chosen}" if level else "guessed: one call a step"
@@ -288,16 +300,16 @@ class DenoiseClock:
         elif begins or at.level is None:
             self._begin(level, loop)
         elif level != at.level:
-            self._move(model, seen, level)
+            self._move(memory.branches, seen, level)
 
-    def _move(self, model: Any, seen: Observation, level: Level) -> None:
+    def _move(self, branches: Branches, seen: Observation, level: Level) -> None:
         """Go on to another noise level, or begin anew where it says so."""
         at = self._at
         assert at.level is not None
         change = level[0] - at.level[0]
         direction = (change > 0) - (change < 0)
         in_pipeline = seen.loop is not None and seen.loop.kind == "pipeline"
-        goes_on = None if in_pipeline else self._branches_of(model).goes_on(seen.objects)
+        goes_on = None if in_pipeline else branches.goes_on(seen.objects)
         if direction * self._direction < 0 and not at.goes_back:
             if not in_pipeline and self._begins_anew(seen, level, goes_on):
                 self._begin(level, seen.loop)
@@ -358,8 +370,8 @@ class DenoiseClock:
         start = level[0] if level else 0.0
         self._at = _Position(next(_runs), max(0, place - first), level, start, first=first)
         self.generations += 1
-        for model, branches in list(self._branches.items()):
-            self._branches[model] = Branches(branches.expected)
+        for memory in list(self._memories.values()):
+            memory.branches = Branches(memory.branches.expected)
 
 
 def _nearest(level: Level | None, loop: Loop | None) -> int | None:
@@ -368,20 +380,36 @@ def _nearest(level: Level | None, loop: Loop | None) -> int | None:
 
 
 class _Thread(threading.local):
-    """The clock that ticked last in each thread."""
+    """The clock that ticked last in a thread."""
+
+    resets: ClassVar[int] = 0
+    """How often all threads were told to forget."""
 
     def __init__(self) -> None:
-        self.current = DenoiseClock()
+        self.seen_resets = self.resets
+        self.clock = DenoiseClock()
 
 
 _thread = _Thread()
 
 
 def current_clock() -> DenoiseClock:
-    """Return the clock that ticked last in this thread."""
-    return _thread.current
+    """Return the clock that ticked last in this thread since the last reset."""
+    if _thread.seen_resets != _Thread.resets:
+        _thread.__init__()  # type: ignore[misc]  # threading.local: makes this thread's clock anew
+    return _thread.clock
 
 
 def set_current(clock: DenoiseClock) -> None:
     """Say that a clock has ticked in this thread."""
-    _thread.current = clock
+    _thread.seen_resets, _thread.clock = _Thread.resets, clock
+
+
+def resets() -> int:
+    """Return how often all threads were told to forget."""
+    return _Thread.resets
+
+
+def forget_clocks() -> None:
+    """Let the next clock of each thread be a new one."""
+    _Thread.resets += 1

@@ -51,6 +51,7 @@ __all__ = [
     "mark_static_address",
     "options_of_mode",
     "over_all_tensors",
+    "reason_of_break",
     "traced_function",
     "tracing_with",
     "uncompiled",
@@ -137,6 +138,12 @@ def code_of_compiled(function: object) -> CodeType | None:
     """Return the code of the function of which ``torch.compile`` made this one (torch 2.13.0); None of other things."""
     original = getattr(function, "_torchdynamo_orig_callable", None)
     return getattr(original, "__code__", None)
+
+
+def reason_of_break(gm: torch.fx.GraphModule) -> str:
+    """Return why Dynamo ended a graph in the midst of the code (torch 2.13.0); empty where it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return str(reason.reason) if reason is not None and reason.graph_break else ""
 
 
 def has_pre_hook(module: torch.nn.Module, hook: Callable[..., Any]) -> bool:

@@ -15,13 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.weak import WeakIdKeyDictionary
 
 from svg2_compile import call_stack
 from svg2_compile.announce import is_announced
-from svg2_compile.clock import DenoiseClock, Loop, Observation, Recognition, Tick, current_clock, set_current
-from svg2_compile.dynamo import has_pre_hook
-from svg2_compile.noise_level import candidates, is_grid, read
+from svg2_compile.branches import Identity
+from svg2_compile.by_object import ByObject
+from svg2_compile.clock import (
+    DenoiseClock,
+    Observation,
+    Recognition,
+    Tick,
+    current_clock,
+    forget_clocks,
+    resets,
+    set_current,
+)
+from svg2_compile.dynamo import has_pre_hook, version_of
+from svg2_compile.noise_level import read
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -34,6 +44,8 @@ class Caller:
     """The module whose forward counts as one; where none is known, the graph itself."""
     name: str
     """Which of the layer's parameters told, by its name in the layer; a graph that loops serves several."""
+    ordinal: int | None = None
+    """The layer's place in its model, once it is known."""
 
     @property
     def is_alive(self) -> bool:
@@ -47,6 +59,7 @@ class Forward:
 
     tick: Tick
     clock: DenoiseClock
+    route: call_stack.Route
     is_called: bool = False
     """The model was called as a module, so its end will be seen."""
     is_entered: bool = False
@@ -62,6 +75,10 @@ class _Thread(threading.local):
     """What one thread is running."""
 
     def __init__(self) -> None:
+        self.seen_resets = resets()
+        self.model: weakref.ref[Any] | None = None
+        self.forward: Forward | None = None
+        """The forward that began last, and of which model: what each of its layers asks for."""
         self.forwards: weakref.WeakKeyDictionary[Any, Forward] = weakref.WeakKeyDictionary()
         self.by_pipeline: weakref.WeakKeyDictionary[Any, DenoiseClock] = weakref.WeakKeyDictionary()
         self.by_model: weakref.WeakKeyDictionary[Any, DenoiseClock] = weakref.WeakKeyDictionary()
@@ -72,7 +89,7 @@ ROOT = "."
 
 _thread = _Thread()
 _lock = threading.RLock()
-_callers: Any = WeakIdKeyDictionary()
+_callers: ByObject[dict[tuple[type, bool], Caller]] = ByObject()
 """By parameter, then by the class whose code runs and whether its model is around it."""
 _of_layer: weakref.WeakKeyDictionary[Any, dict[tuple[str, bool], Caller]] = weakref.WeakKeyDictionary()
 """By layer, or graph where there is none, name of the parameter, and whether a model is around it."""
@@ -84,12 +101,22 @@ _entered: weakref.WeakSet[Any] = weakref.WeakSet()
 _told: weakref.WeakKeyDictionary[Any, Recognition] = weakref.WeakKeyDictionary()
 
 
+def _here() -> _Thread:
+    """Return what this thread is running: nothing where all threads were told to forget since it last was asked."""
+    if _thread.seen_resets != resets():
+        _thread.__init__()  # type: ignore[misc]  # threading.local: makes this thread's clocks anew
+    return _thread
+
+
 def forget() -> None:
-    """Make the next forward of this thread the first step of a new generation."""
-    _thread.__init__()  # type: ignore[misc]  # threading.local: makes this thread's clocks anew
-    set_current(DenoiseClock())
-    _ordinals.clear()
-    _told.clear()
+    """Make the next forward of each thread the first step of a new generation."""
+    with _lock:
+        forget_clocks()
+        _ordinals.clear()
+        _told.clear()
+        for callers in list(_of_layer.values()):
+            for each in list(callers.values()):
+                each.ordinal = None
 
 
 def recognition_of(model: Any) -> Recognition | None:
@@ -166,7 +193,7 @@ def mark(caller: Caller) -> None:
     """Let the next compiled graph of a model begin a forward of it: its first graph, without attention, runs."""
     model = caller.model()
     _entered.add(model)
-    forward = _thread.forwards.get(model)
+    forward = _here().forwards.get(model)
     if forward is not None:
         forward.begins_later = True
 
@@ -179,76 +206,110 @@ def forward_of(caller: Caller, code: object, *, begins: bool) -> Forward:
         code: what it was compiled from; there may be a graph of it for each size.
         begins: it is the first graph of every forward of the model.
     """
-    model, layer = caller.model(), caller.layer()
-    forward = _thread.forwards.get(model)
-    place = (id(code), id(layer))
+    here = _here()
+    # a module has one plain weak reference, however often it is asked for
+    forward = here.forward if here.model is caller.model else here.forwards.get(caller.model())
+    place = (id(code), id(caller.layer()))
     is_first = begins or (forward is not None and forward.begins_later)
     if forward is None or is_first or forward.has_ended:
-        forward = _begin(model)
+        forward = _begin(caller.model())
         forward.is_entered = is_first
     elif not forward.is_called and not forward.is_entered and place in forward.ran:
-        forward = _begin(model)
+        forward = _begin(caller.model())
     forward.ran.add(place)
     return forward
 
 
 def ordinal(forward: Forward, caller: Caller) -> int:
     """Return the layer's place in its model, from 0, in the order in which layers first run."""
+    if caller.ordinal is not None:
+        return caller.ordinal
     layer = caller.layer()
     place = _ordinals.get(layer) if isinstance(layer, Module) else None
     if place is None:
         place = len({each for _, each in forward.ran} - {id(layer)})
         if isinstance(layer, Module):
             _ordinals[layer] = place
+    if isinstance(layer, Module):
+        caller.ordinal = place
     return place
 
 
-def _begin(model: Any, inputs: list[tuple[str, Any]] | None = None) -> Forward:
+def _begin(model: Any, inputs: dict[str, Any] | None = None) -> Forward:
     """Tick the clock of the loop that calls ``model``."""
-    stack = call_stack.frames()
-    loop = call_stack.loop_on(stack)
+    here = _here()
+    stack = call_stack.all_frames()
+    last = here.forwards.get(model)
+    route = last.route if last is not None and last.route.leads(stack) else call_stack.Route(stack)
+    loop = route.loop(stack)
     if inputs is None:
-        inputs = call_stack.inputs_of_forward(model, stack)
+        inputs = route.inputs(model, stack)
     known = _known_clock(model, loop)
-    latents = call_stack.largest(inputs)
-    observation = _observe(inputs, latents, loop, None if known is None else known.input_of(model))
+    observation, latents = observe(inputs, loop, None if known is None else known.input_of(model))
     clock = known or _new_clock(model, loop, observation)
     tick = clock.tick(model, observation)
     clock.last_input = None if latents is None else weakref.ref(latents)
+    if _told.get(model) is not clock.told:
+        _told[model] = clock.told
     set_current(clock)
-    _told[model] = clock.told
-    forward = _thread.forwards[model] = Forward(tick, clock)
-    return forward
+    here.model = weakref.ref(model)
+    here.forward = here.forwards[model] = Forward(tick, clock, route)
+    return here.forward
 
 
-def _observe(
-    inputs: list[tuple[str, Any]], latents: Tensor | None, loop: call_stack.StackedLoop | None, level: str | None
-) -> Observation:
-    objects = call_stack.identities(inputs)
-    same = tuple(objects[name] for name, value in inputs if isinstance(value, Tensor) and is_grid(value))
-    size = () if latents is None else tuple(map(int, latents.shape))
+def observe(
+    inputs: dict[str, Any], loop: call_stack.StackedLoop | None, level: str | None
+) -> tuple[Observation, Tensor | None]:
+    """Return what is seen of a forward, and its latents.
+
+    Args:
+        inputs: its tensors and numbers, by name.
+        loop: the loop around it.
+        level: the input that is known to be the noise level.
+    """
+    objects: dict[str, Identity] = {}
+    grids: list[Identity] = []
+    candidates: dict[str, Any] = {}
+    latents, largest = None, 0
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            known = call_stack.known(value)
+            objects[name] = identity = known.number, version_of(value)
+            if known.numel > largest:
+                latents, largest = value, known.numel
+            if known.is_grid:
+                grids.append(identity)
+            if known.may_be_level:
+                candidates[name] = value
+        else:
+            candidates[name] = value
+    size = () if latents is None else tuple(latents.shape)
     if is_announced():
-        return Observation(objects=objects, latents=same, size=size, loop=None if loop is None else loop.told([]))
-    found = candidates(inputs)
-    if level in found:
-        found = {level: found[level]}
-    readings, levels = read(found, None if loop is None else loop.unread)
-    told: Loop | None = None if loop is None else loop.told(levels)
-    return Observation(readings, objects, same, size, told)
+        told = None if loop is None else loop.told([])
+        return Observation(objects=objects, latents=tuple(grids), size=size, loop=told), latents
+    if level in candidates:
+        candidates = {level: candidates[level]}
+    readings, levels = read(candidates, None if loop is None else loop.unread)
+    return Observation(readings, objects, tuple(grids), size, None if loop is None else loop.told(levels)), latents
 
 
 def _known_clock(model: Any, loop: call_stack.StackedLoop | None) -> DenoiseClock | None:
-    if loop is not None and loop.pipeline is not None:
-        return _thread.by_pipeline.setdefault(loop.pipeline, DenoiseClock())
-    return _thread.by_model.get(model)
+    here = _here()
+    if loop is None or loop.pipeline is None:
+        return here.by_model.get(model)
+    clock = here.by_pipeline.get(loop.pipeline)
+    if clock is None:
+        clock = here.by_pipeline[loop.pipeline] = DenoiseClock()
+    return clock
 
 
 def _new_clock(model: Any, loop: call_stack.StackedLoop | None, seen: Observation) -> DenoiseClock:
     """Return the clock of a model without one: that which ticked last, where its generation may go on in this model."""
+    here = _here()
     last = current_clock()
-    shares = last.now is not None and last in _thread.by_model.values() and last.would_follow(seen)
+    shares = last.now is not None and last in here.by_model.values() and last.would_follow(seen)
     clock = last if shares or last.now is None else DenoiseClock()
-    _thread.by_model[model] = clock
+    here.by_model[model] = clock
     return clock
 
 
@@ -273,23 +334,25 @@ def _watch(module: Module, caller: Caller, *, is_compiled: bool) -> None:
 
 def begins_forward(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Begin a forward of a model whose layers are compiled: a hook of the model."""
-    if torch.compiler.is_compiling() or module not in _layers:
+    watched = None if torch.compiler.is_compiling() else _layers.get(module)
+    if watched is None:
         return
-    callers = [caller for each in _layers[module] if (caller := each()) is not None]
-    models = {id(model): model for each in callers if (model := each.model()) is not None}
-    if id(module) in models:
+    if any((caller := each()) is not None and caller.model() is module for each in watched):
         inputs = call_stack.leaves(call_stack.bound(module.forward, args, kwargs))
         _begin(module, inputs).is_called = True
         return
+    callers = [caller for each in watched if (caller := each()) is not None]
+    models = {id(model): model for each in callers if (model := each.model()) is not None}
     for model in models.values():
-        forward = _thread.forwards.get(model)
-        # what has one layer is part of a layer; what has several may be a model
-        mine = [each for each in callers if each.model() is model and _equals(each.layer(), module) > 1]
+        forward = _here().forwards.get(model)
         ran = {layer for _, layer in forward.ran} if forward is not None and not forward.has_ended else set()
-        if any(id(each.layer()) in ran for each in mine):
+        mine = [each for each in callers if each.model() is model] if ran else []
+        # what has one layer is part of a layer; what has several may be a model
+        if any(id(each.layer()) in ran and _equals(each.layer(), module) > 1 for each in mine):
             # this module is called more than once in a call of the one around it, which holds a loop or both branches
             for each in mine:
-                each.model = weakref.ref(module)
+                if _equals(each.layer(), module) > 1:
+                    each.model = weakref.ref(module)
             inputs = call_stack.leaves(call_stack.bound(module.forward, args, kwargs))
             _begin(module, inputs).is_called = True
 
@@ -298,7 +361,7 @@ def ends_forward(module: Module, args: tuple[Any, ...], output: Any) -> None:
     """End a forward of a model whose layers are compiled: a hook of the model."""
     if torch.compiler.is_compiling():
         return
-    forward = _thread.forwards.get(module)
+    forward = _here().forwards.get(module)
     if forward is not None:
         forward.has_ended = True
 

@@ -8,9 +8,10 @@ inputs that behave alike.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ MOST_NUMBERS = 65_536
 """More than a noise level for each token of a long video would be latents."""
 MOST_DIFFERENT = 256
 """A noise level for each frame; more different numbers are latents or embeddings."""
+SMALL = 64
+"""So many numbers are summed up by the host, more of them by their device."""
 FEW = 4
 """So many different numbers may come in any order; more of them rise or fall from frame to frame."""
 TOLERANCE = 1 / 128
@@ -44,30 +47,30 @@ class Reading:
     """How much it looks like one, 0 being the most."""
 
 
-def candidates(inputs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the inputs that may be noise levels, by their names, as far as shape and dtype tell."""
-    return {name: value for name, value in inputs if _may_be_level(value)}
-
-
-def _may_be_level(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        is_number = value.dtype != torch.bool and not value.dtype.is_complex
-        is_data = not isinstance(value, torch.nn.Parameter) and not value.is_meta
-        return is_number and is_data and 0 < value.numel() <= MOST_NUMBERS and _axes(value) <= 2
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def may_be_level(value: Tensor) -> bool:
+    """Say whether an input may be a noise level, as far as its shape and dtype tell; numbers always may."""
+    is_number = value.dtype != torch.bool and not value.dtype.is_complex
+    is_data = not isinstance(value, torch.nn.Parameter) and not value.is_meta
+    return is_number and is_data and 0 < value.numel() <= MOST_NUMBERS and _axes(value) <= 2
 
 
 def is_grid(value: Tensor) -> bool:
     """Say whether a tensor can only be latents: channels over frames, rows and columns, or some of these."""
-    return value.is_floating_point() and _axes(value) >= 3
+    return value.ndim >= 3 and value.is_floating_point() and _axes(value) >= 3
 
 
 def _axes(value: Tensor) -> int:
-    return sum(size > 1 for size in value.shape)
+    return len([size for size in value.shape if size > 1])
 
 
 def read(found: Mapping[str, Any], also: Tensor | None = None) -> tuple[dict[str, Reading], list[float]]:
     """Return what the candidates hold, and the numbers of ``also``, in one copy from each device that has some."""
+    if also is None and len(found) == 1:
+        # what is left to read when the choice has settled
+        ((name, value),) = found.items()
+        if isinstance(value, Tensor) and (few := value.numel()) <= SMALL:
+            only = _reading(value, [float(value.item())] if few == 1 else [*map(float, value.flatten().tolist())])
+            return {} if only is None else {name: only}, []
     readings: dict[str, Reading] = {}
     on: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, value in found.items():
@@ -79,7 +82,7 @@ def read(found: Mapping[str, Any], also: Tensor | None = None) -> tuple[dict[str
         on.setdefault(also.device, []).append(("", also.detach()))
     numbers: list[float] = []
     for tensors in on.values():
-        parts = [each.flatten() if not name else _summary(each) for name, each in tensors]
+        parts = [_summary(each) if name and each.numel() > SMALL else each.flatten() for name, each in tensors]
         copied = torch.cat([each.to(torch.float64) for each in parts]).tolist()
         for (name, tensor), part in zip(tensors, parts):
             values, copied = copied[: part.numel()], copied[part.numel() :]
@@ -91,10 +94,8 @@ def read(found: Mapping[str, Any], also: Tensor | None = None) -> tuple[dict[str
 
 
 def _summary(value: Tensor) -> Tensor:
-    """Return the number; of several mean, least, largest, a weighted sum, how many differ, and if they are in order."""
+    """Return mean, least, largest, a weighted sum, how many differ, and if they are in order, of many numbers."""
     flat = value.flatten().to(torch.float64)
-    if flat.numel() == 1:
-        return flat
     places = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device)
     ordered = flat.sort().values
     different = 1 + (ordered[1:] != ordered[:-1]).sum()
@@ -103,10 +104,20 @@ def _summary(value: Tensor) -> Tensor:
     return torch.stack([*sums, different.to(torch.float64), in_order.to(torch.float64)])
 
 
+def _summary_of_few(values: list[float]) -> list[float]:
+    """Return the same of few numbers, which are copied as they are: the device would need a kernel for each."""
+    ordered = sorted(values)
+    weighted = sum(place * value for place, value in enumerate(values, 1))
+    in_order = values in (ordered, ordered[::-1])
+    return [sum(values) / len(values), ordered[0], ordered[-1], weighted, len(set(values)), in_order]
+
+
 def _reading(tensor: Tensor, values: list[float]) -> Reading | None:
     whole_numbers = 0 if tensor.is_floating_point() else 1
     if len(values) == 1:
         return Reading((values[0],), whole_numbers)
+    if tensor.numel() <= SMALL:
+        values = _summary_of_few(values)
     mean, least, largest, weighted, different, in_order = values
     if least == largest:
         return Reading((least,), whole_numbers)
@@ -169,6 +180,8 @@ class NoiseLevel:
             schedule: the noise levels of the loop, where its scheduler tells them.
             latents_are_the_same: the large inputs are the same objects as at the last forward: it is the same step.
         """
+        if self.is_settled and self.chosen in readings:
+            return False
         for name in [each for each in self._tracks if each not in readings]:
             del self._tracks[name]
         for name, reading in readings.items():
@@ -180,10 +193,11 @@ class NoiseLevel:
             else:
                 track.follow(reading, within_step=latents_are_the_same)
             track.is_of_schedule &= any(nearest(value, schedule) is not None for value in reading.level[:3])
-        before = self.chosen
-        if not self.is_settled or self.chosen not in self._tracks:
-            self.chosen = self._best()
-            self.is_settled = self.chosen is not None and self._settles(self._tracks[self.chosen])
+        before, self.chosen = self.chosen, self._best()
+        self.is_settled = self.chosen is not None and self._settles(self._tracks[self.chosen])
+        if self.is_settled:
+            # the others are read no longer; whoever looks for another one begins anew
+            self._tracks.clear()
         return before != self.chosen and before is not None
 
     def _settles(self, chosen: _Track) -> bool:
@@ -207,6 +221,7 @@ class NoiseLevel:
         return min(self._tracks, key=order, default=None)
 
 
+@functools.lru_cache(maxsize=1024)
 def nearest(value: float, schedule: tuple[float, ...]) -> int | None:
     """Return the place of a noise level in a schedule, in that's unit or a thousandth of it; None if it has none."""
     levels = list(dict.fromkeys(schedule))

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
-from svg2_compile.dynamo import is_compiled, is_kept_from_dynamo
+from svg2_compile.dynamo import is_compiled, is_kept_from_dynamo, reason_of_break
 from svg2_compile.passes.records import Rejection
 
 
@@ -30,6 +31,15 @@ def certain_obstacles(model: torch.nn.Module, root: torch.nn.Module) -> list[Rej
     # hooks that can be traced break nothing; a projection that is compiled on its own has hooks that cannot
     path = next((path for path, module in model.named_modules() if module is root), "")
     return outside + list(_hooks_of_layer(root, path))
+
+
+def obstacles_behind(gm: GraphModule) -> tuple[Rejection, ...]:
+    """Return what hides the attention that comes behind a graph, known while that is compiled."""
+    # Dynamo does not go on inside this context; a call of it has no other purpose than attention
+    if "<function sdp_kernel " not in reason_of_break(gm):
+        return ()
+    reason = "torch.backends.cuda.sdp_kernel is around it, a context in which Dynamo compiles nothing"
+    return (Rejection("sdp_kernel", "", reason, "use torch.nn.attention.sdpa_kernel"),)
 
 
 def _hooks(module: torch.nn.Module) -> dict[str, Any]:

@@ -5,11 +5,12 @@ options left to ``configure``; when they change back, what was compiled under th
 settings gets all of them compiled: where places run out, what was compiled under earlier ones is dropped.
 
 Dynamo keeps ``recompile_limit`` graphs of a piece of code. Beyond that it runs the code as it stands, dense: the report
-says so when no place is left, and under ``on_unsupported="error"`` the call fails that would have run so.
+says so when no place is left, and the first call that runs so warns; under ``on_unsupported="error"`` it fails.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from svg2_compile import options as defaults
 from svg2_compile.dynamo import CompiledCode, Limit, call_before_compiling, code_under_compilation, guard_attribute
 from svg2_compile.passes.errors import UnsupportedError
 from svg2_compile.region import DenseGraph, Region
+
+log = logging.getLogger(__name__)
 
 Backend = Callable[..., Any]
 
@@ -37,6 +40,8 @@ class _Watched:
     """For each compilation, the attribute of ``in_force`` that it depends on, and what that said."""
     dropped: list[Region | DenseGraph] = field(default_factory=list)
     """What ran before its graphs were dropped: a report still tells of it, until the code is compiled again."""
+    warnings: list[str] = field(default_factory=list)
+    """What was said of it since then."""
 
     def serves(self, module: type[torch.nn.Module]) -> bool:
         """Say whether modules of a class run this code."""
@@ -128,6 +133,10 @@ def _before_compiling() -> str:
     if given is None and code.backend not in _wrappers:
         return ""
     each = _watched.setdefault(code.code, _Watched(code, code.root))
+    told = each.out_of_places(limit)
     if _wrappers[code.backend] if given is None else _asks_to_be_told(given.get("options")):
-        raise UnsupportedError(f'{each.out_of_places(limit)}, or set on_unsupported="dense" to accept that')
+        raise UnsupportedError(f'{told}, or set on_unsupported="dense" to accept that')
+    if told not in each.warnings:
+        each.warnings.append(told)
+        log.warning("%s", told)
     return ""

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from svg2_compile import schedule
 from svg2_compile.budgets import BudgetsInForce
+from svg2_compile.by_object import ByObject
 from svg2_compile.dynamo import fake_mode_of_fixed_sizes, tracing_with
 from svg2_compile.forwards import Caller, Forward, caller_of, forget, forward_of, mark, ordinal
 from svg2_compile.kernels.known_state import known_as_clustered
@@ -30,9 +31,6 @@ from svg2_compile.passes.sparsify import Sparsified
 from svg2_compile.state import SiteState, store
 
 _numbers = itertools.count()
-
-MOST_MET = 4096
-"""Callers that a graph remembers by their parameters: more than any model has layers."""
 
 Runner = Callable[..., Any]
 Lower = Callable[[GraphModule, list[Any]], Runner]
@@ -55,23 +53,20 @@ class Owner:
     """The graph is that of a layer, whose model is around it."""
     code: CodeType | None = None
     """The code that was compiled."""
-    met: dict[int, tuple[weakref.ref[Any], weakref.ref[Caller]]] = field(default_factory=dict, compare=False)
-    """Parameters by their ``id``, and their callers: asked for at each call, where a weak dictionary would be slow."""
+    met: ByObject[weakref.ref[Caller]] = field(default_factory=ByObject, compare=False)
+    """Callers by their parameters."""
 
     def caller(self, args: tuple[Any, ...], graph: Any) -> Caller:
         """Return who calls ``graph``, with these arguments."""
         parameter = None if self.position is None else args[self.position]
-        met = self.met.get(id(parameter))
-        if met is not None and met[0]() is parameter:
-            known = met[1]()
-            if known is not None and known.is_alive:
-                return known
+        met = self.met.get(parameter)
+        known = None if met is None else met()
+        if known is not None and known.is_alive:
+            return known
         root = None if self.root is None else self.root()
         caller = caller_of(parameter, graph, root, is_repeated=self.is_repeated)
         if parameter is not None:
-            if len(self.met) >= MOST_MET:
-                self.met.clear()
-            self.met[id(parameter)] = weakref.ref(parameter), weakref.ref(caller)
+            self.met.set(parameter, weakref.ref(caller))
         return caller
 
 
@@ -139,7 +134,6 @@ class Region:
         self._kinds = kinds
         self._budgets = budgets
         self.number = next(_numbers)
-        self._lock = threading.Lock()
         self.clear()
         Region.instances.add(self)
 
@@ -175,25 +169,21 @@ class Region:
 
     def owners(self) -> list[Caller]:
         """Return every model or layer that called."""
-        with self._lock:
-            return list(self._calls)
+        return self._calls.keys()
 
     def dense_calls(self, caller: Caller) -> dict[str, int]:
         """Return how often it was dense for a caller, by reason."""
-        with self._lock:
-            return {why: count for why, count in dict(self._calls.get(caller, {})).items() if why}
+        return {why: count for why, count in dict(self._calls.get(caller) or {}).items() if why}
 
     def _count(self, caller: Caller, why_dense: str) -> None:
         counts = self._calls.get(caller)
         if counts is None:
-            with self._lock:
-                counts = self._calls.setdefault(caller, {})
+            counts = self._calls.setdefault(caller, {})
         counts[why_dense] = counts.get(why_dense, 0) + 1
 
     def clear(self) -> None:
         """Forget the counts; what is compiled stays."""
-        with self._lock:
-            self._calls: weakref.WeakKeyDictionary[Caller, dict[str, int]] = weakref.WeakKeyDictionary()
+        self._calls: ByObject[dict[str, int]] = ByObject()
 
 
 class DenseGraph:

@@ -47,6 +47,18 @@ class DenseHead:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanReport:
+    """One attention at one of the sizes, or under one of the settings, for which it was compiled."""
+
+    shape: str
+    plan: str
+    sparse: bool
+    sparse_calls: int = 0
+    dense_calls: int = 0
+    density: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SiteReport:
     """One attention of the model."""
 
@@ -55,7 +67,7 @@ class SiteReport:
     """Batch × heads × tokens × head dim, and the context tokens; empty for an attention left dense."""
 
     plan: str
-    """The cluster counts of a sparse attention, or why it is dense."""
+    """The cluster counts of a sparse attention, or why it is dense; as it was compiled last."""
 
     hint: str
     sparse: bool
@@ -98,6 +110,9 @@ class SiteReport:
 
     more: Mapping[str, Any] = field(default_factory=dict)
     """What other stages tell, by name."""
+
+    plans: tuple[PlanReport, ...] = ()
+    """Each shape and plan in the order of compilation, where there are several; what stands above adds them up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +201,11 @@ class Report:
             calls = f"{site.sparse_calls or '':>6} {site.dense_calls or '':>6}"
             plan = f"{site.shape}, {site.plan}" if site.sparse else f"dense: {site.plan}"
             lines.append(f"{site.path:<32} {density:>7} {mass:>6} {recall:>6} {calls}  {plan}")
+            for each in site.plans:
+                calls = f"{each.sparse_calls or '':>6} {each.dense_calls or '':>6}"
+                density = percent(each.density, unknown="")
+                plan = f"{each.shape}, {each.plan}" if each.sparse else f"dense: {each.plan}"
+                lines.append(f"{'':<32} {density:>7} {'':>6} {'':>6} {calls}  of these: {plan}")
             if site.more:
                 told = ", ".join(f"{name.replace('_', ' ')} {_told(value)}" for name, value in site.more.items())
                 lines.append(f"{'':<32} {told}")
@@ -257,14 +277,13 @@ def report(model: torch.nn.Module | Callable[..., Any]) -> Report:
     for region, caller, prefix in regions:
         dense_calls = region.dense_calls(caller)
         for decision in region.plan.decisions:
-            # a layer may be compiled several times, for other sizes or modes: its calls add up, the last plan is shown
+            # a layer may be compiled several times, for other sizes or modes: its calls add up
             row = rows.setdefault((dotted(prefix, decision.path), decision.node), _Row(decision, caller))
-            row.decision = decision
-            for why, count in dense_calls.items():
-                row.dense_calls[why] = row.dense_calls.get(why, 0) + count
+            row.add(decision, dense_calls)
     for graph, _, prefix in _called_for(model, DenseGraph.instances):
         for rejection in graph.rejections:
-            rows.setdefault((dotted(prefix, rejection.path), rejection.node), _Row(rejection, None))
+            row = rows.setdefault((dotted(prefix, rejection.path), rejection.node), _Row(rejection, None))
+            row.add(rejection, {}, is_last=False)
     if isinstance(model, torch.nn.Module) and all(isinstance(row.decision, Rejection) for row in rows.values()):
         seen = [f"{path}." for path, _ in rows]
         for path, rejection in obstacles(model):
@@ -334,6 +353,17 @@ class _Row:
     decision: SitePlan | Rejection
     caller: Caller | None
     dense_calls: dict[str, int] = field(default_factory=dict)
+    plans: dict[tuple[str, str], tuple[SitePlan | Rejection, int]] = field(default_factory=dict)
+    """By shape and plan in words what was compiled, and its dense calls."""
+
+    def add(self, decision: SitePlan | Rejection, dense_calls: Mapping[str, int], *, is_last: bool = True) -> None:
+        """Add what a graph does with the attention."""
+        for why, count in dense_calls.items():
+            self.dense_calls[why] = self.dense_calls.get(why, 0) + count
+        before = self.plans.get(_in_words(decision), (decision, 0))
+        self.plans[_in_words(decision)] = decision, before[1] + sum(dense_calls.values())
+        if is_last:
+            self.decision = decision
 
     @property
     def states_by_stream(self) -> dict[str, list[SiteState]]:
@@ -368,15 +398,15 @@ class _Row:
     def describe(self, path: str) -> SiteReport:
         if isinstance(self.decision, Rejection):
             reason, hint = self.decision.reason, self.decision.hint
-            return SiteReport(path, "", reason, hint, sparse=False)
+            return SiteReport(path, "", reason, hint, sparse=False, plans=self.describe_plans())
         site, states = self.decision, self.states
-        context = f" + {told(site.context_tokens)} context" if len(site.segments) > 1 else ""
+        shape, plan = _in_words(site)
         shown = self.shown(site)
         own = {each.name for each in fields(SiteReport)}
         return SiteReport(
             path=path,
-            shape=f"{site.batch}×{site.q_heads}×{told(site.tokens)}×{site.head_dim}{context}",
-            plan=site.clusters_told,
+            shape=shape,
+            plan=plan,
             hint=next((each.budgets.why_not for each in states if each.budgets is not None), ""),
             sparse=True,
             sparse_calls=sum(state.calls for state in states),
@@ -385,8 +415,36 @@ class _Row:
             branches=tuple(sorted(stream for stream in self.states_by_stream if stream)),
             dense_flops=int(sum(stage.work(site).pair_flops for stage in site.stages)),
             more={name: value for name, value in shown.items() if name not in own},
+            plans=self.describe_plans(),
             **{name: value for name, value in shown.items() if name in own},
         )
+
+    def describe_plans(self) -> tuple[PlanReport, ...]:
+        """Return each plan with the calls that were its own; nothing where there is one only."""
+        return tuple(self._describe_plan(*each) for each in self.plans.values()) if len(self.plans) > 1 else ()
+
+    def _describe_plan(self, decision: SitePlan | Rejection, dense_calls: int) -> PlanReport:
+        shape, plan = _in_words(decision)
+        if isinstance(decision, Rejection):
+            return PlanReport(shape, plan, sparse=False, dense_calls=dense_calls)
+        by_stream = {} if self.caller is None else store.states_of(self.caller, decision, of_plan=True)
+        states = [state for states in by_stream.values() for state in states]
+        shown: dict[str, Any] = {}
+        for stage in decision.stages:
+            shown |= stage.shows(decision, [state.tensors for state in states])
+        calls = sum(state.calls for state in states)
+        return PlanReport(
+            shape, plan, sparse=True, sparse_calls=calls, dense_calls=dense_calls, density=shown["density"]
+        )
+
+
+def _in_words(decision: SitePlan | Rejection) -> tuple[str, str]:
+    """Return the shape of an attention and what is done with it."""
+    if isinstance(decision, Rejection):
+        return "", decision.reason
+    context = f" + {told(decision.context_tokens)} context" if len(decision.segments) > 1 else ""
+    shape = f"{decision.batch}×{decision.q_heads}×{told(decision.tokens)}×{decision.head_dim}{context}"
+    return shape, decision.clusters_told
 
 
 def _told(value: Any) -> str:

@@ -105,7 +105,12 @@ class StateStore:
         ``shapes`` are those of the graph's inputs where they tell its sizes and the sites do not.
         """
         with self._lock:
-            states = self._callers.setdefault(caller, weakref.WeakKeyDictionary()).setdefault(clock, {})
+            clocks = self._callers.get(caller)
+            if clocks is None:
+                clocks = self._callers[caller] = weakref.WeakKeyDictionary()
+            states = clocks.get(clock)
+            if states is None:
+                states = clocks[clock] = {}
             found: list[SiteState] = []
             for site in sites:
                 size = shapes if shapes else (site.batch, int(site.tokens))
@@ -123,16 +128,22 @@ class StateStore:
                 found.append(state)
             return found
 
-    def states_of(self, caller: Caller, site: SitePlan) -> dict[str, list[SiteState]]:
-        """Return what one site of a caller has, by CFG branch; the statistics of what was let go are without one."""
+    def states_of(self, caller: Caller, site: SitePlan, *, of_plan: bool = False) -> dict[str, list[SiteState]]:
+        """Return what one site of a caller has, by CFG branch; the statistics of what was let go are without one.
+
+        Args:
+            caller: who runs the site.
+            site: the site.
+            of_plan: only what has run by this very plan, where it was compiled for several sizes or settings.
+        """
         found: dict[str, list[SiteState]] = {}
         with self._lock:
             for states in self._callers.get(caller, {}).values():
-                for (index, path, stream, _, _), state in states.items():
-                    if (index, path) == (site.index, site.path):
+                for (index, path, stream, _, size), state in states.items():
+                    if (index, path) == (site.index, site.path) and not (of_plan and not _is_of(site, size, state)):
                         found.setdefault(stream, []).append(state)
-            for (index, path, _, _), state in self._sums.get(caller, {}).items():
-                if (index, path) == (site.index, site.path):
+            for (index, path, _, _, size), state in self._sums.get(caller, {}).items():
+                if (index, path) == (site.index, site.path) and not (of_plan and not _is_of(site, size, state)):
                     found.setdefault("", []).append(state)
         return found
 
@@ -165,15 +176,29 @@ class StateStore:
                 self._let_go(caller, oldest, states.pop(oldest))
 
     def _let_go(self, caller: Caller, key: Key, state: SiteState) -> None:
-        index, path, _, device, _ = key
+        index, path, _, device, size = key
+        size = size if _is_plain(size) else ()  # there is no end of those that one graph serves
         sums = {spec.name: state.tensors[spec.name] for spec in state.specs if spec.adds_up}
         gathered = self._sums.setdefault(caller, {})
-        if (kept := gathered.get((index, path, device, state.specs))) is None:
-            gathered[index, path, device, state.specs] = SiteState(state.specs, sums, state.run, calls=state.calls)
+        if (kept := gathered.get((index, path, device, state.specs, size))) is None:
+            gathered[index, path, device, state.specs, size] = SiteState(
+                state.specs, sums, state.run, calls=state.calls
+            )
             return
         kept.calls += state.calls
         for name, tensor in sums.items():
             kept.tensors[name].add_(tensor)
+
+
+def _is_of(site: SitePlan, size: tuple[Any, ...], state: SiteState) -> bool:
+    """Say whether a plan made this state, of a size as its key has it."""
+    is_static = isinstance(site.tokens, int) and _is_plain(size)
+    return state.specs == site.state_specs and (not is_static or size == (site.batch, site.tokens))
+
+
+def _is_plain(size: tuple[Any, ...]) -> bool:
+    """Say whether a key's size is that of a site, and not the shapes of a graph with symbolic sizes."""
+    return bool(size) and all(isinstance(each, int) for each in size)
 
 
 def _allocate(specs: tuple[StateSpec, ...], device: torch.device) -> dict[str, torch.Tensor]:

@@ -74,8 +74,8 @@ MUTANTS = (
     Mutant(
         "a tensor that both branches have votes for one of them",
         "svg2_compile/branches.py",
-        "for each in sightings if len(each.streams) == 1 for",
-        "for each in sightings for",
+        "for stream in streams if len(streams) == 1 else ():",
+        "for stream in streams:",
         CLOCK,
     ),
     Mutant(

@@ -341,3 +341,33 @@ def test_first_steps_and_first_layers_are_dense():
     assert why(0, 5) == why(1, None) == "first steps"
     assert why(2, 0) == why(9, 0) == "first layers"
     assert why(2, 1) == why(2, None) == ""
+
+
+@pytest.mark.usefixtures("no_grad_and_a_fresh_start")
+def test_a_reset_reaches_the_clocks_of_all_threads():
+    from loop_cases import CHANNELS, OPTIONS, TOKENS, Dit
+
+    import svg2_compile
+    from svg2_compile.clock import current_clock
+
+    model, text = Dit().eval(), torch.randn(1, 1, CHANNELS)
+    model.compile(backend="svg2", options=OPTIONS)
+    has_stepped, may_go_on, told = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        with torch.no_grad():
+            for level in (900.0, 600.0, 300.0):
+                model(torch.randn(1, TOKENS, CHANNELS), torch.tensor([level]), text)
+                told.append(current_clock().now)
+                if len(told) == 2:
+                    has_stepped.set()
+                    may_go_on.wait(60)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert has_stepped.wait(120)
+    svg2_compile.reset()
+    may_go_on.set()
+    thread.join()
+    assert [now.step for now in told] == [0, 1, 0]
+    assert told[1].run == told[0].run != told[2].run

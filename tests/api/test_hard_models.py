@@ -11,6 +11,8 @@ import torch
 from conformance.cases import CASES
 from conformance.examine import OPTIONS, Noise, output_of
 from conformance.video_models import text_mask
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import svg2_compile
 from svg2_compile import svg2_backend
@@ -320,3 +322,44 @@ def test_a_hub_kernel_as_attention_backend_is_reported_with_the_way_out(
     compiled = torch.compile(model, backend=svg2_backend, options=SPARSE, fullgraph=True)
     output_of(compiled, case.inputs())
     assert len(svg2_compile.report(compiled).sparse_sites) == 2
+
+
+class InAnOldContext(nn.Module):
+    """Asks for kernels in the way of older scripts, directly or through a helper."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.qkv, self.context = nn.Linear(16, 48), context
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 1, 16)).permute(2, 0, 3, 1, 4)
+        with self.context():
+            return x + torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def old_context():
+    return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*sdp_kernel.*:FutureWarning")
+@pytest.mark.parametrize("way", ["whole", "blocks"])
+def test_attention_in_a_context_that_ends_the_graph_is_told_or_refused(way):
+    options = {"min_tokens": 64, "dense_steps": 0, "dense_layers": 0, "lowering": "eager"}
+    for on_unsupported in ("dense", "error"):
+        torch._dynamo.reset()
+        model = nn.Sequential(*(InAnOldContext(old_context) for _ in range(2))).eval()
+        for part in (model,) if way == "whole" else model:
+            part.compile(backend="svg2", options=options | {"on_unsupported": on_unsupported})
+        x = torch.randn(1, 128, 16)
+        with torch.no_grad():
+            if on_unsupported == "error":
+                with pytest.raises(
+                    BackendCompilerFailed, match=r"InAnOldContext stays dense.*nn\.attention\.sdpa_kernel"
+                ):
+                    model(x)
+                continue
+            model(x)
+        report = svg2_compile.report(model)
+        assert report.sites and not report.sparse_sites
+        assert all("torch.backends.cuda.sdp_kernel is around it" in site.plan for site in report.sites)
+        assert "hint: " in str(report)

@@ -11,7 +11,10 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "cases"))
 
 import pytest
-from loop_cases import LOOPS, WAYS, run
+import torch
+from loop_cases import CHANNELS, LOOPS, TOKENS, WAYS, Dit, compiled, run
+
+from svg2_compile.clock import current_clock
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "loops.md"
 
@@ -59,6 +62,46 @@ with svg2_compile.denoise_step(step, total, stream=f"{{request}} cond"):
 
 - Without a noise level, a pipeline or a scheduler, each call is a step, and nothing begins anew.
 """
+
+
+@pytest.mark.usefixtures("no_grad_and_a_fresh_start")
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_models_called_from_here_and_there_go_on(way):
+    models, text = [compiled(way) for _ in range(2)], torch.randn(1, 1, CHANNELS)
+
+    def forward(model: Dit, *args: object) -> None:
+        model(*args)
+
+    def through_another(model: Dit, *args: object) -> None:
+        forward(model, *args)
+
+    told: dict[int, list[int]] = {0: [], 1: []}
+    for number, level in enumerate((900.0, 700.0, 500.0, 300.0, 100.0)):
+        x = torch.randn(1, TOKENS, CHANNELS)
+        for place, model in enumerate(models):
+            (forward if (number + place) % 3 else through_another)(model, x, torch.tensor([level]), text)
+            now = current_clock().now
+            assert now is not None
+            told[place].append(now.step)
+    assert told == {0: [0, 1, 2, 3, 4], 1: [0, 1, 2, 3, 4]}
+
+
+@pytest.mark.usefixtures("no_grad_and_a_fresh_start")
+def test_arguments_of_the_function_that_holds_the_loop_are_no_noise_level():
+    told: list[int] = []
+
+    def generate(model: Dit, tokens: int, steps: int) -> None:
+        text = torch.randn(1, 1, CHANNELS)
+        for step in range(steps):
+            model(torch.randn(1, tokens, CHANNELS), torch.tensor([900.0 - 100 * step]), text)
+            now = current_clock().now
+            assert now is not None
+            told.append(now.step)
+
+    model = compiled("whole")
+    for tokens, steps in ((96, 2), (96, 3), (128, 2), (128, 4)):
+        generate(model, tokens, steps)
+    assert told == [0, 1, 0, 1, 2, 0, 1, 0, 1, 2, 3]
 
 
 def test_the_page_says_what_the_loops_show():

@@ -260,6 +260,22 @@ def test_the_report_says_when_no_further_size_is_compiled(way, limit):
         assert "torch._dynamo.config.recompile_limit" in line and "dense" in line and line in str(report)
 
 
+@WAYS
+def test_the_first_call_that_runs_dense_for_want_of_a_place_warns_once(way, limit, caplog):
+    model, expected = way(made(), options=BASE, dynamic=False), made()
+    for tokens in sizes(limit):
+        run(model, tokens)
+    assert not [each for each in caplog.records if "allows; Dynamo" in each.getMessage()]
+    for tokens in (1024, 1088):
+        x, timestep = torch.randn(1, tokens, WIDTH), torch.tensor([500.0])
+        with torch.no_grad():
+            torch.testing.assert_close(model(x, timestep), expected(x, timestep))
+    (record,) = [each for each in caplog.records if "allows; Dynamo" in each.getMessage()]
+    assert record.levelname == "WARNING"
+    assert f"compiled {limit} times" in record.getMessage()
+    assert "torch._dynamo.config.recompile_limit" in record.getMessage()
+
+
 def test_a_class_is_told_of_its_own_code_only(limit):
     class Other(DiT):
         def forward(self, x, timestep):

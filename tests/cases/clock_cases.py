@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-from torch import Tensor
 
 from svg2_compile import call_stack
 from svg2_compile.clock import DenoiseClock, Loop, Observation, Tick
-from svg2_compile.noise_level import candidates, is_grid, read
+from svg2_compile.forwards import observe
 
 
 class Model:
@@ -18,12 +16,7 @@ class Model:
 
 def seen(loop: Loop | None = None, **inputs: Any) -> Observation:
     """Return what is seen of a forward with these inputs."""
-    named = call_stack.leaves(list(inputs.items()))
-    readings, _ = read(candidates(named))
-    objects = call_stack.identities(named)
-    largest = call_stack.largest(named)
-    same = tuple(objects[name] for name, value in named if isinstance(value, Tensor) and is_grid(value))
-    return Observation(readings, objects, same, () if largest is None else tuple(largest.shape), loop)
+    return replace(observe(call_stack.leaves(list(inputs.items())), None, None)[0], loop=loop)
 
 
 @dataclass(frozen=True)

@@ -72,14 +72,17 @@ class Seen:
     guesses: dict[str, int]
 
 
+def compiled(way: str) -> Dit:
+    """Return a new model, compiled as a whole or block by block."""
+    model = Dit().eval()
+    for part in (model,) if way == "whole" else model.blocks:
+        part.compile(backend="svg2", options=OPTIONS)
+    return model
+
+
 def run(loop: Loop, way: str) -> Seen:
     """Run a loop with a new model and return what was told of its forwards, generations numbered from 0."""
-    model = Dit().eval()
-    if way == "whole":
-        model.compile(backend="svg2", options=OPTIONS)
-    else:
-        for block in model.blocks:
-            block.compile(backend="svg2", options=OPTIONS)
+    model = compiled(way)
     call = (lambda *args: through_blocks(model, *args)) if way == WAYS[2] else model
     told = []
     for args in loop.calls():

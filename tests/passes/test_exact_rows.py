@@ -128,6 +128,40 @@ def test_every_query_keeps_the_exact_keys():
     assert (left == 0).any()
 
 
+COMPENSATED = [{"compensate": "centroids"}, {"compensate": "centroids", "route": "error"}]
+COMPENSATIONS = pytest.mark.parametrize("options", COMPENSATED, ids=["compensated", "routed"])
+
+
+@COMPENSATIONS
+@pytest.mark.parametrize("how", ["one sequence", "video", "video asks"])
+def test_exact_rows_are_dense_beside_means_and_the_others_nearer_to_it(how, options):
+    ranges = RANGES["several"]
+    _, plain, exact = computed(how, ranges)
+    plan, output, _ = computed(how, ranges, **options)
+    assert len(plan.sites) == 1
+    is_exact = ~far(plain, exact)
+    assert is_exact.any() and not far(output, exact)[is_exact].any()
+    assert (output - exact)[:, ~is_exact].norm() < (plain - exact)[:, ~is_exact].norm()
+
+
+@COMPENSATIONS
+def test_exact_keys_are_in_no_mean(options):
+    """Keys that are alike have a mean that says all, unless keys that every query keeps were in it too."""
+    kinds = torch.arange(VIDEO) % 3
+    q, k, v = torch.randn(1, 1, VIDEO, 4), 3 * torch.eye(4)[kinds][None, None], torch.randn(3, 4)[kinds][None, None]
+    for start, end in RANGES["several"]:
+        k[:, :, start:end] += 2
+        v[:, :, start:end] -= 50
+    gm, given, expected = trace(Given(), {"q": q, "k": k, "v": v})
+    torch._dynamo.reset()
+    least = LITTLE | {"top_p": 1e-6}
+    for each, is_dense in ((least, False), (least | options, True)):
+        plan = sparsify(gm, SparseConfig(**each, exact_rows=RANGES["several"]))
+        with torch.no_grad():
+            output = plan.gm(*given, *zeros(plan))[0]
+        assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4) is is_dense
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 30)), min_size=1, max_size=4), st.data())
 @settings(deadline=None)
 def test_rows_are_named_by_their_place_and_nothing_is_lost(parts, data):
@@ -159,22 +193,74 @@ def test_too_few_rows_that_are_left_are_short():
     assert [each.reason for each in plan.rejections] == ["short: 10 video tokens"]
 
 
-def test_a_symbolic_length_is_declined_with_advice():
-    found: list[Sparsified] = []
+def compiled(model: nn.Module, found: list[Sparsified], exact_rows: Any, **options: Any) -> Any:
+    """Return the model, compiled with the rewrite alone; its plans come into ``found``."""
 
     def backend(gm: Any, _: list[Any]) -> Any:
-        found.append(sparsify(gm, SparseConfig(**LITTLE, exact_rows=((0, 5),))))
-        return gm.forward
+        plan = sparsify(gm, SparseConfig(**LITTLE | options, exact_rows=exact_rows))
+        found.append(plan)
+        return lambda *args: plan.gm(*args, *zeros(plan))
 
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+@pytest.mark.parametrize("name", [name for name in RANGES if name != "beyond the end"])
+@pytest.mark.parametrize("how", ["one sequence", "video"])
+def test_rows_of_a_symbolic_length_are_exact_at_each_length(how, name):
+    torch.manual_seed(0)
+    model, found = Attention(how).eval(), list[Sparsified]()
+    run, exact_model = compiled(model, found, RANGES[name]), Attention(how).eval().double()
+    exact_model.load_state_dict({key: value.double() for key, value in model.state_dict().items()})
+    for length in (VIDEO, VIDEO + 9):
+        text, video = joint_inputs(video=length)
+        torch._dynamo.mark_dynamic(video, 1)
+        with torch.no_grad():
+            differs = far(run(text, video), exact_model(text.double(), video.double()))
+        rows = length if how == "video" else TEXT + length
+        named = torch.zeros(rows, dtype=torch.bool)
+        for start, end in RANGES[name]:
+            named[start:end] = True
+        if how != "video":
+            named[:TEXT] = True
+        assert not differs[named].any()
+        assert differs[~named].any()
+    assert len(found) == 1 and len(found[0].sites) == 1
+
+
+def test_the_same_graph_serves_no_length_at_which_named_rows_meet():
+    model, found = Attention("video").eval(), list[Sparsified]()
+    run = compiled(model, found, ((0, 8), (-8, None)))
+    for length in (VIDEO, 16, 12):
+        text, video = joint_inputs(video=length)
+        torch._dynamo.mark_dynamic(video, 1)
+        with torch.no_grad():
+            assert bool(far(run(text, video), model(text, video)).any()) is (length == VIDEO)
+    assert [len(plan.sites) for plan in found] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("how", "exact_rows"),
+    [
+        ("both", ((0, 5),)),
+        ("both", ((-5, None),)),
+        ("video", ((20, -20),)),
+        ("video", ((30, 1000),)),
+        ("video asks", ((20, 25),)),
+    ],
+)
+def test_rows_whose_place_only_a_run_tells_are_declined_with_advice(how, exact_rows):
+    model, found = Attention("one sequence" if how == "both" else how).eval(), list[Sparsified]()
     text, video = joint_inputs()
     torch._dynamo.mark_dynamic(video, 1)
+    if how == "both":
+        torch._dynamo.mark_dynamic(text, 1)
     with torch.no_grad():
-        torch.compile(Attention().eval(), backend=backend, fullgraph=True)(text, video)
+        output = compiled(model, found, exact_rows)(text, video)
+        assert not far(output, model(text, video)).any()
     (rejection,) = found[0].rejections
     assert isinstance(rejection, Rejection) and not rejection.by_design
-    assert (
-        rejection.reason == "its length is symbolic, and exact_rows counts rows" and "dynamic=False" in rejection.hint
-    )
+    assert "which rows exact_rows names is known only at run time" in rejection.reason
+    assert "dynamic=False" in rejection.hint
 
 
 def test_a_graph_without_exact_rows_is_what_it_was():
