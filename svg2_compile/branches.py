@@ -40,8 +40,11 @@ class Branches:
         """Calls in a step, as far as known."""
         self.is_uneven = False
         """A step had another number of calls than the ones before, and its branches were told by their order."""
+        self.has_stranger = False
+        """A call had a tensor of its own that no branch has, in a step whose other calls were told by theirs."""
         self._step = 0
         self._by_order = False
+        self._is_strange = False
         self._used: set[str] = set()
         self._ran: list[str] = []
         self._seen: dict[tuple[str, Identity], _Sighting] = {}
@@ -54,7 +57,7 @@ class Branches:
             stale = [key for key, each in self._seen.items() if each.first_step == each.last_step < step - REMEMBERED]
             for key in stale:
                 del self._seen[key]
-            self._step, self._ran, self._by_order = step, [], False
+            self._step, self._ran, self._by_order, self._is_strange = step, [], False, False
         own: dict[str, int] = {}
         for item in objects.items():
             sighting = self._seen.get(item)
@@ -65,9 +68,13 @@ class Branches:
         if votes:
             stream, how = max(votes, key=votes.__getitem__), "told by their own tensors"
         else:
-            self._by_order = True
             # a branch that had to share a place takes one that nobody had
             taken = self._used if any(map(is_shared, own)) else {*self._ran}
+            others = self._owners(objects) - taken
+            if others and (self._is_strange or (self._ran and not self._by_order)):
+                # the places that are next belong to other prompts
+                taken, self._is_strange, self.has_stranger = taken | others, True, True
+            self._by_order = True
             place = len(taken)
             while str(place) in taken:
                 place += 1
@@ -84,6 +91,11 @@ class Branches:
                 if sighting.streams != {stream}:
                     sighting.streams = {each for each in sighting.streams if not is_shared(each)} | {stream}
         return stream, how
+
+    def _owners(self, objects: Mapping[str, Identity]) -> set[str]:
+        """Return the branches that an input of one of these names belongs to through several steps."""
+        stay = [each for (name, _), each in self._seen.items() if name in objects and each.last_step > each.first_step]
+        return {stream for each in stay if len(each.streams) == 1 for stream in each.streams}
 
     def goes_on(self, objects: Mapping[str, Identity]) -> bool | None:
         """Say whether these inputs are of the generation seen so far; None where nothing stays the same within it."""

@@ -168,6 +168,11 @@ class DenoiseClock:
             if branches.is_uneven:
                 branches.is_uneven = False
                 self.told.guess(f"branches were told by their order, and not all steps had as many calls; {ADVICE}")
+            if branches.has_stranger:
+                branches.has_stranger = False
+                self.told.guess(
+                    f"another prompt at the noise level of the last call was taken for one more branch; {ADVICE}"
+                )
             if is_shared(stream):
                 run = next(_runs)
                 self.told.guess(

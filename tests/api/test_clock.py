@@ -159,6 +159,28 @@ def test_a_branch_is_known_by_its_prompt_in_any_order():
     assert not clock.told.guesses
 
 
+@pytest.mark.parametrize("branches", [2, 3])
+def test_another_prompt_at_the_level_where_a_generation_was_left_takes_no_place_of_its_branches(branches):
+    """Interrupted between two branches, and followed by a request that begins at the very level."""
+    clock, model = DenoiseClock(), Model()
+    old, new = torch.randn(branches, 1, 12, 16).unbind(), torch.randn(branches, 1, 12, 16).unbind()
+    places = {}
+    for prompt, level in [*((p, t) for t in (1000.0, 750.0) for p in old), (old[0], 500.0), *((p, 500.0) for p in new)]:
+        now = clock.tick(model, seen(x=torch.randn(1, 9, 4, 4), text=prompt, t=level))
+        places.setdefault((now.run, now.stream), set()).add(id(prompt))
+    assert all(len(each) == 1 for each in places.values())
+    assert any("one more branch" in each for each in clock.told.guesses)
+
+
+def test_a_branch_that_is_made_anew_in_each_step_keeps_its_place():
+    clock, model, prompt = DenoiseClock(), Model(), torch.randn(1, 12, 16)
+    for step in range(5):
+        for place, text in enumerate((prompt, torch.zeros(1, 12, 16))):
+            now = clock.tick(model, seen(x=torch.randn(1, 9, 4, 4), text=text, t=1000.0 - step))
+            assert (now.step, now.stream) == (step, str(place))
+    assert not clock.told.guesses
+
+
 def test_steps_with_fewer_calls_are_a_guess_where_only_order_tells():
     clock, model = DenoiseClock(), Model()
     ticks(clock, model, [999, 999, 800, 800, 600, 400])
