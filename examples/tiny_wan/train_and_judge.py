@@ -77,6 +77,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--learning-rate", type=float, help="at its peak; the configuration's by default")
     add("--start-from", type=Path, help="model folder whose weights a new run begins with")
     add("--batch-tokens", type=int, help="tokens in a batch; the configuration's by default")
+    add("--attention", help="see train_subject.py")
     add("--whitening", type=float, help="of the latents; see train_subject.py")
     add("--minutes-per-call", type=float, default=math.inf, help="end in time, to be called again")
     add("--old", type=Path, default=ROOT / "svg2_compile" / "tiny_wan", help="an older subject to judge beside it")
@@ -114,7 +115,7 @@ def work(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace, call_seconds: float) -> int:
     """Train for the rest of this call, export what there is, and return 0 when training is done."""
     given = {"--minutes": options.minutes, "--steps": options.steps, "--learning-rate": options.learning_rate}
-    given |= {"--start-from": options.start_from}
+    given |= {"--start-from": options.start_from, "--attention": options.attention}
     given |= {"--batch-tokens": options.batch_tokens, "--whitening": options.whitening, "--device": options.device}
     if math.isfinite(call_seconds):
         # a minute for what follows the last step: checkpoint, export, packing

@@ -135,7 +135,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         " coarse channels stay stronger and come out of the noise first")  # fmt: skip
     add("--seed", type=int, default=0, help="of weights, noise and videos")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
-    add("--attention", default="fastest", choices=("fastest", "flash"), help="of PyTorch's, on a GPU")
+    add("--attention", default="flash", choices=("flash", "fastest"), help="of PyTorch's, on a GPU; the fastest is"
+        " cuDNN's on an H200, with which one size went wrong (docs/lab, 33)")  # fmt: skip
     add("--no-compile", action="store_true", help="leave the blocks to eager PyTorch")
     add("--export", type=Path, help="write the fp16 moving average as a model folder")
     return parser.parse_args(arguments)
