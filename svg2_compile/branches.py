@@ -68,14 +68,15 @@ class Branches:
         if votes:
             stream, how = max(votes, key=votes.__getitem__), "told by their own tensors"
         else:
-            # a branch that had to share a place takes one that nobody had
-            taken = self._used if any(map(is_shared, own)) else {*self._ran}
+            # a branch that had to share a place takes the first that nobody had
+            has_shared = any(map(is_shared, own))
+            taken = self._used if has_shared else {*self._ran}
             others = self._owners(objects) - taken
             if others and (self._is_strange or (self._ran and not self._by_order)):
                 # the places that are next belong to other prompts
                 taken, self._is_strange, self.has_stranger = taken | others, True, True
             self._by_order = True
-            place = len(taken)
+            place = 0 if has_shared else len(taken)
             while str(place) in taken:
                 place += 1
             most = max(FIRST_BRANCHES, self.expected)

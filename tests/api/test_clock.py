@@ -141,6 +141,17 @@ def test_many_calls_at_one_level_need_no_more_places_than_four():
     assert len({*overflow}) == len(overflow) and any("more than 3 calls" in each for each in clock.told.guesses)
 
 
+def test_branches_that_shared_a_place_get_one_each_in_the_next_step():
+    """A request of three branches that is left in its first step, and one of two that begins at the same level."""
+    clock, model = DenoiseClock(), Model()
+    left, prompts = torch.randn(3, 1, 12, 16).unbind(), torch.randn(2, 1, 12, 16).unbind()
+    for text in (*left, *prompts):
+        clock.tick(model, seen(x=torch.randn(1, 9, 4, 4), text=text, t=1000.0))
+    for level in (800.0, 600.0):
+        found = [clock.tick(model, seen(x=torch.randn(1, 9, 4, 4), text=text, t=level)) for text in prompts]
+        assert [each.stream for each in found] == ["3", "4"] and found[0].run == found[1].run
+
+
 def test_windows_keep_their_places_once_a_step_has_shown_how_many_there_are():
     clock, model = DenoiseClock(), Model()
     ticks(clock, model, [999] * 8)
