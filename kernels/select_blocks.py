@@ -200,7 +200,7 @@ def kept_clusters(
 def _within(budgets: Tensor, before: Tensor) -> Tensor:
     """Return which ranks every head keeps by its own budget, bool [B, H, C_q, C_k], from the mass before each."""
     share, least, most = (each.view(-1, 1, 1) for each in budgets.unbind(-1))
-    rank = torch.arange(1, before.shape[3] + 1, device=before.device)
+    rank = torch.arange(1, before.shape[3] + 1, device=before.device, dtype=torch.int64)
     kept = (before <= share) | (share >= 1) | (rank <= least)
     return kept & (rank <= most.clamp(min=1))
 

@@ -45,7 +45,7 @@ def profile(
     """
     batch, heads, tokens, _ = q.shape
     repeats = heads // k.shape[1]
-    chosen = torch.linspace(0, tokens - 1, min(rows, tokens), device=q.device).round().long()
+    chosen = torch.linspace(0, tokens - 1, min(rows, tokens), dtype=torch.float64, device=q.device).round().long()
     shares = torch.zeros(batch, heads, dtype=torch.float32, device=q.device)
     for b in range(batch):
         for h in range(heads):

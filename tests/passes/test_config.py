@@ -195,7 +195,7 @@ def test_a_config_is_frozen_hashable_and_takes_no_stray_attribute():
 
 def test_errors_of_means_choose_only_where_means_stand_in():
     with pytest.raises(
-        ConfigError, match=r"route='error' must come with compensate='centroids', got compensate='none'"
+        ConfigError, match=r"route='error' must come with compensate='centroids' or 'keys', got compensate='none'"
     ):
         SparseConfig(route="error")
     assert SparseConfig(route="error", compensate="centroids").route == "error"
