@@ -6,6 +6,7 @@ import math
 import torch
 from hypothesis import strategies as st
 
+import svg2_compile.kernels.ops  # noqa: F401  (registers the ops)
 from svg2_compile.kernels.sort_labels import sort_labels_reference
 from svg2_compile.kernels.work_list import kept_runs_reference
 
