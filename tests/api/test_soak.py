@@ -9,6 +9,7 @@ import gc
 import os
 import random
 import threading
+import weakref
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from svg2_compile.state import store
 
 FORWARDS = int(os.environ.get("SVG2_SOAK", "200"))
 SIZES = (96, 128)
-OWNERS: dict[tuple[int, str], torch.Tensor] = {}
-"""The prompt of each generation and branch."""
+OWNERS: weakref.WeakKeyDictionary[Dit, dict[tuple[int, str], torch.Tensor]] = weakref.WeakKeyDictionary()
+"""The prompt of each generation and branch of a model; another one keeps its own centroids, in the same generation too."""
 
 
 def compiled(way: str) -> Dit:
@@ -50,7 +51,7 @@ def generate(model: Dit, way: str, draw: random.Random) -> int:
             now = current_clock().now
             assert now is not None
             assert now.step == step
-            prompt_of = OWNERS.setdefault((now.run, now.stream), text)
+            prompt_of = OWNERS.setdefault(model, {}).setdefault((now.run, now.stream), text)
             assert prompt_of is text, "centroids of another prompt"
     return count
 
