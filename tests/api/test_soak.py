@@ -22,7 +22,7 @@ from svg2_compile.state import store
 FORWARDS = int(os.environ.get("SVG2_SOAK", "200"))
 SIZES = (96, 128)
 OWNERS: weakref.WeakKeyDictionary[Dit, dict[tuple[int, str], torch.Tensor]] = weakref.WeakKeyDictionary()
-"""The prompt of each generation and branch of a model; another one keeps its own centroids, in the same generation too."""
+"""The prompt of each generation and branch of a model; another model keeps its own centroids within it."""
 
 
 def compiled(way: str) -> Dit:
