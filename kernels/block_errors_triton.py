@@ -17,20 +17,16 @@ from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.attention_steps import LN_2, LOG2_E, load_rows, scores_of
 from svg2_compile.kernels.block_errors import LEAST_ERROR
 from svg2_compile.kernels.cluster_sizes import sum_of
-from svg2_compile.kernels.launch import padded_power_of_two, rows_of_unit_stride
-from svg2_compile.kernels.walk_clusters import constexprs_of, grid_of, place_of_program, usual_variants
+from svg2_compile.kernels.launch import rows_of_unit_stride
+from svg2_compile.kernels.walk_clusters import (
+    constexprs_of,
+    grid_of,
+    place_of_program,
+    tile_beside_means,
+    usual_variants,
+)
 
 LEAST = tl.constexpr(LEAST_ERROR)
-
-
-def _tile(dtype: torch.dtype, dim: int, q_clusters: int) -> dict[str, int]:
-    """Return mean queries and keys of a tile, warps and stages: fp32 products keep both operands in registers."""
-    if dtype == torch.float32:
-        queries, keys, warps, stages = 32, 16, 8, 2
-    else:
-        queries, keys, warps, stages = (128, 64, 8, 2) if dim <= 128 else (64, 32, 8, 2)
-    queries = min(queries, padded_power_of_two(q_clusters))
-    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 @triton.jit(do_not_specialize=["heads", "repeats", "q_clusters", "k_clusters"])
@@ -117,7 +113,7 @@ def block_errors_triton(
     groups, k_clusters = k_sizes.shape[1:]
     q = q_centroids.to(k.dtype).contiguous()
     errors = torch.empty((batch, heads, q_clusters, k_clusters), dtype=torch.float32, device=k.device)
-    tile = _tile(k.dtype, dim, q_clusters)
+    tile = tile_beside_means(k.dtype, dim, q_clusters)
     with torch.cuda.device_of(k):
         errors_kernel[grid_of(q_centroids, k_sizes, tile)](
             q, k, v, k_means.contiguous(), v_means.contiguous(), k_sizes, errors, *k.stride()[:3], *v.stride()[:3],
@@ -129,4 +125,4 @@ def block_errors_triton(
 
 def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernel for the usual dtypes and head dims, few and many clusters."""
-    return usual_variants(errors_kernel, _tile, {"k_sizes_ptr": "*i32", "errors_ptr": "*fp32"})
+    return usual_variants(errors_kernel, tile_beside_means, {"k_sizes_ptr": "*i32", "errors_ptr": "*fp32"})

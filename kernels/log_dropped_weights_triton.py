@@ -15,18 +15,14 @@ from torch import Tensor
 from svg2_compile.kernels.ahead_of_time import AotVariant
 from svg2_compile.kernels.attention_steps import LN_2, LOG2_E, load_rows, scores_of, softmax
 from svg2_compile.kernels.cluster_sizes import sum_of
-from svg2_compile.kernels.launch import padded_power_of_two, rows_of_unit_stride
-from svg2_compile.kernels.walk_clusters import constexprs_of, grid_of, place_of_program, usual_variants
-
-
-def _tile(dtype: torch.dtype, dim: int, q_clusters: int) -> dict[str, int]:
-    """Return mean queries and keys of a tile, warps and stages: fp32 products keep both operands in registers."""
-    if dtype == torch.float32:
-        queries, keys, warps, stages = 32, 16, 8, 2
-    else:
-        queries, keys, warps, stages = (128, 64, 8, 2) if dim <= 128 else (64, 32, 8, 2)
-    queries = min(queries, padded_power_of_two(q_clusters))
-    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+from svg2_compile.kernels.launch import rows_of_unit_stride
+from svg2_compile.kernels.walk_clusters import (
+    constexprs_of,
+    grid_of,
+    place_of_program,
+    tile_beside_means,
+    usual_variants,
+)
 
 
 @triton.jit(do_not_specialize=["heads", "repeats", "q_clusters", "k_clusters"])
@@ -94,7 +90,7 @@ def log_dropped_weights_triton(
     groups, k_clusters = k_sizes.shape[1:]
     q = q_centroids.to(k.dtype).contiguous()
     weights = torch.empty((batch, heads, q_clusters, k_clusters), dtype=torch.float32, device=k.device)
-    tile = _tile(k.dtype, dim, q_clusters)
+    tile = tile_beside_means(k.dtype, dim, q_clusters)
     with torch.cuda.device_of(k):
         weights_kernel[grid_of(q_centroids, k_sizes, tile)](
             log_sizes, q, k, k_means.contiguous(), k_sizes, weights, *k.stride()[:3], scale * LOG2_E,
@@ -107,4 +103,4 @@ def log_dropped_weights_triton(
 def aot_variants(capability: int) -> list[AotVariant]:
     """Return the kernel for the usual dtypes and head dims, few and many clusters."""
     pointers = {"log_sizes_ptr": "*fp32", "k_sizes_ptr": "*i32", "weights_ptr": "*fp32"}
-    return usual_variants(weights_kernel, _tile, pointers)
+    return usual_variants(weights_kernel, tile_beside_means, pointers)

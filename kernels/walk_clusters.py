@@ -36,6 +36,19 @@ def grid_of(q_centroids: Tensor, k_sizes: Tensor, tile: Mapping[str, int]) -> tu
     return cdiv(q_clusters, tile["BLOCK_M"]) * cdiv(k_sizes.shape[2], CLUSTERS), batch * heads
 
 
+def tile_beside_means(dtype: torch.dtype, dim: int, q_clusters: int) -> dict[str, int]:
+    """Return mean queries and keys of a tile, warps and stages, where the means of the keys are read as well.
+
+    Products in fp32 keep both operands in registers.
+    """
+    if dtype == torch.float32:
+        queries, keys, warps, stages = 32, 16, 8, 2
+    else:
+        queries, keys, warps, stages = (128, 64, 8, 2) if dim <= 128 else (64, 32, 8, 2)
+    queries = min(queries, padded_power_of_two(q_clusters))
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+
+
 def constexprs_of(dim: int) -> dict[str, int]:
     """Return the compile-time arguments besides those of the tile."""
     return {"DIM": dim, "BLOCK_D": padded_power_of_two(dim), "BLOCK_SIZES": BLOCK_SIZES, "CLUSTERS": CLUSTERS}

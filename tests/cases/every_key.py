@@ -32,6 +32,9 @@ class OfEveryKey:
     op: str
     """Its kernel is the function ``{op}_triton`` of the module of that name."""
 
+    tile = "_tile"
+    """The function of the module that chooses its tile."""
+
     giants: dict = {}  # noqa: RUF012 (read only)
     """What a case with giant clusters is made with besides."""
 
@@ -93,7 +96,7 @@ class OfEveryKey:
     @pytest.mark.parametrize(("tile", "clusters"), [((16, 16), 1), ((64, 32), 3), ((128, 128), 64)], ids=str)
     def test_any_tile_and_any_share_of_the_clusters(self, monkeypatch, tile, clusters):
         names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-        monkeypatch.setattr(self.module, "_tile", lambda *_: dict(zip(names, (*tile, 4, 2))))
+        monkeypatch.setattr(self.module, self.tile, lambda *_: dict(zip(names, (*tile, 4, 2))))
         monkeypatch.setattr("svg2_compile.kernels.walk_clusters.CLUSTERS", clusters)
         self.check(self.random_case(tokens=300, batch=1, groups=1, clusters=(33, 14), dtype=torch.float16))
 

@@ -12,6 +12,7 @@ def test_the_kernels_pass_under_the_interpreter():
 
 class TestErrors(OfEveryKey):
     op = "block_errors"
+    tile = "tile_beside_means"
     giants = {"alike": 30.0}  # noqa: RUF012 (read only)
 
     def random_case(self, **shape):

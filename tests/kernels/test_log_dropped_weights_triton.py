@@ -12,6 +12,7 @@ def test_the_kernels_pass_under_the_interpreter():
 
 class TestWeights(OfEveryKey):
     op = "log_dropped_weights"
+    tile = "tile_beside_means"
 
     def random_case(self, **shape):
         return random_case(**shape)
